@@ -146,15 +146,15 @@ def _recommended(name: str, *, without_thinking: bool) -> dict[str, OptionValue]
         KimiMlxError: the name is unknown, or a file is broken.
     """
     target = resolve_model_name(name)
-    entry, folder = target.entry, config_folder(target)
-    instant = entry.instant_sampling if entry and without_thinking else None
-    card = {**(entry.default_sampling() if entry else {}), **(instant.recommended() if instant else {})}
+    folder = config_folder(target)
+    instant = target.instant_sampling if without_thinking else {}
+    card = {**target.sampling, **instant}
     values = {name: OptionValue(name, value, MODEL_CARD) for name, value in card.items()}
     if folder is None:
         return values
     generation = GenerationConfig.load(folder, card)
     found = {name: getattr(generation.sampling, name) for name in FILE_NAMES} | {"max_tokens": generation.max_tokens}
-    from_file = generation.from_file - (instant.recommended().keys() if instant else set[str]())
+    from_file = generation.from_file - instant.keys()
     return {
         **{name: OptionValue(name, value, BUILT_IN) for name, value in found.items()},
         **values,

@@ -179,7 +179,7 @@ def _export(store: HistoryStore, names: Sequence[str], options: HistoryCommandOp
 def _remove(store: HistoryStore, names: Sequence[str], options: HistoryCommandOptions) -> None:
     from kimi_mlx.cli.confirm import confirm
     from kimi_mlx.cli.history_output import print_conversations
-    from kimi_mlx.cli.output import print_json, print_note, stdout
+    from kimi_mlx.cli.output import print_json, print_note, stderr, stdout
     from kimi_mlx.history.find import find_conversation
     from kimi_mlx.units import format_count
 
@@ -195,7 +195,7 @@ def _remove(store: HistoryStore, names: Sequence[str], options: HistoryCommandOp
                 f"`{item.id}` ({item.title}) is open in a chat; nothing is removed", hint="close the chat"
             )
     if not options.yes and conversations:
-        print_conversations(conversations, is_question=True)
+        print_conversations(conversations, stderr)
         confirm(f"Remove {_count(conversations)}?", "nothing is removed", is_quiet=options.json)
     store.erase([item.number for item in conversations])
     if options.json:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kimi_mlx.cli.chat.output.terminal_text import cell_width, remove_controls, shorten, to_line
-from kimi_mlx.cli.output import stderr, stdout
+from kimi_mlx.cli.output import stdout
 from kimi_mlx.history.find import Match
 from kimi_mlx.history.markdown import to_markdown
 from kimi_mlx.history.records import ConversationRecord, MessageRecord
@@ -27,14 +27,8 @@ MIN_TITLE, GAP = 8, 2
 """Minimum width of the column of titles, and the space between columns."""
 
 
-def print_conversations(conversations: Sequence[ConversationRecord], is_question: bool = False) -> None:
-    """Print a table of conversations, one line each.
-
-    Args:
-        conversations: conversations.
-        is_question: whether the table belongs to a question, and not to the results of the command.
-    """
-    console = stderr if is_question else stdout
+def print_conversations(conversations: Sequence[ConversationRecord], console: Console = stdout) -> None:
+    """Print a table of conversations, one line each."""
     console.print(conversation_table(conversations, console.width), soft_wrap=False)
 
 

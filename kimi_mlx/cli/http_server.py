@@ -36,14 +36,12 @@ def make_server(
         options: options of the server.
         on_ready: callback, called once the server answers.
     """
-    entry, folder = target.entry, opened.tokenizer_folder
+    folder = opened.tokenizer_folder
     name, *aliases = served_names(target, folder, names)
     model_info = ModelInfo(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
-    instant = entry.instant_sampling if entry is not None else None
-    tokenizer = ChatTokenizer.load(folder, defaults=entry.default_sampling() if entry else None)
-    sampling = instant.recommended() if instant else {}
+    tokenizer = ChatTokenizer.load(folder, defaults=target.sampling)
     on_start = partial(on_ready, tokenizer)
-    return Server(opened.session, tokenizer, model_info, sampling, opened.deployment, options, on_start)
+    return Server(opened.session, tokenizer, model_info, target.instant_sampling, opened.deployment, options, on_start)
 
 
 def served_names(target: ModelRef, folder: Path, names: Sequence[str]) -> list[str]:

@@ -10,14 +10,13 @@ from typing import Any, cast
 
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from kimi_mlx.cli.api_keys import read_client_key
 from kimi_mlx.cli.chat.output.live_region import is_terminal
 from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.cli.output import print_json, print_note, slow_status, stdout
-from kimi_mlx.cli.rank_table import describe_ranks
+from kimi_mlx.cli.status_tables import describe_ranks, facts_table
 from kimi_mlx.client.address import ServerAddress, parse_address
 from kimi_mlx.client.http import HttpClient, MissingPathError
 from kimi_mlx.client.local_servers import find_servers
@@ -67,27 +66,13 @@ def watch_status(url: str | None, key_file: Path | None, *, is_json: bool) -> No
         for document in documents:
             print(json.dumps(document), flush=True)
         return
-    with (
-        Live(console=stdout, auto_refresh=False, vertical_overflow="ellipsis")
-        if is_terminal(stdout)
-        else _Plain() as live
-    ):
+    if not is_terminal(stdout):
+        for document in documents:
+            stdout.print(_describe(client.address, document, stdout.width), Text(), soft_wrap=False)
+        return
+    with Live(console=stdout, auto_refresh=False, vertical_overflow="ellipsis") as live:
         for document in documents:
             live.update(_describe(client.address, document, stdout.width), refresh=True)
-
-
-class _Plain:
-    """Prints each status below the last one, where the screen cannot be redrawn."""
-
-    def __enter__(self) -> _Plain:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Do nothing."""
-
-    def update(self, renderable: RenderableType, *, refresh: bool) -> None:
-        """Print a status."""
-        stdout.print(renderable, Text(), soft_wrap=False)
 
 
 def _documents(client: HttpClient) -> Iterator[Mapping[str, Any]]:
@@ -135,12 +120,7 @@ def _describe(address: ServerAddress, document: Mapping[str, Any], width: int) -
     """
     try:
         status = ModelStatus.from_dict(document)
-        table = Table.grid(padding=(0, 2))
-        table.add_column()
-        table.add_column(overflow="fold")
-        for name, value in _rows(address, status, document):
-            table.add_row(Text(name, style="dim"), Text(to_line(value)))
-        parts: list[RenderableType] = [table]
+        parts: list[RenderableType] = [facts_table(_facts(address, status, document))]
         if status.ranks:
             parts += [Text(), describe_ranks(status.ranks, width, shows_activity=True)]
         parts += _answers(document.get("answers") or ())
@@ -150,7 +130,7 @@ def _describe(address: ServerAddress, document: Mapping[str, Any], width: int) -
         raise ServerError(f"the status of {address.url} cannot be read", hint=hint) from error
 
 
-def _rows(address: ServerAddress, status: ModelStatus, document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(address: ServerAddress, status: ModelStatus, document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "model", status.model
     yield "server", address.url
     yield "state", "running" if status.is_up else f"not answering: {status.reason or 'unknown reason'}"

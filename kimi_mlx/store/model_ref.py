@@ -41,6 +41,17 @@ class ModelRef:
         assert source is not None
         return source
 
+    @property
+    def sampling(self) -> dict[str, float]:
+        """Sampling parameters that the catalogue recommends, by name."""
+        return self.entry.default_sampling() if self.entry else {}
+
+    @property
+    def instant_sampling(self) -> dict[str, float]:
+        """Sampling parameters that the catalogue recommends for answers without thinking, by name."""
+        instant = self.entry.instant_sampling if self.entry else None
+        return instant.recommended() if instant else {}
+
 
 def resolve_model_name(name: str) -> ModelRef:
     """Resolve a model name.

@@ -25,13 +25,13 @@ LINE = (
 import json, sys
 from pathlib import Path
 from kimi_mlx.cli.chat.commands.commands import Command
-from kimi_mlx.cli.chat.input.completion import complete_files, complete_words
+from kimi_mlx.cli.chat.input.completion import complete_files
 from kimi_mlx.cli.chat.input.input_line import open_input_line
 
 commands = [
     Command("/file", "FILE", "attach text files", print, complete=complete_files),
     Command("/files", "", "list files", print),
-    Command("/set", "NAME", "change a setting", print, complete=complete_words("temperature", "top_p", "top_k")),
+    Command("/set", "NAME", "change a setting", print, complete=lambda argument: ("temperature", "top_p", "top_k")),
 ]
 for number in range(3):
     print(f"above {number}", flush=True)

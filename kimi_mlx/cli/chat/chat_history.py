@@ -115,7 +115,9 @@ class ChatHistory:
         """
         if self._store is not None and self._is_logged:
             model = conversation.model.name if target is None else stored_name(target)
-            self.log = ConversationLog(self._store, model, lambda: settings_of(conversation), self._show)
+            self.log = ConversationLog(
+                self._store, model, lambda: settings_of(conversation), lambda text: self._show_note(text)
+            )
         if self.resumed is None:
             conversation.listener = self.log
             return
@@ -213,9 +215,6 @@ class ChatHistory:
             yield
         finally:
             self._show_note = print_note
-
-    def _show(self, text: str) -> None:
-        self._show_note(text)
 
     @property
     def conversation_id(self) -> str | None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from kimi_mlx.cli.chat.chat_options import chat_options, instant_sampling, read_tokenizer
 from kimi_mlx.cli.chat.files.attachments import Attachment, PrepareMedia, read_attachment
-from kimi_mlx.cli.chat.options import ChatArguments
+from kimi_mlx.cli.chat.options import ChatArguments, SamplingOptions
 from kimi_mlx.cli.chat.prompt import check_prompt_size
+from kimi_mlx.cli.chat.schema import SCHEMA_NAME, Schema
 from kimi_mlx.cli.chat.server_choice import ServerChoice, named_server, running_server, unused_options
 from kimi_mlx.cli.open_model import LaunchContext, open_session, prepare_model, session_options
 from kimi_mlx.cli.output import closing_with_status, hides_messages, print_note, slow_status
 from kimi_mlx.cli.vision_check import require_vision, require_vision_in_catalogue
 from kimi_mlx.client.remote import RemoteChatModel
+from kimi_mlx.engine.request import SAMPLING_RANGES
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.choice import Choice
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.session.chat_model import ChatOptions
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.session.local_chat_model import LocalChatModel, merge_sampling
 from kimi_mlx.store.model_ref import ModelRef
@@ -101,7 +105,7 @@ def _open_here(
     """Load a model on this machine or on launched hosts."""
     prompt, run, is_quiet = arguments.prompt, arguments.run, arguments.output.quiet
     system = prompt.read_system()
-    answers, instant = chat_options(arguments.sampling, arguments.output.read_schema()), instant_sampling(target)
+    answers, instant = chat_options(arguments.sampling, arguments.output.read_schema()), target.instant_sampling
     if prompt.media and target.folder is None:
         require_vision_in_catalogue(target)
     options = session_options(run, arguments.disk, has_sampling=answers.sampling.get("temperature") != 0)
@@ -112,19 +116,46 @@ def _open_here(
             require_vision(model.folder, target.name)
         with slow_status(is_quiet) as set_status:
             set_status("reading the tokenizer")
-            early = read_tokenizer(model.folder, target)
+            early = _read_tokenizer(model.folder, target)
         check_prompt_size((system or "", text), early, load_config(model.folder).max_position_embeddings)
         options = replace(options, has_sampling=merge_sampling(early.sampling, instant, answers).temperature > 0)
     files = _read_files(arguments, early.prepare_media if early else None)
     opened = open_session(model, options, run.ranks, is_quiet)
     with closing_with_status(opened.session, is_quiet) as session:
-        tokenizer = early or read_tokenizer(opened.tokenizer_folder, target)
+        tokenizer = early or _read_tokenizer(opened.tokenizer_folder, target)
         chat_model = LocalChatModel(session, tokenizer, opened.deployment, instant)
         if files and chat_model.image_error is not None:
             raise chat_model.image_error
         if early is None:  # again, with the limits of the hosts' model
             files = _read_files(arguments, tokenizer.prepare_media)
         yield OpenedChat(Conversation(chat_model, answers, system), files, model.choice)
+
+
+def _read_tokenizer(folder: Path, target: ModelRef) -> ChatTokenizer:
+    """Read the tokenizer of a checkpoint.
+
+    Raises:
+        TextError: a file is broken, or the checkpoint cannot chat.
+    """
+    tokenizer = ChatTokenizer.load(folder, defaults=target.sampling)
+    tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}])  # refuses a base model before it is loaded
+    return tokenizer
+
+
+def chat_options(sampling: SamplingOptions, schema: Schema | None = None) -> ChatOptions:
+    """Return what the user has set of the options of answers.
+
+    Args:
+        sampling: options of how tokens are sampled.
+        schema: JSON schema of the answers; None for text.
+    """
+    return ChatOptions(
+        response_schema=schema,
+        response_schema_name=SCHEMA_NAME,
+        max_tokens=sampling.max_tokens,
+        sampling={name: value for name in SAMPLING_RANGES if (value := getattr(sampling, name)) is not None},
+        template_kwargs={} if sampling.thinking is None else {"thinking": sampling.thinking},
+    )
 
 
 def _read_files(arguments: ChatArguments, prepare: PrepareMedia | None) -> list[Attachment]:

@@ -17,6 +17,7 @@ from kimi_mlx.cli.chat.commands.file_commands import FileCommands
 from kimi_mlx.cli.chat.commands.settings_commands import SettingsCommands
 from kimi_mlx.cli.chat.commands.status_commands import StatusCommands
 from kimi_mlx.cli.chat.commands.tool_commands import ToolCommands
+from kimi_mlx.cli.chat.files.message_files import has_dropped_media
 from kimi_mlx.cli.chat.input.input_line import InputLine, open_input_line
 from kimi_mlx.cli.chat.input.user_input import UserInput
 from kimi_mlx.cli.chat.repl_state import ReplState
@@ -123,7 +124,7 @@ class Repl:
 
     def _is_command(self, typed: str) -> bool:
         """Return whether a message that begins with a slash is a command, and not the path of a dropped file."""
-        return typed.split(maxsplit=1)[0] in self.command_list or not self._files.finds_files(typed)
+        return typed.split(maxsplit=1)[0] in self.command_list or not has_dropped_media(typed)
 
     def _send(self, content: Content) -> None:
         """Answer a message with the files that are attached to it; they stay attached if it is not answered."""

@@ -27,7 +27,7 @@ class ReplState:
         sources: where the settings that the conversation begins with come from, by name.
 
     Attributes:
-        conversation: the conversation; a command may put another one here.
+        conversation: the conversation.
         settings: settings of the answers, and where they come from.
         status: status line.
         placement: the planner's choice; None, or without a strategy, for a model behind a server.
@@ -69,10 +69,9 @@ class ReplState:
         self.conversation.reset()
         self._forget()
 
-    def continue_with(self, conversation: Conversation) -> None:
-        """Go on with another conversation, such as one from a file."""
-        self.conversation = conversation
-        self.settings.restart(conversation.options)
+    def restart(self) -> None:
+        """Begin again after messages and options were replaced by those of another conversation."""
+        self.settings.restart(self.conversation.options)
         self._forget()
 
     def count_used(self) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kimi_mlx.errors import ServiceError, UsageError
+from kimi_mlx.errors import ServiceError
 
 if TYPE_CHECKING:
     from kimi_mlx.services.service import Service, ServiceManager
@@ -41,13 +41,3 @@ def missing_service(name: str, installed: list[str]) -> ServiceError:
         return ServiceError("no service is installed", hint="type `kimi-mlx service install MODEL`")
     others = " or ".join(f"`--name {each}`" for each in installed)
     return ServiceError(f"there is no service `{name}`", hint=f"installed services: {others}")
-
-
-def check_absent(is_given: bool, option: str, reason: str) -> None:
-    """Refuse an option.
-
-    Raises:
-        UsageError: it is given.
-    """
-    if is_given:
-        raise UsageError(f"{option} {reason}")

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from kimi_mlx.cli.app import app
-from kimi_mlx.cli.chat.chat_options import chat_options, instant_sampling
+from kimi_mlx.cli.chat.open_chat import chat_options
 from kimi_mlx.cli.chat.options import SamplingOptions
 from kimi_mlx.cli.models_table import details, find_row, footnotes, table
 from kimi_mlx.cluster.hosts.machine import LocalMachine
@@ -198,11 +198,11 @@ def test_options_come_before_instant_values_before_the_checkpoint_before_the_cat
     entry = entry_of("kimi-k2.5")
     recommended = ChatTokenizer.load(tmp_path, defaults=entry.default_sampling()).sampling
     chosen = chat_options(SamplingOptions(**options, thinking=False if no_thinking else None))
-    assert merge_sampling(recommended, instant_sampling(resolve_model_name("kimi-k2.5")), chosen) == expected
+    assert merge_sampling(recommended, resolve_model_name("kimi-k2.5").instant_sampling, chosen) == expected
 
 
 def test_a_model_without_a_switch_keeps_its_values() -> None:
-    assert instant_sampling(resolve_model_name("kimi-k2-thinking")) == {}
+    assert resolve_model_name("kimi-k2-thinking").instant_sampling == {}
 
 
 def test_a_folder_is_not_in_the_list(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from kimi_mlx.cli.chat.input.completion import complete_files
 from kimi_mlx.cli.chat.output.answer_view import AnswerView
 from kimi_mlx.cli.chat.output.terminal_text import shorten, to_line
 from kimi_mlx.cli.chat.repl_state import ReplState
-from kimi_mlx.cli.history_output import conversation_table, print_matches
+from kimi_mlx.cli.history_output import print_conversations, print_matches
 from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.errors import UsageError
 from kimi_mlx.history.export import check_target, export_text, write_text
@@ -134,7 +134,7 @@ class ConversationCommands:
             conversations = store.conversations(NUM_LISTED)
             found = bool(conversations)
             if found:
-                stderr.print(conversation_table(conversations, stderr.width), soft_wrap=False)
+                print_conversations(conversations, stderr)
         print_note("/continue ID continues one" if found else "nothing found")
 
     def _continue(self, argument: str) -> None:
@@ -151,7 +151,7 @@ class ConversationCommands:
             raise UsageError(f"`{record.id}` is this conversation", hint="/history lists the others")
         self._check_kept()
         history.resume(self._state.conversation, record)
-        self._state.continue_with(self._state.conversation)
+        self._state.restart()
         self.show_resumed()
 
     def _complete_id(self, argument: str) -> Iterable[str]:
@@ -193,7 +193,7 @@ class ConversationCommands:
         self._check_kept()
         state = self._state
         state.history.replace_messages(state.conversation, loaded)
-        state.continue_with(state.conversation)
+        state.restart()
         print_note(f"loaded {format_count(len(loaded.messages), 'message')} from {argument}")
 
     def _check_kept(self) -> None:

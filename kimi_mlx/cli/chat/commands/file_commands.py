@@ -20,10 +20,10 @@ from kimi_mlx.cli.chat.files.attachments import (
     text_part,
     with_attachments,
 )
-from kimi_mlx.cli.chat.files.media_files import check_files, is_media_file, media_kind
+from kimi_mlx.cli.chat.files.media_files import check_files, media_kind
 from kimi_mlx.cli.chat.files.message_files import SplitMessage, split_message
 from kimi_mlx.cli.chat.files.text_attachments import TextAttachment, read_text_attachment
-from kimi_mlx.cli.chat.input.completion import complete_files, complete_media_files, complete_words
+from kimi_mlx.cli.chat.input.completion import complete_files, complete_media_files
 from kimi_mlx.cli.chat.input.dropped_files import read_file_names, split_dropped_files
 from kimi_mlx.cli.chat.input.text_editor import edit_text
 from kimi_mlx.cli.chat.input.user_input import UserInput
@@ -34,8 +34,8 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.text.media import MediaKind
 from kimi_mlx.text.messages import Content
 
-DROP = "drop"
-"""First word of the argument of /files that removes files."""
+DROP, ALL = "drop", "all"
+"""Words of the argument of /files that removes files."""
 
 ATTACHED = "attached to the next message; /files lists and drops"
 
@@ -72,7 +72,7 @@ class FileCommands:
             Command(
                 *("/files", "[drop N|drop all]", "list or drop attached files", self.list, "Message"),
                 details="Lists the files of the conversation and of the next message; `drop` removes some.",
-                complete=complete_words("drop", "all"),
+                complete=lambda argument: (DROP, ALL),
                 other_names=("/images",),
             ),
             Command(
@@ -128,10 +128,6 @@ class FileCommands:
         for file in self._state.attached:
             show_attachment(file)
         print_note(ATTACHED)
-
-    def finds_files(self, text: str) -> bool:
-        """Return whether an image or a video was dropped into a message."""
-        return any(isinstance(part, Path) for part in split_dropped_files(text, is_media_file))
 
     def refuse_other_file(self, text: str) -> None:
         """Refuse a message that begins with the path of a file that is no image.
@@ -226,11 +222,11 @@ class FileCommands:
             self._show(files)
             return
         word, _, which = argument.partition(" ")
-        if word != DROP or not (which == "all" or which.isdecimal()):
+        if word != DROP or not (which == ALL or which.isdecimal()):
             raise UsageError(f"/files does not know `{argument}`", hint="type /files, /files drop 1 or /files drop all")
-        if which != "all" and not 1 <= int(which) <= len(files):
+        if which != ALL and not 1 <= int(which) <= len(files):
             raise UsageError(f"there is no file {which}", hint="/files lists them with their numbers")
-        dropped = files if which == "all" else [files[int(which) - 1]]
+        dropped = files if which == ALL else [files[int(which) - 1]]
         for file in dropped:
             if file in self._state.attached:
                 self._state.attached.remove(file)

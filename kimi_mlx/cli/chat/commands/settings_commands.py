@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
@@ -25,6 +25,9 @@ SWITCH = {"on": True, "off": False, DEFAULT: None}
 
 MODES: Sequence[ReasoningMode] = get_args(ReasoningMode)
 """Words of `/thinking` for the display."""
+
+WORDS = (*SWITCH, *MODES)
+"""Words of `/thinking`."""
 
 FILE_MARK = "@"
 """Beginning of the argument of `/system` that names a file."""
@@ -62,7 +65,7 @@ class SettingsCommands:
                 *("/thinking", "[on|off|show|hide|fold]", "reasoning on/off, display", self._thinking, "Model"),
                 details=f"`on` and `off` switch the reasoning of models that can do both, `{DEFAULT}` leaves it to the "
                 "model. `show`, `hide` and `fold` say how it is displayed: all of it, nothing, or one line.",
-                complete=lambda argument: (*SWITCH, *MODES),
+                complete=lambda argument: WORDS,
             ),
         ]
 
@@ -114,7 +117,7 @@ class SettingsCommands:
         elif word in MODES:
             state.reasoning = next(mode for mode in MODES if mode == word)
         elif word:
-            raise UsageError(f"/thinking does not know `{argument:.40}`", hint=f"type one of {', '.join(_words())}")
+            raise UsageError(f"/thinking does not know `{argument:.40}`", hint=f"type one of {', '.join(WORDS)}")
         thinking = conversation.options.thinking
         switch = "as the model does by default" if thinking is None else "on" if thinking else "off"
         print_note(f"thinking {switch} · display: {state.reasoning}")
@@ -136,7 +139,3 @@ def _split_setting(argument: str) -> tuple[str, str]:
     """Return name and value, which are separated by spaces or `=`."""
     name, _, value = argument.replace("=", " ", 1).strip().partition(" ")
     return name, value.strip()
-
-
-def _words() -> Iterable[str]:
-    return (*SWITCH, *MODES)

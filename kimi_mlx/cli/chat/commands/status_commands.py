@@ -14,7 +14,7 @@ from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.cli.output import print_note, slow_status, stderr
 from kimi_mlx.cli.placement import ALONE
-from kimi_mlx.cli.rank_table import TABLE_WIDTH, describe_ranks
+from kimi_mlx.cli.status_tables import TABLE_WIDTH, describe_ranks, facts_table
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.memory import HostMemory
@@ -97,17 +97,13 @@ def describe_model(status: ModelStatus, used_tokens: int, width: int) -> Rendera
         used_tokens: number of tokens of the conversation.
         width: width of the terminal.
     """
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in _model_rows(status, used_tokens):
-        table.add_row(Text(name, style="dim"), Text(to_line(value)))
+    table = facts_table(_model_facts(status, used_tokens))
     if not any(rank.share or rank.weights_bytes or rank.memory_bytes for rank in status.ranks):
         return table
     return Group(table, Text(), describe_ranks(status.ranks, width))
 
 
-def _model_rows(status: ModelStatus, used_tokens: int) -> Iterator[tuple[str, str]]:
+def _model_facts(status: ModelStatus, used_tokens: int) -> Iterator[tuple[str, str]]:
     yield "model", status.model
     if status.url is not None:
         yield "server", status.url

@@ -74,6 +74,11 @@ def split_message(message: UserInput) -> SplitMessage:
     return SplitMessage(_join(parts), list(dict.fromkeys(text_files)), mentioned_media, missing)
 
 
+def has_dropped_media(text: str) -> bool:
+    """Return whether an image or a video was dropped into a text."""
+    return any(isinstance(part, Path) for part in split_dropped_files(text, is_media_file))
+
+
 def _sorted(mentions: Sequence[Mention], pasted: Sequence[range]) -> list[tuple[int, int, Mention | None]]:
     """Return (start, end, mention) of mentions and pasted blocks, which have none, in the order of the text."""
     blocks = [(block.start, block.stop, None) for block in pasted]

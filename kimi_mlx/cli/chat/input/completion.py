@@ -44,11 +44,6 @@ class MessageCompleter(Completer):
             yield from _completions(typed[start:], complete_file(typed[start:]))
 
 
-def complete_words(*words: str) -> Callable[[str], Iterable[str]]:
-    """Return a function that completes an argument to one of some words."""
-    return lambda argument: words
-
-
 def complete_file(argument: str) -> list[str]:
     """Return the names of files and folders that begin with a word, with a backslash before each space."""
     return [quote_name(name) for name in _names(unescape(argument))]

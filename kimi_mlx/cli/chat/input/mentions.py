@@ -23,31 +23,9 @@ _MENTION = re.compile(r"""(?:^|(?<=[\s(\[{<"'`,;:]))(\\?)@("[^"\n]+"|'[^'\n]+'|(
 _TYPED = re.compile(r"""(?:^|[\s(\[{<"'`,;:])@((?:\\.|[^\s\\])*)\Z""")
 _PUNCTUATION = """.,;:!?)]}>"'`"""
 _PATH = re.compile(r"[\w.~+\-/ ]+")
-_SUFFIXES = tuple(
-    f".{name}"
-    for name in (
-        *("c", "cc", "cfg", "conf", "cpp", "cs", "css", "csv", "diff", "env", "go", "h", "hpp", "html", "ini", "ipynb"),
-        *("java", "js", "json", "jsonl", "jsx", "kt", "log", "lua", "m", "md", "mjs", "mm", "patch", "php", "pl", "py"),
-        *(
-            "pyi",
-            "r",
-            "rb",
-            "rs",
-            "rst",
-            "scala",
-            "sh",
-            "sql",
-            "svg",
-            "swift",
-            "tex",
-            "toml",
-            "ts",
-            "tsv",
-            "tsx",
-            "txt",
-        ),
-        *("txt", "vue", "xml", "yaml", "yml", "zig"),
-    )
+_SUFFIX = re.compile(
+    r"\.(c|cc|cfg|conf|cpp|cs|css|csv|diff|env|go|h|hpp|html|ini|ipynb|java|js|json|jsonl|jsx|kt|log|lua|m|md|mjs|"
+    r"mm|patch|php|pl|py|pyi|r|rb|rs|rst|scala|sh|sql|svg|swift|tex|toml|ts|tsv|tsx|txt|vue|xml|yaml|yml|zig)"
 )
 """Suffixes of names that mean a file even if there is none."""
 
@@ -116,5 +94,5 @@ def _is_path_like(word: str) -> bool:
     if not _PATH.fullmatch(word) or not any(character.isalnum() for character in word):
         return False
     path = Path(word)
-    is_file_name = path.suffix.lower() in _SUFFIXES or media_kind(path) is not None
+    is_file_name = _SUFFIX.fullmatch(path.suffix.lower()) is not None or media_kind(path) is not None
     return is_file_name or word.startswith(("/", "~/", "./", "../")) or ("/" in word and os.path.isdir(path.parent))

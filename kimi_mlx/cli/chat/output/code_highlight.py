@@ -13,7 +13,7 @@ from rich.segment import Segment
 from rich.style import Style
 from rich.syntax import ANSISyntaxTheme
 
-from kimi_mlx.cli.chat.output.styled_line import Line, line_of, split_lines
+from kimi_mlx.cli.chat.output.styled_line import Line, line_of, plain_text, split_lines
 
 if TYPE_CHECKING:
     from pygments.token import _TokenType  # pyright: ignore[reportPrivateUsage]
@@ -106,7 +106,7 @@ def _last_line(tokens: Sequence[tuple[_TokenType, str]], line: str) -> Line:
             break
     lines = split_lines(reversed(parts))
     last = lines[-2] if len(lines) > 1 else []
-    return last if "".join(segment.text for segment in last) == line else line_of(line)
+    return last if plain_text(last) == line else line_of(line)
 
 
 def _is_between(tokens: Sequence[tuple[_TokenType, str]]) -> bool:

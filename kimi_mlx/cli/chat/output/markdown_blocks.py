@@ -20,6 +20,7 @@ from kimi_mlx.cli.chat.output.styled_line import (
     fold_line,
     line_of,
     line_width,
+    plain_text,
     split_lines,
     without_start,
     wrap_line,
@@ -87,8 +88,7 @@ class Margin:
     def blank(self) -> Line:
         """Return the prefix of an empty line, without spaces at its end."""
         line = [*(self.outer.blank() if self.outer else ()), *self.rest]
-        text = "".join(segment.text for segment in line)
-        return line if text.strip() else []
+        return line if plain_text(line).strip() else []
 
 
 class Renderer:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from rich.console import RenderableType
-from rich.text import Text
-
-from kimi_mlx.cli.chat.tools.tool_permissions import Permissions
+from kimi_mlx.cli.chat.options import ToolOptions
+from kimi_mlx.cli.chat.tools.tool_permissions import Pausable, Permissions
 from kimi_mlx.cli.chat.tools.tool_results import message_content
 from kimi_mlx.engine.events import Finished
 from kimi_mlx.session.chat_model import ChatEvent
@@ -22,9 +20,6 @@ from kimi_mlx.tools.results import ToolResult
 from kimi_mlx.tools.servers import McpServers
 from kimi_mlx.units import format_count
 
-MAX_ROUNDS = 25
-"""Default of the maximum number of rounds of calls in one answer."""
-
 POLL_S = 0.1
 """Interval at which a wait for results looks for Ctrl-C."""
 
@@ -32,7 +27,7 @@ CANCELLED = ToolResult("cancelled by the user", is_error=True)
 NOT_ALLOWED = ToolResult("the user did not allow this call", is_error=True)
 
 
-class ToolView(Protocol):
+class ToolView(Pausable, Protocol):
     """What the loop shows; kimi_mlx.cli.chat.output.answer_view.AnswerView is one."""
 
     def tool_started(self, call: ToolCall) -> None:
@@ -43,12 +38,8 @@ class ToolView(Protocol):
         """Show the result of a call."""
         ...
 
-    def print(self, renderable: RenderableType) -> None:
-        """Show a note."""
-        ...
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Leave the terminal to a question."""
+    def note(self, text: str) -> None:
+        """Show a message of the program itself."""
         ...
 
 
@@ -85,7 +76,10 @@ class ToolLoop:
     """
 
     def __init__(
-        self, servers: McpServers | None = None, permissions: Permissions | None = None, max_rounds: int = MAX_ROUNDS
+        self,
+        servers: McpServers | None = None,
+        permissions: Permissions | None = None,
+        max_rounds: int = ToolOptions.max_rounds,
     ):
         self.servers = servers
         self.permissions = permissions or Permissions()
@@ -148,7 +142,7 @@ class ToolLoop:
         if tools != tuple(conversation.options.tools):
             conversation.options = replace(conversation.options, tools=tools)
         for note in self.servers.take_notes():
-            view.print(Text(note, style="dim"))
+            view.note(note)
 
     @contextmanager
     def _without_tools(self, conversation: Conversation, is_forbidden: bool) -> Generator[None]:
@@ -202,7 +196,7 @@ class ToolLoop:
                 results[i] = NOT_ALLOWED
                 view.tool_finished(call, results[i].text, is_error=True)
                 if self.permissions.ask is None:
-                    view.print(Text(f"to allow it, add --allow {call.name}", style="dim"))
+                    view.note(f"to allow it, add --allow {call.name}")
             if self._is_cancelled.is_set():
                 return {}
         running: dict[Future[ToolResult], int] = {}
@@ -215,7 +209,7 @@ class ToolLoop:
     def _refuse_rest(self, conversation: Conversation, calls: Sequence[ToolCall], view: ToolView) -> None:
         """Answer calls beyond the limit of rounds; the next answer is without tools."""
         rounds = format_count(self._max_rounds, "round")
-        view.print(Text(f"stopped calling tools after {rounds} (--max-rounds)", style="dim"))
+        view.note(f"stopped calling tools after {rounds} (--max-rounds)")
         refused = ToolResult(f"not run: the limit of {rounds} of calls is reached; answer with what you have", True)
         self._add_results(conversation, calls, [refused] * len(calls))
 

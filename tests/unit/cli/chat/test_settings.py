@@ -268,7 +268,7 @@ def test_another_conversation_brings_its_settings(chat: Chat) -> None:
     chat.type("/set seed 7")
     conversation = chat.state.conversation
     conversation.options = ChatOptions(sampling={"temperature": 0.2, "seed": 7, "top_p": 0.5})
-    chat.state.continue_with(conversation)
+    chat.state.restart()
     listed = rows(chat.type("/set"))
     assert listed["temperature"] == ["0.2", "config.toml"]
     assert listed["seed"] == ["7", "this", "conversation"]

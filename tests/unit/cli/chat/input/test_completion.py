@@ -9,7 +9,7 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 
 from kimi_mlx.cli.chat.commands.commands import Command
-from kimi_mlx.cli.chat.input.completion import MessageCompleter, complete_files, complete_media_files, complete_words
+from kimi_mlx.cli.chat.input.completion import MessageCompleter, complete_files, complete_media_files
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def command(name: str, **options: object) -> Command:
 
 
 COMMANDS = [
-    command("/set", complete=complete_words("temperature", "top_p", "seed")),
+    command("/set", complete=lambda argument: ("temperature", "top_p", "seed")),
     command("/file", complete=complete_files),
     command("/image", complete=complete_media_files),
     command("/images"),

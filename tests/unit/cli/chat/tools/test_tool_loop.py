@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from rich.console import RenderableType
-from rich.text import Text
 
 from kimi_mlx.cli.chat.tools.tool_loop import ToolLoop
 from kimi_mlx.cli.chat.tools.tool_permissions import Answer, Permissions
@@ -100,8 +98,8 @@ class View:
     def tool_finished(self, call: ToolCall, result: str, is_error: bool = False) -> None:
         self.finished.append((call.name, result, is_error))
 
-    def print(self, renderable: RenderableType) -> None:
-        self.notes.append(renderable.plain if isinstance(renderable, Text) else str(renderable))
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     @contextmanager
     def paused(self) -> Generator[None]:

@@ -1,8 +1,8 @@
-"""The ranks of a model, as a table or, on a narrow terminal, as lines."""
+"""The status of a model: facts by name, and its ranks as a table or, on a narrow terminal, as lines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -14,6 +14,16 @@ from kimi_mlx.units import format_bytes
 
 TABLE_WIDTH = 66
 """Number of columns from which ranks and hosts are shown as a table."""
+
+
+def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
+    """Return a table of names and values."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(Text(name, style="dim"), Text(to_line(value)))
+    return table
 
 
 def describe_ranks(ranks: Sequence[RankStatus], width: int, *, shows_activity: bool = False) -> RenderableType:
