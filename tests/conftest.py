@@ -48,8 +48,9 @@ def data_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def private_folders(monkeypatch: pytest.MonkeyPatch, data_home: Path) -> None:
-    """Keep chats of tests out of the user's history, and the user's settings out of tests."""
+    """Keep chats, logs and servers of tests out of the user's folders, and the user's settings out of tests."""
     monkeypatch.setenv("XDG_DATA_HOME", str(data_home))
+    monkeypatch.setenv("XDG_STATE_HOME", str(data_home / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(data_home / "config"))
 
 

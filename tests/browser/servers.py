@@ -70,7 +70,7 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, session: Session, pause_s: float)
     submit = session.submit
 
     def submit_slowly(request: Request, on_event: EventCallback) -> int:
-        def on_event_slowly(event: Event) -> None:
+        def on_event_slowly(event: Event | BaseException) -> None:
             on_event(event)
             if isinstance(event, Token):
                 time.sleep(pause_s)

@@ -18,6 +18,7 @@ from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError
 from kimi_mlx.session.conversation import Conversation
+from kimi_mlx.session.local_chat_model import LocalChatModel
 from tests.cli.conftest import Spawn
 from tests.fakes import FixedSession, conversation_of
 from tests.terminal import COMMAND, CONTROLLING_TERMINAL, CTRL_C, CTRL_D, ENTER, ROOT, TAB
@@ -75,11 +76,17 @@ def sent(conversation: Conversation) -> list[object]:
     ]
 
 
-def images_of(conversation: Conversation) -> list[int]:
-    """The number of images of each request."""
+def session_of(conversation: Conversation) -> FixedSession:
+    """The session that answers."""
+    assert isinstance(conversation.model, LocalChatModel)
     session = conversation.model._session  # pyright: ignore[reportPrivateUsage]
     assert isinstance(session, FixedSession)
-    return [len(request.images) for request in session.requests]
+    return session
+
+
+def images_of(conversation: Conversation) -> list[int]:
+    """The number of images of each request."""
+    return [len(request.images) for request in session_of(conversation).requests]
 
 
 def test_an_attached_image_goes_with_the_next_message(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -205,8 +212,7 @@ def test_a_model_without_vision(picture: Path, capfd: pytest.CaptureFixture[str]
 
 def test_a_message_that_fails_keeps_its_attached_images(picture: Path, capfd: pytest.CaptureFixture[str]) -> None:
     conversation = conversation_of("yes", sees_images=True)
-    session = conversation.model._session  # pyright: ignore[reportPrivateUsage]
-    assert isinstance(session, FixedSession)
+    session = session_of(conversation)
 
     def fail(request: Request) -> None:
         raise EngineError("the prompt is too long")

@@ -43,7 +43,14 @@ def user_systemd(folder: Path) -> Iterator[dict[str, str]]:
     runtime, home = folder / "run", folder / "home"
     runtime.mkdir(mode=0o700)
     home.mkdir()
-    variables = {"XDG_RUNTIME_DIR": str(runtime), "HOME": str(home), "DBUS_SESSION_BUS_ADDRESS": "unix:path=/none"}
+    variables = {
+        "XDG_RUNTIME_DIR": str(runtime),
+        "HOME": str(home),
+        "XDG_CONFIG_HOME": str(home / "config"),  # the tests' own is another: units would not be found there
+        "XDG_DATA_HOME": str(home / "data"),
+        "XDG_STATE_HOME": str(home / "state"),
+        "DBUS_SESSION_BUS_ADDRESS": "unix:path=/none",
+    }
     group = f"kimi-mlx-test-{os.getpid()}"
     with (folder / "systemd.log").open("wb") as log:
         command = ["unshare", "--mount", "sh", "-c", SCRIPT, "sh", group]
