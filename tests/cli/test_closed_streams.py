@@ -35,6 +35,7 @@ COMMANDS = {  # code of an ordinary run, and whether it prints results on stdout
     "config": (0, True),
     "history show no-such-conversation": (1, False),
     "service status": (1, False),
+    "status http://127.0.0.1:1": (1, False),
     "launch": (2, False),
     "check": (2, False),
     "serve --host 0.0.0.0": (2, False),
