@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 PATIENCE_MS = 30_000
 
+SERVER_GONE = r"net::ERR_(CONNECTION|INCOMPLETE|EMPTY)"
+"""What Chromium says of the page's requests when a server ends; that no other host is asked is checked elsewhere."""
+
 FINISHED = ".message.assistant:last-child .footer button"
 
 
@@ -24,7 +27,7 @@ class Watcher:
     """
 
     origin: str
-    allowed: list[str] = field(default_factory=list)
+    allowed: list[str] = field(default_factory=lambda: [SERVER_GONE])
     problems: list[str] = field(default_factory=list)
 
     def watch(self, context: BrowserContext) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,9 +19,11 @@ from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.server import ServingOptions
 from kimi_mlx.session.session import EventCallback, Session
 from tests.fakes import KIMI_MINI, FixedSession
+from tests.processes import start
 from tests.server.running_server import RunningServer, serving
 
 CONTEXT_TOKENS = 1_000_000
+ROOT = Path(__file__).parents[2]
 
 
 def tokens_of(answer: str, reasoning: str = "") -> list[int]:
@@ -78,3 +84,19 @@ def slow_down(monkeypatch: pytest.MonkeyPatch, session: Session, pause_s: float)
         return submit(request, on_event_slowly)
 
     monkeypatch.setattr(session, "submit", submit_slowly)
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_server(port: int) -> subprocess.Popen[str]:
+    """Start `kimi-mlx serve` as a process."""
+    command = [sys.executable, "-m", "kimi_mlx", "serve", "--port", str(port)]
+    process = start(command, cwd=ROOT, text=True)
+    assert process.stderr is not None
+    while "try:" not in (line := process.stderr.readline()):
+        assert line
+    return process

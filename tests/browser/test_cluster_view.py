@@ -1,0 +1,94 @@
+"""The view of the cluster: it follows the server while it is shown, and costs nothing when it is not."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+
+import pytest
+
+from kimi_mlx.server.http.security import Security
+from kimi_mlx.server.server import ServingOptions
+from kimi_mlx.session.ring import RingSession
+from kimi_mlx.session.session import Session, SessionOptions
+from tests.browser.conftest import OpenPage
+from tests.browser.servers import answering
+from tests.fakes import KIMI_MINI
+from tests.server.running_server import RunningServer, serving
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+
+def test_it_follows_answers(open_page: OpenPage) -> None:
+    with answering("word ", tokens_per_s=50, is_endless=True) as server:
+        chat = open_page(server.url)
+        chat.send("Talk.")
+        chat.wait_text("word", ".markdown")
+        view = chat.another_tab().open("#/cluster")
+        view.wait_text("Running", "#cluster-view")
+        view.wait_text("answering", "#cluster-view td")
+        view.wait_true("""() => [...document.querySelectorAll('#cluster-view td')]
+          .some((cell) => Number(cell.textContent.replace(',', '')) > 100)""")
+        view.page.close()
+        chat.click("Stop")
+        chat.wait_answer()
+
+
+SHOW = """(value) => {
+  Object.defineProperty(document, 'visibilityState', { value, configurable: true });
+  document.dispatchEvent(new Event('visibilitychange'));
+}"""
+
+
+def test_it_ends_when_it_is_not_shown(running: RunningServer, open_page: OpenPage) -> None:
+    chat = open_page(running.url, "#/cluster")
+    chat.find("#cluster-view .plot").wait_for()
+    open_streams = 1
+
+    def count(request: object, change: int) -> None:
+        nonlocal open_streams
+        open_streams += change if str(getattr(request, "url", "")).endswith("/v1/cluster/events") else 0
+
+    chat.page.on("request", lambda request: count(request, 1))
+    for name in ("requestfailed", "requestfinished"):
+        chat.page.on(name, lambda request: count(request, -1))
+
+    def wait_for(number: int) -> None:
+        deadline = time.monotonic() + 20
+        while open_streams != number:
+            assert time.monotonic() < deadline, open_streams
+            chat.page.wait_for_timeout(20)
+
+    for _ in range(2):
+        chat.run(SHOW, "hidden")  # headless Chromium shows all of its tabs
+        wait_for(0)
+        chat.page.wait_for_timeout(300)
+        assert open_streams == 0
+        chat.run(SHOW, "visible")
+        wait_for(1)
+
+
+def test_it_asks_for_the_key(session: Session, open_page: OpenPage) -> None:
+    with serving(session, ServingOptions(Security(keys=("secret",)))) as server:
+        chat = open_page(server.url, "#/cluster")
+        chat.allow("status of 401")
+        chat.wait_text("needs an API key", "#dialog")
+        chat.page.fill("#key-input", "secret")
+        chat.page.press("#key-input", "Enter")
+        chat.wait_text("Running", "#cluster-view")
+        chat.page.close()
+
+
+@pytest.mark.ranks
+def test_two_ranks(open_page: OpenPage) -> None:
+    with closing(RingSession(SessionOptions(KIMI_MINI, ranks=2))) as session, serving(session, ranks=2) as server:
+        chat = open_page(server.url)
+        chat.ask("What are you?")
+        chat.find("#to-cluster").click()
+        chat.wait_text("Rank", "#cluster-view")
+        table = chat.find("#cluster-view table").first
+        assert [cell.inner_text() for cell in table.locator("tbody td:first-child, tbody th").all()] == ["0", "1"]
+        bar = chat.find("#cluster-view .placement svg").first
+        assert "Rank 0" in (bar.get_attribute("aria-label") or "")
+        assert bar.locator("rect").count() == 2
+        chat.page.close()
