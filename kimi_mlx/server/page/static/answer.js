@@ -1,13 +1,16 @@
 // An answer of the model while it streams: from events to a message record.
 
-import { readEvents, request, ServerError } from "./api.js";
+import { pause, readEvents, request, ServerError } from "./api.js";
 import * as store from "./store.js";
 
 const SAVE_EVERY_MS = 500;
+const MAX_ATTEMPTS = 6; // while the server's queue is full
+const BUSY_SECONDS = 5; // between two of them, where the server does not say
 
 // Return a message in OpenAI's format.
 function toOpenAI(message) {
   const value = { role: message.role, content: message.content };
+  if (typeof message.content !== "string") value.content = message.content.map(({ name, ...part }) => part);
   if (message.reasoning) value.reasoning_content = message.reasoning;
   const calls = (message.toolCalls ?? []).filter((call) => !call.broken);
   if (calls.length) {
@@ -19,6 +22,15 @@ function toOpenAI(message) {
   }
   if (message.toolCallId) value.tool_call_id = message.toolCallId;
   return value;
+}
+
+function isJsonObject(json) {
+  try {
+    const value = JSON.parse(json);
+    return typeof value === "object" && value !== null && !Array.isArray(value);
+  } catch {
+    return false;
+  }
 }
 
 // Return the body of a request: the messages of a branch, and the settings of the conversation.
@@ -45,6 +57,7 @@ export class Answer {
     this.onUpdate = onUpdate;
     this.progress = null; // {processed, total, seconds} of the prompt
     this.notice = null; // what happens to the ring
+    this.busySeconds = null; // until the request is sent again, because the server's queue is full
     this.startedAt = performance.now();
     this.chunks = 0;
     this.controller = new AbortController();
@@ -59,9 +72,10 @@ export class Answer {
   async run(body) {
     const { message } = this;
     message.finish = null; // as long as this is null, the answer is unfinished, also after a reload
+    delete message.error;
     await store.saveMessage(message);
     try {
-      const response = await request("v1/chat/completions", { body, signal: this.controller.signal });
+      const response = await this.send(body);
       for await (const { data } of readEvents(response)) {
         if (data === "[DONE]") break;
         this.add(JSON.parse(data));
@@ -76,9 +90,27 @@ export class Answer {
       }
     }
     this.endThinking();
-    this.progress = this.notice = null;
+    this.progress = this.notice = this.busySeconds = null;
+    for (const call of message.toolCalls ?? []) call.broken = !isJsonObject(call.arguments);
     await this.save();
     this.onUpdate(this);
+  }
+
+  // Send the request; again while the server's queue is full.
+  async send(body) {
+    const { signal } = this.controller;
+    for (let attempt = 1; ; attempt += 1) {
+      try {
+        return await request("v1/chat/completions", { body, signal });
+      } catch (error) {
+        if (error.status !== 429 || attempt === MAX_ATTEMPTS) throw error;
+        for (this.busySeconds = error.retryAfter ?? BUSY_SECONDS; this.busySeconds > 0; this.busySeconds -= 1) {
+          this.onUpdate(this);
+          await pause(1000, signal);
+        }
+        this.busySeconds = null;
+      }
+    }
   }
 
   add(chunk) {

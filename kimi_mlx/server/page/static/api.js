@@ -66,6 +66,17 @@ async function errorOf(response) {
   return new ServerError(response.status, message, code, Number(response.headers.get("retry-after")) || null);
 }
 
+// Wait; fails as a request does if the signal comes first.
+export function pause(milliseconds, signal = null) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal?.addEventListener("abort", () => {
+      clearTimeout(timer);
+      reject(signal.reason);
+    });
+  });
+}
+
 export async function getJson(path, options) {
   return (await request(path, options)).json();
 }

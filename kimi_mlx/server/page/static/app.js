@@ -11,9 +11,9 @@ import { text, translate } from "./i18n.js";
 import { errorText } from "./message_view.js";
 import { editSettings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
+import { StatusFeed } from "./status_feed.js";
 import * as store from "./store.js";
 
-const POLL_MS = 3000;
 const BANNER_MS = 8000;
 
 const model = { name: "Kimi", context: 0, seesImages: false, sampling: {} };
@@ -28,29 +28,60 @@ function showBanner(message, isLasting = false) {
   if (message && !isLasting) bannerTimer = setTimeout(() => showBanner(""), BANNER_MS);
 }
 
-// Read the model from the server, with a key if it needs one; returns whether that worked.
-async function connect() {
+// Show the state of the server in the header: a kind for its colour, and words.
+function showState(kind, words, title = "") {
+  const state = byId("state");
+  if (state.textContent !== words) state.textContent = words;
+  state.dataset.kind = kind;
+  state.title = title;
+  byId("enter-key").hidden = kind !== "key";
+}
+
+function showStatus(status) {
+  if (!status.is_up) {
+    const name = status.backend === "ring" ? "stateRestarting" : "stateDown";
+    showState("bad", text(name), status.reason ?? "");
+    return;
+  }
+  const parts = [];
+  if (status.active) parts.push(text("stateBusy", { active: status.active }));
+  if (status.waiting) parts.push(text("stateQueue", { waiting: status.waiting }));
+  showState(parts.length ? "busy" : "good", parts.join(" · ") || text("stateReady"));
+}
+
+// Read the model from the server, with a key if it needs one; resolves with whether that worked.
+let connecting = null;
+function connect() {
+  connecting ??= readModel().finally(() => {
+    connecting = null;
+  });
+  return connecting;
+}
+
+async function readModel() {
   for (;;) {
     try {
       const { data } = await getJson("v1/models");
       const [first] = data;
       Object.assign(model, {
         name: first.display_name ?? first.id,
+        id: first.id,
         context: first.context_length ?? 0,
         seesImages: Boolean(first.supports_image_in),
       });
+      const { sampling } = await getJson("v1/cluster");
+      model.sampling = sampling;
       byId("model").textContent = model.name;
+      showBanner("");
       return true;
     } catch (error) {
       if (error.status !== 401) {
         onServerError(error);
         return false;
       }
+      showState("key", "");
       const value = await askKey(Boolean(key.get()));
-      if (value === null) {
-        showBanner(text("keyNeeded"), true);
-        return false;
-      }
+      if (value === null) return false;
       key.set(value);
     }
   }
@@ -58,48 +89,53 @@ async function connect() {
 
 let isGone = false;
 function onServerError(error) {
-  if (error.status === 0) waitForServer();
-  else if (error.status === 401) connect();
-  else showBanner(error.status === -1 ? error.message : errorText(error));
-}
-
-// Wait until the server answers again.
-async function waitForServer() {
-  if (isGone) return;
-  isGone = true;
-  showBanner(text("serverGone"), true);
-  for (;;) {
-    await new Promise((resolve) => setTimeout(resolve, POLL_MS));
-    if (document.visibilityState !== "visible") continue;
-    try {
-      await fetch("health", { cache: "no-store" }); // any answer will do
-      break;
-    } catch {
-      // still gone
-    }
-  }
-  isGone = false;
-  if (await connect()) showBanner(text("serverBack"));
+  if (error.status === 0) {
+    isGone = true;
+    showState("bad", text("stateGone"));
+    showBanner(text("serverGone"), true);
+  } else showBanner(error.status === -1 ? error.message : errorText(error));
 }
 
 function main() {
   translate();
-  const chat = new Chat(model, { onChanged: () => sidebar.refresh(chat.conversation.id), onServerError });
-  const cluster = new ClusterView({ onServerError });
+  const chat = new Chat(model, { onChanged: () => sidebar.refresh(chat.conversation.id), onServerError, askKey: connect });
+  const cluster = new ClusterView();
   const sidebar = new Sidebar({
     onOpen: (id) => goTo(id),
+    onDelete: (id) => chat.forget(id),
     onDeleted: (id) => (id === chat.conversation.id ? goTo(null) : sidebar.refresh()),
+    onRename: (id, title) => chat.rename(id, title),
     onMessage: showBanner,
+    isAnswering: (id) => chat.answers.has(id),
   });
   const composer = new Composer({
     onSend: (content) => {
-      const sending = chat.send(content);
+      chat.send(content);
       history.replaceState(null, "", `#/${chat.conversation.id}`);
-      return sending;
     },
     onStop: () => chat.stop(),
     onError: showBanner,
   });
+  const feed = new StatusFeed({
+    onStatus: async (status) => {
+      showStatus(status);
+      cluster.update(status);
+      const isBack = isGone;
+      isGone = false;
+      if (isBack) showBanner(text("serverBack"));
+      if ((isBack || status.model !== model.id) && (await connect())) await showModel();
+    },
+    onError: (error) => error.status === 0 && onServerError(error),
+    askKey: connect,
+  });
+
+  async function showModel() {
+    composer.seesImages = model.seesImages;
+    await isOpen;
+    if (!chat.answer && !isEditing()) await chat.drawAll();
+  }
+
+  const isEditing = () => byId("log").querySelector("form.edit") !== null;
 
   function goTo(id) {
     const hash = id ? `#/${id}` : "#/";
@@ -111,34 +147,45 @@ function main() {
     const id = location.hash.replace(/^#\/?/, "");
     const isCluster = id === "cluster";
     byId("chat-view").hidden = isCluster;
-    byId("to-chat").toggleAttribute("aria-current", !isCluster);
-    byId("to-cluster").toggleAttribute("aria-current", isCluster);
+    setCurrent(byId("to-chat"), !isCluster);
+    setCurrent(byId("to-cluster"), isCluster);
     showSidebar(false);
     cluster.show(isCluster);
     if (isCluster) {
       document.title = `${text("cluster")} · ${model.name}`;
+      if (!chat.conversation) await chat.open(null);
+      byId("to-chat").href = chat.path.length ? `#/${chat.conversation.id}` : "#/";
+      await sidebar.refresh(null);
       return;
     }
-    if (!(await chat.open(id || null))) history.replaceState(null, "", "#/");
+    if (id && id === chat.conversation?.id) await chat.draw(true);
+    else if (!(await chat.open(id || null))) history.replaceState(null, "", "#/");
     await sidebar.refresh(chat.conversation.id);
     if (matchMedia("(pointer: fine)").matches) byId("input").focus();
   }
 
   function showSidebar(isShown) {
+    if (document.body.classList.contains("with-sidebar") === isShown) return;
     document.body.classList.toggle("with-sidebar", isShown);
     byId("menu").setAttribute("aria-expanded", String(isShown));
+    byId(isShown ? "new" : "menu").focus();
   }
 
-  byId("menu").addEventListener("click", () => showSidebar(!document.body.classList.contains("with-sidebar")));
-  byId("title").addEventListener("change", async () => {
-    chat.conversation.title = byId("title").value.trim();
-    chat.showState();
-    if (!chat.isNew || chat.path.length) await chat.save();
+  document.addEventListener("click", (event) => {
+    if (byId("menu").contains(event.target)) showSidebar(!document.body.classList.contains("with-sidebar"));
+    else if (!event.target.closest("#sidebar, dialog") && event.target.isConnected) showSidebar(false);
   });
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the address is that of the conversation
+    if (byId("chat-view").hidden) byId("cluster-view").focus();
+    else byId("input").focus();
+  });
+  byId("title").addEventListener("change", () => chat.rename(chat.conversation.id, byId("title").value.trim()));
   byId("settings").addEventListener("click", async () => {
-    const settings = await editSettings(chat.conversation.settings, model.sampling);
+    const { conversation } = chat;
+    const settings = await editSettings(conversation.settings, model.sampling);
     if (settings === null) return;
-    chat.conversation.settings = settings;
+    conversation.settings = settings;
     if (chat.path.length) await chat.save();
   });
   byId("export").addEventListener("click", async () => {
@@ -153,12 +200,20 @@ function main() {
     if (form === "json") download(`${name}.json`, "application/json", await exchange.toJson([chat.conversation]));
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || byId("dialog").open) return;
+    if (event.key !== "Escape" || event.isComposing || byId("dialog").open) return;
     if (document.body.classList.contains("with-sidebar")) showSidebar(false);
     else chat.stop();
   });
-  store.onChange((id) => {
-    if (id === chat.conversation.id && !chat.answer) chat.open(id);
+  store.onChange(({ id, message, isDeleted }) => {
+    if (message) {
+      chat.showElsewhere(message);
+      return;
+    }
+    if (isDeleted) chat.forget(id);
+    if (isDeleted && id === chat.conversation.id) {
+      showBanner(text("deletedElsewhere"));
+      goTo(null);
+    } else chat.reload(id);
     sidebar.refresh();
   });
   addEventListener("hashchange", route);
@@ -167,13 +222,17 @@ function main() {
   });
 
   const isOpen = store.open().then(route);
-  connect().then(async () => {
-    await isOpen;
-    composer.seesImages = model.seesImages;
-    if (!chat.answer && !byId("cluster-view").offsetParent) chat.draw();
-    const status = await getJson("v1/cluster").catch(() => null);
-    model.sampling = status?.sampling ?? {};
-  });
+  const start = async () => {
+    if (await connect()) await showModel();
+    if (byId("enter-key").hidden) feed.start();
+  };
+  byId("enter-key").addEventListener("click", start);
+  start();
+}
+
+function setCurrent(link, isCurrent) {
+  if (isCurrent) link.setAttribute("aria-current", "page");
+  else link.removeAttribute("aria-current");
 }
 
 main();

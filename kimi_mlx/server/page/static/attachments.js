@@ -2,6 +2,7 @@
 
 import { byId, element } from "./dom.js";
 import { bytes, text } from "./i18n.js";
+import { fenced } from "./markdown.js";
 
 const MAX_TEXT_BYTES = 1_000_000;
 const MAX_IMAGE_BYTES = 30_000_000;
@@ -34,7 +35,7 @@ export class Attachments {
       if (!this.seesImages) throw new Error(text("noImages"));
       if (file.size > MAX_IMAGE_BYTES) throw tooLarge(file, MAX_IMAGE_BYTES);
       const url = await imageUrl(file);
-      return { name: file.name, url, part: { type: "image_url", image_url: { url } } };
+      return { part: { type: "image_url", image_url: { url }, name: file.name } };
     }
     if (file.size > MAX_TEXT_BYTES) throw tooLarge(file, MAX_TEXT_BYTES);
     const data = await file.arrayBuffer();
@@ -45,7 +46,7 @@ export class Attachments {
       throw new Error(text("notText", { name: file.name }));
     }
     if (content.includes("\0")) throw new Error(text("notText", { name: file.name }));
-    return { name: file.name, size: file.size, part: { type: "text", text: quoted(file.name, content) } };
+    return { size: file.size, part: { type: "text", text: quoted(file.name, content), name: file.name } };
   }
 
   // Return the content of a message: text alone, or parts with the files first.
@@ -61,41 +62,30 @@ export class Attachments {
   }
 
   show() {
-    this.node.replaceChildren(
-      ...this.items.map((item) =>
-        element(
-          "span",
-          { class: "attachment" },
-          item.url ? element("img", { src: item.url, alt: item.name }) : `${item.name} · ${bytes(item.size)}`,
-          element(
-            "button",
-            {
-              type: "button",
-              class: "icon",
-              "aria-label": `${text("remove")} ${item.name}`,
-              onclick: () => {
-                this.items = this.items.filter((other) => other !== item);
-                this.show();
-                byId("input").focus();
-              },
-            },
-            "×",
-          ),
-        ),
-      ),
-    );
+    const drop = (item) => {
+      this.items = this.items.filter((other) => other !== item);
+      this.show();
+      byId("input").focus();
+    };
+    this.node.replaceChildren(...this.items.map((item) => chipOf(item.part, () => drop(item), item.size)));
   }
+}
+
+// Return a file that is attached to a message, with a button that removes it.
+export function chipOf(part, onRemove, size = null) {
+  const shown = part.image_url
+    ? element("img", { src: part.image_url.url, alt: part.name ?? "" })
+    : element("span", { dir: "auto" }, size === null ? part.name : `${part.name} · ${bytes(size)}`);
+  const label = `${text("remove")} ${part.name ?? text("images")}`;
+  const button = element("button", { type: "button", class: "icon", "aria-label": label, onclick: onRemove }, "×");
+  return element("span", { class: "attachment" }, shown, button);
 }
 
 const tooLarge = (file, limit) =>
   new Error(text("tooLarge", { name: file.name, size: bytes(file.size), limit: bytes(limit) }));
 
-// Return a text file as it stands in a message: its name, then a fence longer than any in the text.
-function quoted(name, content) {
-  const longest = Math.max(2, ...(content.match(/`{3,}/g) ?? []).map((run) => run.length));
-  const fence = "`".repeat(longest + 1);
-  return `${name.replaceAll(/[`\n]/g, " ")}:\n${fence}\n${content}${content.endsWith("\n") ? "" : "\n"}${fence}`;
-}
+// Return a text file as it stands in a message: its name, then its text as code.
+const quoted = (name, content) => `${name.replaceAll(/[`\n]/g, " ")}:\n${fenced(content)}`;
 
 // Return an image as a data URL; a large one, or one of another format, is drawn again as JPEG.
 async function imageUrl(file) {

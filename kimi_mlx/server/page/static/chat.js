@@ -1,4 +1,4 @@
-// The conversation that is shown: its branch of messages, new messages, and the answer in progress.
+// The conversation that is shown: its branch of messages, new messages, and the answers in progress.
 
 import { Answer, requestBody } from "./answer.js";
 import { byId, element } from "./dom.js";
@@ -8,20 +8,31 @@ import * as store from "./store.js";
 
 const AT_END_PIXELS = 60;
 const MAX_TITLE = 60;
+const OTHER_TAB_MS = 5000; // without a part of an answer after which its tab counts as closed
 
 export class Chat {
-  // `model` has name, context; `onChanged` is called when the list of conversations may have changed, `onServerError` with errors.
-  constructor(model, { onChanged, onServerError }) {
-    Object.assign(this, { model, onChanged, onServerError });
+  // `model` has name, context; `onChanged` is called when the list of conversations may have changed, `onServerError` with
+  // errors; `askKey` resolves with whether the server accepts the new key.
+  constructor(model, { onChanged, onServerError, askKey }) {
+    Object.assign(this, { model, onChanged, onServerError, askKey });
     this.log = byId("log");
     this.answers = new Map(); // by conversation, in progress
+    this.elsewhere = new Map(); // by message, timers of answers in progress in other tabs
     this.views = new Map();
     this.conversation = null;
+    this.isFollowing = true; // new text scrolls the conversation
+    this.log.addEventListener("scroll", () => this.onScroll(), { passive: true });
+    byId("to-end").addEventListener("click", () => {
+      this.scrollToEnd();
+      byId("input").focus();
+    });
+    this.sizes = new ResizeObserver(() => this.follow());
   }
 
-  // Show a conversation, or an empty one.
+  // Show a conversation, or an empty one; resolves with whether it exists.
   async open(id) {
     const conversation = id ? await store.conversation(id) : undefined;
+    const messages = conversation ? await store.messages(id) : [];
     this.conversation = conversation ?? {
       id: store.newId(),
       title: "",
@@ -31,46 +42,115 @@ export class Chat {
       created: Date.now(),
       updated: Date.now(),
     };
-    this.isNew = !conversation;
-    const running = this.answers.get(this.conversation.id);
-    this.messages = new Map((await store.messages(this.conversation.id)).map((message) => [message.id, message]));
-    if (running) this.messages.set(running.message.id, running.message);
+    this.messages = new Map(messages.map((message) => [message.id, message]));
+    if (this.answer) {
+      this.conversation = this.answer.conversation; // its record, which is newer
+      this.messages.set(this.answer.message.id, this.answer.message);
+    }
     await this.draw();
     return !id || Boolean(conversation);
   }
 
+  // Read the conversation again, because another tab has changed it.
+  async reload(id) {
+    const isEditing = this.log.contains(document.activeElement) && document.activeElement.matches("textarea");
+    if (id !== this.conversation.id || isEditing) return;
+    this.isStale = this.answer !== null; // read after the answer
+    if (this.isStale) return;
+    const conversation = await store.conversation(id);
+    const messages = await store.messages(id);
+    if (!conversation || id !== this.conversation.id || this.answer) return;
+    this.conversation = conversation;
+    this.messages = new Map(messages.map((message) => [message.id, message]));
+    await this.draw(true);
+  }
+
+  // Show a part of an answer that streams in another tab.
+  showElsewhere(message) {
+    if (message.conversation !== this.conversation.id || this.answers.has(message.conversation)) return;
+    const timer = this.elsewhere.get(message.id);
+    clearTimeout(timer);
+    const forget = () => {
+      this.elsewhere.delete(message.id);
+      this.reload(message.conversation);
+    };
+    this.elsewhere.set(message.id, setTimeout(forget, OTHER_TAB_MS));
+    this.messages.set(message.id, message);
+    const view = this.views.get(message.id);
+    if (!timer || !view) this.draw(true);
+    else {
+      view.message = message;
+      view.update({ message, isElsewhere: true });
+      this.follow();
+    }
+  }
+
+  // Stop the answer of a conversation that is deleted.
+  forget(id) {
+    this.answers.get(id)?.stop();
+  }
+
+  async rename(id, title) {
+    const isOpen = id === this.conversation.id;
+    const conversation = isOpen ? this.conversation : (this.answers.get(id)?.conversation ?? (await store.conversation(id)));
+    if (!conversation) return;
+    conversation.title = title;
+    if (!isOpen || this.path.length) await this.persist(() => store.saveConversation(conversation));
+    if (isOpen) this.showState();
+    this.onChanged();
+  }
+
   get answer() {
-    return this.answers.get(this.conversation.id) ?? null;
+    return this.conversation ? (this.answers.get(this.conversation.id) ?? null) : null;
   }
 
   get path() {
     return store.branch(this.messages, this.conversation.leaf);
   }
 
-  // Show the branch. Messages that are shown already keep their nodes, so that a long conversation is not rendered again.
-  async draw() {
+  // Show the branch; `keepsPlace` is whether to stay where the user has scrolled to. Messages that are shown already keep
+  // their nodes, so that a long conversation is not rendered again.
+  async draw(keepsPlace = false) {
+    const { scrollTop } = this.log;
+    const isFollowing = !keepsPlace || this.isAtEnd();
     const shown = this.views;
     this.views = new Map();
     const nodes = [];
     const isDrawing = [];
-    for (const message of this.path) {
+    for (const message of this.path.reverse()) { // the newest first: they are seen
       const versions = store.siblings(this.messages, message);
-      const isRunning = this.answer?.message === message;
+      const running = this.running(message);
       let view = shown.get(message.id);
-      if (isRunning || !view?.isStill(message, versions)) {
+      if (running || !view?.isStill(message, versions)) {
         view = new MessageView(message, versions, this.actions(), this.model.name);
-        if (isRunning) view.update(this.answer);
+        if (running) view.update(running);
         else if (message.role === "assistant") isDrawing.push(view.finish());
       }
       this.views.set(message.id, view);
-      nodes.push(view.node);
+      nodes.unshift(view.node);
     }
     if (!nodes.length) nodes.push(this.emptyNode());
     this.log.replaceChildren(...nodes);
-    this.scrollToEnd();
+    this.sizes.disconnect();
+    for (const node of [this.log, ...nodes]) this.sizes.observe(node);
+    this.isFollowing = isFollowing;
+    if (isFollowing) this.scrollToEnd();
+    else this.log.scrollTop = scrollTop;
     this.showState();
     await Promise.all(isDrawing);
-    this.scrollToEnd();
+    this.follow();
+  }
+
+  // Show everything again, such as after the server was away or has another model.
+  async drawAll() {
+    this.views.clear();
+    await this.draw(true);
+  }
+
+  // Return the answer that a message is becoming, here or in another tab.
+  running(message) {
+    if (this.answer?.message === message) return this.answer;
+    return this.elsewhere.has(message.id) && message.finish === null ? { message, isElsewhere: true } : null;
   }
 
   emptyNode() {
@@ -85,65 +165,61 @@ export class Chat {
 
   actions() {
     return {
-      redraw: () => this.draw(),
+      redraw: () => this.draw(true),
       edit: (message, content) => this.send(content, message.parent),
       retry: (message) => this.generate(message.parent),
       continueAnswer: (message) => this.continueAnswer(message),
       select: async (message) => {
         this.conversation.leaf = store.newestLeaf(this.messages, message);
         await this.save();
-        await this.draw();
+        await this.draw(true);
       },
       needsResults: (message) => message.id === this.conversation.leaf,
       sendResults: (message, results) => this.sendResults(message, results),
     };
   }
 
-  // Send a message of the user; resolves once the answer has begun or could not begin.
+  // Send a message of the user; resolves once the answer is complete.
   async send(content, parent = this.conversation.leaf) {
-    if (this.answer) return;
-    const message = await this.addMessage("user", content, parent);
-    if (!this.conversation.title) {
-      this.conversation.title = store.textOf(content).trim().split("\n")[0].slice(0, MAX_TITLE) || text("untitled");
-    }
+    await this.stopAndWait();
+    const message = this.addMessage("user", content, parent);
+    this.conversation.title ||= titleOf(content);
     await this.generate(message.id);
   }
 
   async sendResults(message, results) {
     let parent = message.id;
-    for (const [index, call] of message.toolCalls.entries()) {
-      const result = await this.addMessage("tool", results[index], parent, { toolCallId: call.id });
-      parent = result.id;
+    for (const [index, call] of message.toolCalls.filter((item) => !item.broken).entries()) {
+      parent = this.addMessage("tool", results[index], parent, { toolCallId: call.id, name: call.name }).id;
     }
     await this.generate(parent);
   }
 
-  async addMessage(role, content, parent, fields = {}) {
-    const message = { id: store.newId(), conversation: this.conversation.id, parent, role, content, created: Date.now(), ...fields };
+  addMessage(role, content, parent, fields = {}) {
+    const created = Math.max(Date.now(), (this.messages.get(parent)?.created ?? 0) + 1);
+    const message = { id: store.newId(), conversation: this.conversation.id, parent, role, content, created, ...fields };
     this.messages.set(message.id, message);
     this.conversation.leaf = message.id;
-    await this.persist(() => store.saveMessage(message));
+    this.persist(() => store.saveMessage(message));
     return message;
   }
 
   // Answer the branch that ends in a message.
   async generate(parent) {
-    if (this.answer) return;
-    const message = await this.addMessage("assistant", "", parent);
-    await this.save();
-    const path = store.branch(this.messages, parent);
-    await this.run(message, requestBody(path, this.conversation.settings));
+    await this.stopAndWait();
+    const { settings } = this.conversation;
+    const message = this.addMessage("assistant", "", parent, settings.schema ? { isJson: true } : {});
+    await this.run(message, requestBody(store.branch(this.messages, parent), settings));
   }
 
-  // Let the model go on with an answer that was cut.
+  // Let the model continue an answer that was cut.
   async continueAnswer(message) {
-    if (this.answer) return;
+    await this.stopAndWait();
     const path = store.branch(this.messages, message.parent);
-    const body = requestBody(path, this.conversation.settings, message.content);
-    delete message.error;
-    await this.run(message, body);
+    await this.run(message, requestBody(path, this.conversation.settings, message.content));
   }
 
+  // Run an answer; the user may show other conversations meanwhile.
   async run(message, body) {
     const { conversation } = this;
     let isDrawn = true;
@@ -155,34 +231,43 @@ export class Chat {
         this.showAnswer(answer);
       });
     });
+    answer.conversation = conversation;
     this.answers.set(conversation.id, answer);
     this.announce(text("answering"));
+    answer.ended = this.complete(answer, body);
     this.draw();
+    this.save();
+    await answer.ended;
+  }
+
+  // Receive an answer until its end.
+  async complete(answer, body) {
+    const { conversation, message } = answer;
     try {
-      await answer.run(body);
+      do await answer.run(body);
+      while (message.error?.status === 401 && (await this.askKey()));
     } catch (error) {
-      this.onServerError({ status: -1, message: error.message });
+      this.onServerError({ status: -1, message: text("storageFull", { message: error.message }) });
     }
     this.answers.delete(conversation.id);
-    if (message.error) this.onServerError(message.error);
+    if (message.error && message.error.status !== 401) this.onServerError(message.error);
     conversation.updated = Date.now();
     conversation.model = this.model.name;
     await this.persist(() => store.saveConversation(conversation));
     this.onChanged();
     if (conversation !== this.conversation) return;
-    const isAtEnd = this.isAtEnd();
     await this.views.get(message.id)?.finish();
-    if (isAtEnd) this.scrollToEnd();
+    this.follow();
     this.showState();
     const done = text("answerDone", { tokens: count(message.usage?.completion_tokens ?? 0) });
-    this.announce(message.finish === "stopped" ? text("answerStopped") : done);
+    if (this.isStale) this.reload(conversation.id);
+    this.announce({ stopped: text("answerStopped"), error: "" }[message.finish] ?? done); // errors are announced as such
   }
 
   showAnswer(answer) {
     if (this.answer !== answer) return;
-    const isAtEnd = this.isAtEnd();
     this.views.get(answer.message.id)?.update(answer);
-    if (isAtEnd) this.scrollToEnd();
+    this.follow();
     this.showUsage();
   }
 
@@ -190,10 +275,15 @@ export class Chat {
     this.answer?.stop();
   }
 
+  async stopAndWait() {
+    const { answer } = this;
+    answer?.stop();
+    await answer?.ended;
+  }
+
   async save() {
     this.conversation.updated = Date.now();
     await this.persist(() => store.saveConversation(this.conversation));
-    this.isNew = false;
     this.onChanged();
   }
 
@@ -216,7 +306,7 @@ export class Chat {
     this.showUsage();
   }
 
-  // Show the part of the context that the branch uses, or the speed of the answer in progress.
+  // Show the part of the context that the branch uses, and the speed of the answer in progress.
   showUsage() {
     const last = this.path.findLast((message) => message.usage);
     const parts = [];
@@ -232,11 +322,34 @@ export class Chat {
     return this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < AT_END_PIXELS;
   }
 
+  // Scroll to new text, unless the user has scrolled up.
+  follow() {
+    if (this.isFollowing) this.scrollToEnd();
+    else byId("to-end").hidden = this.isAtEnd();
+  }
+
   scrollToEnd() {
     this.log.scrollTop = this.log.scrollHeight;
+    this.lastTop = this.log.scrollTop;
+    this.isFollowing = true;
+    byId("to-end").hidden = true;
+  }
+
+  onScroll() {
+    const { scrollTop } = this.log;
+    if (this.isAtEnd()) this.isFollowing = true;
+    else if (scrollTop < this.lastTop) this.isFollowing = false; // growing text does not move it up
+    this.lastTop = scrollTop;
+    byId("to-end").hidden = this.isFollowing;
   }
 
   announce(message) {
     byId("announcer").textContent = message;
   }
+}
+
+// Return a title for a conversation that begins with a message.
+function titleOf(content) {
+  const written = store.textOf(content, false).trim() || (typeof content === "string" ? "" : content[0]?.name);
+  return (written ?? "").split("\n")[0].slice(0, MAX_TITLE) || text("untitled");
 }

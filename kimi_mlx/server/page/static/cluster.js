@@ -1,65 +1,58 @@
-// The view of the cluster: what each host does, and what is wrong. Nothing is requested while it is not visible.
+// The view of the cluster: what each host does, and what is wrong.
 
-import { readEvents, request } from "./api.js";
 import { byId, element, svg } from "./dom.js";
 import { bytes, count, decimal, duration, text } from "./i18n.js";
 import { plot } from "./plot.js";
 
-const RETRY_MS = 3000;
 const AXES = ["layers", "heads", "experts", "expert_rows"];
 
 export class ClusterView {
-  constructor({ onServerError }) {
-    this.onServerError = onServerError;
+  constructor() {
     this.node = byId("cluster-view");
-    this.isShown = false;
-    document.addEventListener("visibilitychange", () => this.update());
+    this.status = null;
   }
 
   show(isShown) {
-    this.isShown = isShown;
     this.node.hidden = !isShown;
-    this.update();
+    if (isShown) this.update(this.status);
   }
 
-  update() {
-    const isNeeded = this.isShown && document.visibilityState === "visible";
-    if (isNeeded && !this.controller) this.follow();
-    if (!isNeeded && this.controller) {
-      this.controller.abort();
-      this.controller = null;
-    }
-  }
-
-  async follow() {
-    const controller = (this.controller = new AbortController());
-    if (!this.node.childElementCount) this.node.replaceChildren(element("p", { class: "hint" }, text("loading")));
-    while (!controller.signal.aborted) {
-      try {
-        const response = await request("v1/cluster/events", { signal: controller.signal });
-        for await (const { event, data } of readEvents(response)) if (event === "status") this.draw(JSON.parse(data));
-      } catch (error) {
-        if (error.name === "AbortError") return;
-        this.onServerError(error);
-      }
-      await new Promise((resolve) => setTimeout(resolve, RETRY_MS));
-    }
+  // Show a status; null if there is none yet.
+  update(status) {
+    this.status = status;
+    if (this.node.hidden) return;
+    if (status === null) this.node.replaceChildren(element("p", { class: "hint" }, text("loading")));
+    else if (!isSelecting(this.node)) this.draw(status);
   }
 
   draw(status) {
-    const open = [...this.node.querySelectorAll("details[open]")].map((node) => node.dataset.name);
-    this.node.replaceChildren(
+    const places = [...this.node.querySelectorAll("[tabindex]")].map((node) => [node.scrollLeft, node === document.activeElement]);
+    const findings = section("findings", findingsOf(status));
+    const isWrong = status.findings?.some(({ state }) => state !== "ok"); // what is wrong comes first
+    const sections = [
       summaryOf(status),
+      isWrong && findings,
       section("placement", placementOf(status)),
-      section("rank", ranksOf(status)),
+      section("ranks", ranksOf(status)),
       section("speed", speedOf(status)),
       section("answersTitle", answersOf(status)),
       section("promptCache", cacheOf(status)),
       section("restarts", restartsOf(status)),
-      section("findings", findingsOf(status)),
-    );
-    for (const node of this.node.querySelectorAll("details")) node.open = open.includes(node.dataset.name);
+      !isWrong && findings,
+    ];
+    this.node.replaceChildren(...sections.filter(Boolean));
+    for (const [index, node] of this.node.querySelectorAll("[tabindex]").entries()) {
+      const [left, isFocused] = places[index] ?? [0, false];
+      node.scrollLeft = left;
+      if (isFocused) node.focus({ preventScroll: true });
+    }
   }
+}
+
+// Return whether the user has selected text, which drawing would unselect.
+function isSelecting(node) {
+  const selection = getSelection();
+  return !selection.isCollapsed && node.contains(selection.anchorNode);
 }
 
 const section = (name, content) => content && element("section", {}, element("h2", {}, text(name)), content);
@@ -69,10 +62,13 @@ function pairs(entries) {
   return element("dl", {}, ...known.flatMap(([name, value]) => [element("dt", {}, text(name)), element("dd", {}, value)]));
 }
 
+// Return a table; on a phone each row is a block with the names of its values.
 function table(names, rows) {
-  const head = element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, text(name))));
-  const body = rows.map((row) => element("tr", {}, ...row.map((value) => element("td", {}, value ?? "–"))));
-  return element("div", { class: "table", tabindex: "0" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
+  const labels = names.map((name) => text(name));
+  const head = element("tr", {}, ...labels.map((label) => element("th", { scope: "col" }, label)));
+  const cell = (value, index) => element("td", { "data-label": labels[index], class: value === null ? "unknown" : "" }, value ?? "–");
+  const body = rows.map((row) => element("tr", {}, ...row.map(cell)));
+  return element("div", { class: "table rows", tabindex: "0" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
 }
 
 function summaryOf(status) {
@@ -129,14 +125,35 @@ function ranksOf(status) {
       rank.share + (rank.has_vision ? `, ${text("vision")}` : ""),
       bytes(rank.weights_bytes),
       bytes(rank.cache_bytes),
-      rank.memory_bytes === null ? null : bytes(rank.memory_bytes),
+      memoryBar(rank, machine) ?? (rank.memory_bytes === null ? null : bytes(rank.memory_bytes)),
+      rank.peak_memory_bytes === null ? null : bytes(rank.peak_memory_bytes),
       free,
       machine?.gpu_limit_bytes ? bytes(machine.gpu_limit_bytes) : null,
       rank.step === null ? null : `${count(rank.step)} (${rank.work})`,
       rank.last_message_s === null ? null : text("ago", { time: duration(rank.last_message_s) }),
     ];
   });
-  return table(["rank", "host", "holds", "weights", "cache", "used", "free", "wiredLimit", "step", "heartbeat"], rows);
+  return table(["rank", "host", "holds", "weights", "cache", "used", "peak", "free", "wiredLimit", "step", "heartbeat"], rows);
+}
+
+// Return a bar with the memory of a rank's host: what the rank uses, and what the GPU may wire.
+function memoryBar(rank, machine) {
+  const used = rank.memory_bytes ?? rank.weights_bytes + rank.cache_bytes;
+  const total = machine?.memory_bytes ?? (rank.free_bytes === null ? 0 : used + rank.free_bytes);
+  if (!total) return null;
+  const limit = machine?.gpu_limit_bytes;
+  const label = text("memoryText", { used: bytes(used), total: bytes(total) });
+  return element(
+    "span",
+    { class: "memory" },
+    svg(
+      "svg",
+      { viewBox: "0 0 100 1", preserveAspectRatio: "none", role: "img", "aria-label": label },
+      svg("rect", { class: `rank-${rank.rank % 6}`, x: 0, y: 0, width: Math.min(100, (100 * used) / total), height: 1 }),
+      ...(limit ? [svg("line", { class: "limit", x1: (100 * limit) / total, x2: (100 * limit) / total, y1: 0, y2: 1 })] : []),
+    ),
+    label,
+  );
 }
 
 function speedOf({ rates }) {
@@ -184,7 +201,7 @@ function restartsOf({ restarts }) {
 }
 
 function findingsOf({ findings }) {
-  if (!findings) return null;
+  if (!findings) return element("p", { class: "hint" }, `${text("notChecked")} `, element("code", {}, "kimi-mlx doctor"));
   if (findings.every(({ state }) => state === "ok")) return element("p", { class: "hint" }, text("noFindings"));
   const wrong = findings.filter(({ state }) => state !== "ok");
   const items = wrong.map(({ host, message, remedy, state }) =>

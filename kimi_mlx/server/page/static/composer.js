@@ -1,7 +1,7 @@
 // The form below the conversation: text, files, images; Enter sends, Shift-Enter starts a line.
 
 import { Attachments } from "./attachments.js";
-import { byId } from "./dom.js";
+import { byId, isSendKey } from "./dom.js";
 
 const MAX_ROWS = 12;
 
@@ -26,7 +26,7 @@ export class Composer {
 
   set seesImages(value) {
     this.attachments.seesImages = value;
-    byId("camera").hidden = !value;
+    byId("camera").hidden = !value || !matchMedia("(any-pointer: coarse)").matches; // elsewhere it is a file dialog, too
   }
 
   connectPicker(button, input) {
@@ -60,7 +60,7 @@ export class Composer {
   }
 
   onKey(event) {
-    if (event.key !== "Enter" || event.shiftKey || event.altKey || event.isComposing) return;
+    if (!isSendKey(event)) return;
     event.preventDefault();
     this.send();
   }

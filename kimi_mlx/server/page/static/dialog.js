@@ -55,6 +55,15 @@ export async function confirmDelete(title) {
   return answer === "delete";
 }
 
+// Ask for the title of a conversation; resolves with it, or null.
+export async function askTitle(title) {
+  const input = element("input", { id: "title-input", value: title, maxlength: "200", autocomplete: "off", dir: "auto" });
+  const save = { label: text("save"), value: "save", kind: "primary" };
+  const label = element("label", { for: "title-input" }, text("title"));
+  const answer = await ask(text("rename"), [label, input], [cancelButton(), save]);
+  return answer === "save" ? input.value.trim() : null;
+}
+
 // Ask for the API key; resolves with it, or null.
 export async function askKey(isWrong) {
   const input = element("input", { type: "password", id: "key-input", autocomplete: "off", autofocus: true });

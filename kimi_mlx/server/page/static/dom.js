@@ -17,6 +17,13 @@ export function element(tag, properties = {}, ...children) {
   return node;
 }
 
+// Return whether a key sends a text. On a touch screen Enter starts a line. Safari reports the Enter that ends the
+// composition of a Chinese word with code 229 only.
+export function isSendKey(event) {
+  if (event.key !== "Enter" || event.shiftKey || event.altKey || event.isComposing || event.keyCode === 229) return false;
+  return event.ctrlKey || event.metaKey || !matchMedia("(hover: none) and (pointer: coarse)").matches;
+}
+
 const SVG = "http://www.w3.org/2000/svg";
 
 export function svg(tag, attributes = {}, ...children) {

@@ -1,6 +1,7 @@
 // Export and import of conversations. An imported file is data of strangers: each field is checked, and nothing else kept.
 
 import { text } from "./i18n.js";
+import { fenced } from "./markdown.js";
 import * as store from "./store.js";
 
 const FORMAT = "kimi-mlx-conversations";
@@ -30,18 +31,12 @@ export function toMarkdown(conversation, path) {
     if (message.reasoning) parts.push(message.reasoning.replace(/^/gm, "> "));
     const content = typeof message.content === "string" ? message.content : message.content.map(partText).join("\n\n");
     if (content) parts.push(content);
-    for (const call of message.toolCalls ?? []) parts.push(`\`${call.name}\` ${fenced(call.arguments)}`);
+    for (const call of message.toolCalls ?? []) parts.push(`\`${call.name}\`\n\n${fenced(call.arguments, "json")}`);
   }
   return `${parts.join("\n\n")}\n`;
 }
 
 const partText = (part) => (part.type === "text" ? part.text : `*(${part.type.replace("_url", "")})*`);
-
-function fenced(code) {
-  const longest = Math.max(2, ...(code.match(/`+/g) ?? []).map((run) => run.length));
-  const fence = "`".repeat(longest + 1);
-  return `\n\n${fence}json\n${code}\n${fence}`;
-}
 
 // Save the conversations of a file; return how many. The file is ours, or {"messages": [...]} or a list in OpenAI's format.
 export async function importFile(file) {
@@ -52,7 +47,7 @@ export async function importFile(file) {
   if (!Array.isArray(items)) throw new Error("conversations");
   const read = items.map(readConversation); // all of them, before any is saved
   for (const { conversation, messages } of read) {
-    for (const message of messages) await store.saveMessage(message, true);
+    for (const message of messages) await store.importMessage(message);
     await store.saveConversation(conversation);
   }
   return read.length;
@@ -123,11 +118,14 @@ function readMessage(message, ids, conversation, created) {
   ids.set(message.id, read.id);
   if (typeof message.reasoning === "string") read.reasoning = message.reasoning;
   if (typeof message.toolCallId === "string") read.toolCallId = message.toolCallId;
+  if (typeof message.name === "string") read.name = message.name.slice(0, 200);
+  if (message.isJson === true) read.isJson = true;
   if (Array.isArray(message.toolCalls)) {
     read.toolCalls = message.toolCalls.map((call) => ({
       id: String(call?.id ?? ""),
       name: String(call?.name ?? ""),
       arguments: String(call?.arguments ?? ""),
+      broken: call?.broken === true,
     }));
   }
   return read;
@@ -138,10 +136,11 @@ function readContent(content) {
   if (content === null || content === undefined) return "";
   if (!Array.isArray(content)) throw new Error("content");
   return content.map((part) => {
-    if (part?.type === "text" && typeof part.text === "string") return { type: "text", text: part.text };
+    const name = typeof part?.name === "string" ? { name: part.name.slice(0, 200) } : {};
+    if (part?.type === "text" && typeof part.text === "string") return { type: "text", text: part.text, ...name };
     const url = part?.image_url?.url;
     if (part?.type === "image_url" && typeof url === "string" && /^data:image\/(png|jpeg|webp|gif);base64,/.test(url)) {
-      return { type: "image_url", image_url: { url } };
+      return { type: "image_url", image_url: { url }, ...name };
     }
     throw new Error("content");
   });

@@ -1,7 +1,8 @@
 // One message of a conversation: its parts, and what can be done with it.
 
-import { element } from "./dom.js";
-import { count, decimal, duration, text } from "./i18n.js";
+import { chipOf } from "./attachments.js";
+import { element, isSendKey } from "./dom.js";
+import { bytes, count, decimal, duration, text } from "./i18n.js";
 import { copy, MarkdownView } from "./markdown.js";
 import * as store from "./store.js";
 
@@ -31,22 +32,42 @@ export class MessageView {
   }
 
   showUser() {
-    const { content } = this.message;
+    const { content, role, name } = this.message;
     const parts = typeof content === "string" ? [{ type: "text", text: content }] : content;
+    if (role === "tool" && name) this.node.firstChild.textContent = `${text("tool")}: ${name}`;
     for (const part of parts) {
-      if (part.type === "text") this.content.append(element("p", { class: "plain" }, part.text));
-      else if (part.image_url) this.content.append(element("img", { class: "picture", src: part.image_url.url, alt: text("images") }));
+      if (part.image_url) {
+        this.content.append(element("img", { class: "picture", src: part.image_url.url, alt: part.name ?? text("images") }));
+      } else if (part.name) this.content.append(fileNode(part));
+      else if (role === "tool") this.content.append(element("pre", { class: "result", tabindex: "0" }, part.text));
+      else this.content.append(element("p", { class: "plain", dir: "auto" }, part.text));
     }
-    this.showFooter(this.message.role === "user" ? [this.button("edit", () => this.edit())] : []);
+    if (role !== "user") return this.showFooter([]);
+    const copied = store.textOf(content, false);
+    const copyButton = copied ? this.button("copy", (event) => copy(copied, event.target)) : null;
+    this.showFooter([copyButton, this.button("edit", () => this.edit())]);
   }
 
+  // Show a form with the text and the files of the message.
   edit() {
-    const area = element("textarea", { rows: "4", "aria-label": text("message"), value: store.textOf(this.message.content) });
-    const parts = typeof this.message.content === "string" ? [] : this.message.content.filter((part) => part.type !== "text");
+    const { content } = this.message;
+    const area = element("textarea", { rows: "4", dir: "auto", "aria-label": text("message"), value: store.textOf(content, false) });
+    let files = typeof content === "string" ? [] : content.filter((part) => part.name || part.image_url);
+    const chips = element("div", { class: "row wrap" });
+    const showChips = () => chips.replaceChildren(...files.map((part) => chipOf(part, () => {
+      files = files.filter((other) => other !== part);
+      showChips();
+      area.focus();
+    })));
+    showChips();
     const send = () => {
-      const content = area.value.trim();
-      if (!content && !parts.length) return;
-      this.actions.edit(this.message, parts.length ? [...parts, ...(content ? [{ type: "text", text: content }] : [])] : content);
+      const written = area.value.trim();
+      if (!written && !files.length) return;
+      this.actions.edit(this.message, files.length ? [...files, ...(written ? [{ type: "text", text: written }] : [])] : written);
+    };
+    const leave = async () => {
+      await this.actions.redraw();
+      document.querySelector(`[data-id="${this.message.id}"] button`)?.focus();
     };
     const form = element(
       "form",
@@ -57,18 +78,21 @@ export class MessageView {
           send();
         },
         onkeydown: (event) => {
-          if (event.key === "Escape") this.actions.redraw();
-          else if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+          if (event.key === "Escape") {
+            event.stopPropagation();
+            leave();
+          } else if (isSendKey(event) && event.target === area) {
             event.preventDefault();
             send();
           }
         },
       },
+      chips,
       area,
       element(
         "div",
         { class: "row end" },
-        element("button", { type: "button", onclick: () => this.actions.redraw() }, text("cancel")),
+        element("button", { type: "button", onclick: leave }, text("cancel")),
         element("button", { type: "submit", class: "primary" }, text("sendAgain")),
       ),
     );
@@ -87,17 +111,24 @@ export class MessageView {
         this.markdown = new MarkdownView();
         this.content.append(this.markdown.node);
       }
-      if (answer) this.markdown.update(message.content);
+      if (answer) this.markdown.update(this.markdownText);
     }
     this.showCalls(message, answer);
     this.showProgress(answer);
+    if (answer?.isElsewhere) this.footer.replaceChildren(element("span", { class: "remark" }, text("inOtherTab")));
+  }
+
+  // Text of the answer as Markdown: an answer that keeps to a schema is code.
+  get markdownText() {
+    const { content, isJson } = this.message;
+    return isJson ? fenced(content, "json") : content;
   }
 
   // Show the end of an answer.
   async finish() {
     const { message } = this;
     this.update();
-    if (this.markdown) await this.markdown.finish(message.content);
+    if (this.markdown) await this.markdown.finish(this.markdownText);
     this.isFinished = true;
     if (this.details) this.details.open = false;
     const buttons = [this.button("retry", () => this.actions.retry(message))];
@@ -134,9 +165,14 @@ export class MessageView {
     }
     if (this.hasForm) return;
     this.hasForm = true;
-    const needsResults = this.actions.needsResults(message);
-    const areas = calls.map((call) => element("textarea", { rows: "2", "aria-label": `${text("toolResult")}: ${call.name}`, placeholder: text("enterResult") }));
-    const nodes = calls.flatMap((call, index) => [callNode(call), needsResults ? areas[index] : null]);
+    const needsResults = message.finish === "tool_calls" && this.actions.needsResults(message) && calls.some((call) => !call.broken);
+    const areas = [];
+    const nodes = calls.flatMap((call) => {
+      if (!needsResults || call.broken) return [callNode(call)];
+      const label = { "aria-label": `${text("toolResult")}: ${call.name}`, placeholder: text("enterResult") };
+      areas.push(element("textarea", { rows: "2", ...label }));
+      return [callNode(call), areas.at(-1)];
+    });
     const send = element("button", { type: "submit", class: "primary" }, text("sendResults"));
     const form = element(
       "form",
@@ -156,8 +192,9 @@ export class MessageView {
     this.progress?.remove();
     this.progress = null;
     if (!answer) return;
-    const { progress, notice } = answer;
-    if (notice) {
+    const { progress, notice, busySeconds } = answer;
+    if (busySeconds) this.progress = element("p", { class: "notice" }, text("busyRetry", { seconds: busySeconds }));
+    else if (notice) {
       const line = notice.type === "resumed" ? text("ringBack") : text("ringNotice", { reason: notice.reason ?? "" });
       this.progress = element("p", { class: "notice", role: "status" }, line);
     } else if (progress && progress.processed < progress.total) {
@@ -210,6 +247,13 @@ export class MessageView {
   }
 }
 
+// Return a file of a message, folded.
+function fileNode(part) {
+  const lines = part.text.split("\n").slice(2, -1).join("\n"); // without its name and the fence
+  const summary = element("summary", {}, `${part.name} · ${bytes(new Blob([lines]).size)}`);
+  return element("details", { class: "file" }, summary, element("pre", { class: "result", tabindex: "0" }, lines));
+}
+
 function callNode(call) {
   let json = call.arguments;
   try {
@@ -217,13 +261,17 @@ function callNode(call) {
   } catch {
     // still being written, or not JSON: shown as it is
   }
-  const name = element("strong", {}, text("toolCall", { name: call.name }));
+  const remark = call.broken ? ` (${text("brokenCall")})` : "";
+  const name = element("strong", {}, text("toolCall", { name: call.name }) + remark);
   return element("div", { class: "call" }, name, element("pre", { tabindex: "0" }, json));
 }
 
 function remarkOf(message) {
   if (message.role !== "assistant") return "";
-  if (message.finish === "error") return errorText(message.error);
+  if (message.finish === "error") {
+    const isEmpty = !message.content && !message.reasoning;
+    return message.error?.status === 0 && isEmpty ? text("unreachable") : errorText(message.error ?? { status: 0 });
+  }
   if (message.finish === "stopped") return text("stoppedByUser");
   if (message.finish === "length") return text("lengthLimit");
   if (message.finish === null) return text("cutOff");

@@ -1,6 +1,6 @@
 // The list of conversations: open, search, rename, delete, import and export.
 
-import { confirmDelete } from "./dialog.js";
+import { askTitle, confirmDelete } from "./dialog.js";
 import { byId, download, element } from "./dom.js";
 import * as exchange from "./exchange.js";
 import { text } from "./i18n.js";
@@ -9,9 +9,10 @@ import * as store from "./store.js";
 const SEARCH_AFTER_MS = 150;
 
 export class Sidebar {
-  // `onOpen` receives the id of a conversation, or null for a new one; `onMessage` a text.
-  constructor({ onOpen, onDeleted, onMessage }) {
-    Object.assign(this, { onOpen, onDeleted, onMessage });
+  // `onOpen` receives the id of a conversation, or null for a new one; `onDelete` an id before it is deleted, `onDeleted`
+  // after that; `onRename` an id and a title; `onMessage` a text; `isAnswering` returns whether an id is being answered.
+  constructor({ onOpen, onDelete, onDeleted, onRename, onMessage, isAnswering }) {
+    Object.assign(this, { onOpen, onDelete, onDeleted, onRename, onMessage, isAnswering });
     this.current = null;
     byId("new").addEventListener("click", () => onOpen(null));
     byId("search").addEventListener("input", () => {
@@ -25,9 +26,11 @@ export class Sidebar {
 
   async refresh(current = this.current) {
     this.current = current;
+    const number = (this.refreshes = (this.refreshes ?? 0) + 1);
     const query = byId("search").value.trim();
     const found = query ? await store.search(query) : null;
     const items = (await store.conversations()).filter((item) => !found || found.has(item.id));
+    if (number !== this.refreshes) return; // a later one is under way
     byId("conversations").replaceChildren(
       ...(items.length ? items.map((item) => this.itemNode(item)) : [this.emptyNode(query)]),
     );
@@ -39,26 +42,26 @@ export class Sidebar {
 
   itemNode(item) {
     const title = item.title || text("untitled");
+    const isCurrent = item.id === this.current;
     const link = element(
       "a",
-      { href: `#/${item.id}`, "aria-current": item.id === this.current ? "page" : null, title },
+      { href: `#/${item.id}`, "aria-current": isCurrent ? "page" : null, title, dir: "auto" },
       title,
+      this.isAnswering(item.id) ? element("span", { class: "dot", role: "img", "aria-label": text("answeringNow") }) : null,
     );
-    const button = element(
-      "button",
-      {
-        type: "button",
-        class: "icon",
-        "aria-label": `${text("delete")}: ${title}`,
-        onclick: async () => {
-          if (!(await confirmDelete(title))) return;
-          await store.deleteConversation(item.id);
-          this.onDeleted(item.id);
-        },
-      },
-      "×",
-    );
-    return element("li", {}, link, button);
+    const rename = async () => {
+      const renamed = await askTitle(item.title);
+      if (renamed !== null) this.onRename(item.id, renamed);
+    };
+    const remove = async () => {
+      if (!(await confirmDelete(title))) return;
+      this.onDelete(item.id);
+      await store.deleteConversation(item.id);
+      this.onDeleted(item.id);
+    };
+    const button = (name, sign, onclick) =>
+      element("button", { type: "button", class: "icon", title: text(name), "aria-label": `${text(name)}: ${title}`, onclick }, sign);
+    return element("li", { class: isCurrent ? "current" : "" }, link, button("rename", "✎", rename), button("delete", "×", remove));
   }
 
   async exportAll() {

@@ -9,13 +9,16 @@ const inMemory = { conversations: new Map(), messages: new Map() };
 export let isPersistent = true;
 
 const channel = "BroadcastChannel" in globalThis ? new BroadcastChannel(NAME) : null;
+const deleted = new Set(); // conversations that late writes must not bring back
 
-// Call a function when another tab has changed a conversation.
+// Call a function when another tab has changed a conversation: with its id, and `message` for a part of an answer that
+// streams there, or `isDeleted`.
 export function onChange(listener) {
-  channel?.addEventListener("message", ({ data }) => listener(data.id));
+  channel?.addEventListener("message", ({ data }) => {
+    if (data.isDeleted) deleted.add(data.id);
+    listener(data);
+  });
 }
-
-const changed = (id) => channel?.postMessage({ id });
 
 export function newId() {
   const values = crypto.getRandomValues(new Uint8Array(12));
@@ -78,19 +81,26 @@ export async function messages(id) {
 }
 
 export async function saveConversation(value) {
+  if (deleted.has(value.id)) return;
   await put(STORES.conversations, value);
-  changed(value.id);
+  channel?.postMessage({ id: value.id });
 }
 
-export async function saveMessage(value, isQuiet = false) {
+// Save a message. One that is not complete is shown by other tabs, but they do not read the conversation again.
+export async function saveMessage(value, isPart = false) {
+  if (deleted.has(value.conversation)) return;
   await put(STORES.messages, value);
-  if (!isQuiet) changed(value.conversation);
+  channel?.postMessage(isPart ? { id: value.conversation, message: value } : { id: value.conversation });
 }
+
+// Save a message of a conversation that is not listed yet.
+export const importMessage = (value) => put(STORES.messages, value);
 
 export async function deleteConversation(id) {
+  deleted.add(id);
   for (const message of await messages(id)) await remove(STORES.messages, message.id);
   await remove(STORES.conversations, id);
-  changed(id);
+  channel?.postMessage({ id, isDeleted: true });
 }
 
 // Return the ids of conversations whose title or messages contain all words of a query.
@@ -105,10 +115,11 @@ export async function search(query) {
   return new Set([...texts].filter(matches).map(([id]) => id));
 }
 
-// Return the text of a message's content, which may have parts.
-export function textOf(content) {
+// Return the text of a message's content, which may have parts; parts with a `name` are files.
+export function textOf(content, hasFiles = true) {
   if (typeof content === "string") return content;
-  return (content ?? []).filter((part) => part.type === "text").map((part) => part.text).join("\n");
+  const texts = (content ?? []).filter((part) => part.type === "text" && (hasFiles || !part.name));
+  return texts.map((part) => part.text).join("\n");
 }
 
 // Return the messages from the first to a leaf.
