@@ -81,7 +81,10 @@ async function readModel() {
       }
       showState("key", "");
       const value = await askKey(Boolean(key.get()));
-      if (value === null) return false;
+      if (value === null) {
+        showBanner(text("keyNeeded"), true);
+        return false;
+      }
       key.set(value);
     }
   }
