@@ -25,10 +25,13 @@ from kimi_mlx.server.http.sse import STREAM_HEADERS
 from kimi_mlx.server.openai.response_fields import openai_error
 from kimi_mlx.server.openai.routes import openai_routes
 from kimi_mlx.server.openapi import openapi_document
-from kimi_mlx.server.page.routes import RENDER_PATH, page_routes
+from kimi_mlx.server.page.routes import RENDER_PATH, PageHeaders, page_routes
 from kimi_mlx.server.status_feed import StatusFeed
 
 APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes, anthropic_routes)
+
+EVENTS_PATH = "/v1/cluster/events"
+"""Path of the status as a stream. Pages open it whenever they become visible, so successful requests are not logged."""
 
 ERROR_FORMATS: Mapping[str, ErrorFormat] = {"/v1/messages": anthropic_error}
 """Error formats by path prefix; all other paths use OpenAI's."""
@@ -62,6 +65,8 @@ def build_app(
     app: ASGIApp = BodyLimitMiddleware(Router([*routes, *page], redirect_slashes=False), max_body_bytes)
     public_paths = {"/health", *(route.path for route in page if route.path != RENDER_PATH)}
     app = ErrorMiddleware(AuthMiddleware(app, security, public_paths), ERROR_FORMATS, openai_error, paths)
+    if has_page:
+        app = PageHeaders(app)
     if security.origins:
         app = CorsMiddleware(
             app,
@@ -70,9 +75,8 @@ def build_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return AccessLog(
-        app, context.service.metrics, [*routes, *page], {route.path for route in page}, log_prompts=log_prompts
-    )
+    unlogged = {*(route.path for route in page), EVENTS_PATH}
+    return AccessLog(app, context.service.metrics, [*routes, *page], unlogged, log_prompts=log_prompts)
 
 
 def _status_routes(context: Context) -> list[Route]:
@@ -108,6 +112,6 @@ def _status_routes(context: Context) -> list[Route]:
         Route("/health", health),
         Route("/metrics", metrics),
         Route("/v1/cluster", cluster),
-        Route("/v1/cluster/events", cluster_events),
+        Route(EVENTS_PATH, cluster_events),
         Route("/openapi.json", openapi),
     ]

@@ -76,6 +76,32 @@ def test_bad_bodies_are_refused(running: RunningServer, body: object) -> None:
     assert "`text`" in response.json()["error"]["message"] or "`final`" in response.json()["error"]["message"]
 
 
+def test_errors_have_the_headers_too(with_key: RunningServer) -> None:
+    answers = [
+        httpx2.get(f"{with_key.url}/page/secret"),
+        httpx2.post(f"{with_key.url}/page/render", json={"text": "x"}),
+        httpx2.post(f"{with_key.url}/"),
+        httpx2.get(f"{with_key.url}/", headers={"host": "evil.example"}),
+    ]
+    assert [answer.status_code for answer in answers] == [401, 401, 405, 403]
+    for answer in answers:
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_head_requests(running: RunningServer) -> None:
+    for path in ("/", "/page/app.js"):
+        response = httpx2.head(running.url + path)
+        assert (response.status_code, response.content) == (200, b"")
+        assert int(response.headers["content-length"]) > 1000
+
+
+def test_long_texts_are_rendered(running: RunningServer) -> None:
+    text = "word **bold** `code`\n\n" * 500  # in a process of its own
+    blocks = httpx2.post(f"{running.url}/page/render", json={"text": text, "final": True}, timeout=60).json()["blocks"]
+    assert [block["end"] for block in blocks] == [22 * number + 21 for number in range(500)]
+
+
 def test_pages_of_other_sites_cannot_use_it(running: RunningServer) -> None:
     assert httpx2.get(f"{running.url}/", headers={"origin": "https://evil.example"}).status_code == 403
     assert httpx2.get(f"{running.url}/", headers={"host": "evil.example"}).status_code == 403

@@ -5,26 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.resources import files
 
-import anyio
-import anyio.to_thread
 from pydantic import Field
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_mlx.server.http.body import Body, JsonResponse, parse
-from kimi_mlx.server.page.render import render_blocks
+from kimi_mlx.server.page.render_queue import RenderQueue
 
-PAGE_PATH, ASSETS_PATH, RENDER_PATH = "/", "/page/{name}", "/page/render"
+PAGE_PATH, PAGE_FOLDER = "/", "/page/"
+RENDER_PATH = f"{PAGE_FOLDER}render"
 
-MAX_TEXT_CHARS = 200_000
-"""Maximum length of a text to render: hostile Markdown of this length takes up to 5 s."""
-
-MAX_RENDERS = 2
-"""Maximum number of texts that are rendered at the same time; others wait."""
+MAX_TEXT_CHARS = 100_000
+"""Maximum length of a text to render."""
 
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -59,7 +56,7 @@ HEADERS: Mapping[str, str] = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(self), microphone=(), geolocation=()",
 }
-"""Headers of the page, of its files and of rendered text."""
+"""Headers of the page, of its files, of rendered text, and of errors below these paths."""
 
 
 class RenderBody(Body):
@@ -85,10 +82,34 @@ class PageFile:
 
     def response(self, request: Request) -> Response:
         """Return the file, or status 304 if the browser has it."""
-        headers = {**HEADERS, "etag": self.etag, "cache-control": "no-cache"}
+        headers = {"etag": self.etag, "cache-control": "no-cache"}
         if self.etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         return Response(self.data, media_type=self.media_type, headers=headers)
+
+
+class PageHeaders:
+    """Adds the headers of the page to all responses below its paths, which may be errors.
+
+    Args:
+        app: wrapped application.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        is_page = scope["path"] == PAGE_PATH or scope["path"].startswith(PAGE_FOLDER)
+        await self._app(scope, receive, send_with_headers if is_page else send)
 
 
 def page_routes() -> list[Route]:
@@ -102,16 +123,16 @@ def page_routes() -> list[Route]:
         async def asset(request: Request) -> Response:
             return page_files[name].response(request)
 
-        return Route(ASSETS_PATH.format(name=name), asset)
+        return Route(f"{PAGE_FOLDER}{name}", asset)
 
-    limiter = anyio.CapacityLimiter(MAX_RENDERS)
+    render_queue = RenderQueue()
 
     async def render(request: Request) -> Response:
         body = parse(RenderBody, await request.body())
-        work = partial(render_blocks, body.text, is_final=body.final)
-        blocks = await anyio.to_thread.run_sync(work, limiter=limiter)
+        client = request.client.host if request.client else ""
+        blocks = await render_queue.render(client, body.text, is_final=body.final)
         values = [{"html": block.html, "end": block.end, "finished": block.is_finished} for block in blocks]
-        return JsonResponse({"blocks": values}, headers=HEADERS)
+        return JsonResponse({"blocks": values}, headers={"cache-control": "no-store"})
 
     assets = [asset_route(name) for name in page_files if name != "index.html"]
     return [Route(PAGE_PATH, page), *assets, Route(RENDER_PATH, render, methods=["POST"])]

@@ -1,0 +1,50 @@
+"""The queue of texts to render: one client does not stall another, and hostile texts end."""
+
+from __future__ import annotations
+
+import time
+
+import anyio
+import pytest
+
+from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.page import render_queue
+from kimi_mlx.server.page.render_queue import MAX_WAITING, SHORT_TEXT_CHARS, RenderQueue
+
+HOSTILE = "![" * 4 * SHORT_TEXT_CHARS
+
+
+def test_a_text_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render_queue, "LIMIT_S", 0.01)
+
+    async def run() -> None:
+        with pytest.raises(ApiError, match="takes more than"):
+            await RenderQueue().render("a", HOSTILE, is_final=True)
+
+    anyio.run(run)
+
+
+def test_a_client_with_many_texts_does_not_stall_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render_queue, "LIMIT_S", 0.5)
+
+    async def run() -> None:
+        queue = RenderQueue()
+        refused: list[ApiError] = []
+
+        async def render_hostile() -> None:
+            try:
+                await queue.render("hostile", HOSTILE, is_final=True)
+            except ApiError as error:
+                refused.append(error)
+
+        async with anyio.create_task_group() as group:
+            for _ in range(MAX_WAITING + 1):
+                group.start_soon(render_hostile)
+            await anyio.sleep(0.1)
+            assert [error.status for error in refused] == [429]
+            start = time.monotonic()
+            await queue.render("other", "word\n\n" * SHORT_TEXT_CHARS, is_final=True)
+            assert time.monotonic() - start < MAX_WAITING * render_queue.LIMIT_S / 2
+            group.cancel_scope.cancel()
+
+    anyio.run(run)
