@@ -59,6 +59,7 @@ function connect() {
 }
 
 async function readModel() {
+  let hasAsked = false;
   for (;;) {
     try {
       const { data } = await getJson("v1/models");
@@ -72,7 +73,7 @@ async function readModel() {
       const { sampling } = await getJson("v1/cluster");
       model.sampling = sampling;
       byId("model").textContent = model.name;
-      showBanner("");
+      if (hasAsked) showBanner("");
       return true;
     } catch (error) {
       if (error.status !== 401) {
@@ -80,6 +81,7 @@ async function readModel() {
         return false;
       }
       showState("key", "");
+      hasAsked = true;
       const value = await askKey(Boolean(key.get()));
       if (value === null) {
         showBanner(text("keyNeeded"), true);

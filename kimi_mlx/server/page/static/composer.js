@@ -26,7 +26,7 @@ export class Composer {
 
   set seesImages(value) {
     this.attachments.seesImages = value;
-    byId("camera").hidden = !value || !matchMedia("(any-pointer: coarse)").matches; // elsewhere it is a file dialog, too
+    byId("camera").hidden = !value;
   }
 
   connectPicker(button, input) {
