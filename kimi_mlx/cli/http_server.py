@@ -38,7 +38,9 @@ def make_server(
     """
     folder = opened.tokenizer_folder
     name, *aliases = served_names(target, folder, names)
-    model_info = ModelInfo(name, aliases, load_config(folder).max_position_embeddings, int(time.time()))
+    context_tokens = load_config(folder).max_position_embeddings
+    title = target.entry.title if target.entry is not None else ""
+    model_info = ModelInfo(name, aliases, context_tokens, int(time.time()), title=title)
     tokenizer = ChatTokenizer.load(folder, defaults=target.sampling)
     on_start = partial(on_ready, tokenizer)
     return Server(opened.session, tokenizer, model_info, target.instant_sampling, opened.deployment, options, on_start)
@@ -87,11 +89,22 @@ def key_placeholder(keys: Sequence[str]) -> str | None:
     return "$KIMI_MLX_API_KEY" if Settings.from_environment().api_key in keys else "KEY"
 
 
-def greet(name: str, server_socket: ServerSocket, key: str | None, tokenizer: ChatTokenizer) -> None:
-    """Print the URL, and a command to try."""
+def greet(name: str, server_socket: ServerSocket, key: str | None, tokenizer: ChatTokenizer, *, has_page: bool) -> None:
+    """Print the URLs, and a command to try.
+
+    Args:
+        name: name of the model.
+        server_socket: socket of the server.
+        key: placeholder of the key in the command; None if no key is needed.
+        tokenizer: tokenizer of the model.
+        has_page: whether the web page is served.
+    """
     stderr.print(f"{name} is ready at {server_socket.url}/v1 (Ctrl-C stops the server)", markup=False)
+    if has_page:
+        stderr.print(f"chat in the browser: {server_socket.url}", markup=False)
     if others := server_socket.other_urls:
-        stderr.print(f"from other machines: {', '.join(f'{url}/v1' for url in others)}", markup=False)
+        path = "" if has_page else "/v1"
+        stderr.print(f"from other machines: {', '.join(f'{url}{path}' for url in others)}", markup=False)
     header = "" if key is None else f' -H "Authorization: Bearer {key}"'
     if tokenizer.has_chat_template and tokenizer.has_tokenizer:
         path, body = "chat/completions", '{"messages": [{"role": "user", "content": "Hello"}]}'

@@ -22,6 +22,8 @@ class ModelInfo:
         context_tokens: size of the context.
         created: start of serving, as a Unix time in seconds.
         media: kinds of media that requests may have besides text: `image`, `video`.
+        title: name for people, which the web page shows; the licence of Kimi K2's weights asks large products to show
+            it. Empty for the name.
     """
 
     name: str
@@ -29,6 +31,7 @@ class ModelInfo:
     context_tokens: int
     created: int
     media: Sequence[str] = ()
+    title: str = ""
 
     @property
     def names(self) -> list[str]:
@@ -65,6 +68,6 @@ class ModelInfo:
             "aliases": self.names[1:],
             # fields of Anthropic's API, which has the same path
             "type": "model",
-            "display_name": self.name,
+            "display_name": self.title or self.name,
             "created_at": datetime.fromtimestamp(self.created, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         }

@@ -112,7 +112,8 @@ def test_text_files(running: RunningServer, open_page: OpenPage) -> None:
     assert "more.py" not in shown
     assert chat.find(".message.user .file pre").text_content() == "Grüße ```` 你好"
     stored = chat.run("async () => (await import('/page/store.js')).messages(location.hash.slice(2))")
-    assert stored[0]["content"][0]["text"] == "notes.txt:\n`````\nGrüße ```` 你好\n`````"
+    (sent,) = [message["content"] for message in stored if message["role"] == "user"]
+    assert sent[0]["text"] == "notes.txt:\n`````\nGrüße ```` 你好\n`````"
     attach(chat, "large.txt", "text/plain", b"x" * 2_000_000)
     chat.wait_text("at most 1.0 MB", "#banner")
     assert chat.find(".attachment").count() == 0

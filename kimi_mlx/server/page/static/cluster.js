@@ -62,13 +62,13 @@ function pairs(entries) {
   return element("dl", {}, ...known.flatMap(([name, value]) => [element("dt", {}, text(name)), element("dd", {}, value)]));
 }
 
-// Return a table; on a phone each row is a block with the names of its values.
-function table(names, rows) {
+// Return a table; where it does not fit, each row is a block with the names of its values.
+function table(names, rows, kind = "rows") {
   const labels = names.map((name) => text(name));
   const head = element("tr", {}, ...labels.map((label) => element("th", { scope: "col" }, label)));
   const cell = (value, index) => element("td", { "data-label": labels[index], class: value === null ? "unknown" : "" }, value ?? "–");
   const body = rows.map((row) => element("tr", {}, ...row.map(cell)));
-  return element("div", { class: "table rows", tabindex: "0" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
+  return element("div", { class: `table ${kind}`, tabindex: "0" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
 }
 
 function summaryOf(status) {
@@ -133,7 +133,7 @@ function ranksOf(status) {
       rank.last_message_s === null ? null : text("ago", { time: duration(rank.last_message_s) }),
     ];
   });
-  return table(["rank", "host", "holds", "weights", "cache", "used", "peak", "free", "wiredLimit", "step", "heartbeat"], rows);
+  return table(["rank", "host", "holds", "weights", "cache", "used", "peak", "free", "wiredLimit", "step", "heartbeat"], rows, "wide");
 }
 
 // Return a bar with the memory of a rank's host: what the rank uses, and what the GPU may wire.
