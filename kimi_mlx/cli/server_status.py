@@ -16,7 +16,7 @@ from kimi_mlx.cli.api_keys import read_client_key
 from kimi_mlx.cli.chat.output.live_region import is_terminal
 from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.cli.output import print_json, print_note, slow_status, stdout
-from kimi_mlx.cli.status_tables import describe_ranks, facts_table
+from kimi_mlx.cli.status_tables import describe_ranks, facts_table, run_facts
 from kimi_mlx.client.address import ServerAddress, parse_address
 from kimi_mlx.client.http import HttpClient, MissingPathError
 from kimi_mlx.client.local_servers import find_servers
@@ -152,10 +152,7 @@ def _facts(address: ServerAddress, status: ModelStatus, document: Mapping[str, A
     prompt, reused = (int(document.get(name) or 0) for name in ("prompt_tokens", "reused_tokens"))
     cache = f"{status.cached_tokens:,} tokens in memory"
     yield "prompt cache", cache + (f"; {reused:,} of {prompt:,} prompt tokens reused" if prompt else "")
-    if status.restarts:
-        yield "restarts", f"{len(status.restarts)}, the last one: {status.restarts[-1].reason}"
-    yield "up", format_duration(status.uptime_s)
-    yield "versions", ", ".join(f"{name} {version}" for name, version in status.versions.items())
+    yield from run_facts(status)
 
 
 def _answers(answers: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from kimi_mlx.cli.chat.output.terminal_text import to_line
-from kimi_mlx.session.model_status import RankStatus
-from kimi_mlx.units import format_bytes
+from kimi_mlx.session.model_status import ModelStatus, RankStatus
+from kimi_mlx.units import format_bytes, format_duration
 
 TABLE_WIDTH = 66
 """Number of columns from which ranks and hosts are shown as a table."""
@@ -24,6 +24,16 @@ def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
     for name, value in facts:
         table.add_row(Text(name, style="dim"), Text(to_line(value)))
     return table
+
+
+def run_facts(status: ModelStatus) -> Iterator[tuple[str, str]]:
+    """Yield restarts, uptime and versions of a model, as far as they are known."""
+    if status.restarts:
+        yield "restarts", f"{len(status.restarts)}, the last one: {status.restarts[-1].reason}"
+    if status.uptime_s:
+        yield "up", format_duration(status.uptime_s)
+    if status.versions:
+        yield "versions", ", ".join(f"{name} {version}" for name, version in status.versions.items())
 
 
 def describe_ranks(ranks: Sequence[RankStatus], width: int, *, shows_activity: bool = False) -> RenderableType:

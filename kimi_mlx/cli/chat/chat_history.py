@@ -8,8 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from kimi_mlx.cli.chat.first_minutes import chat_model_name
-from kimi_mlx.cli.chat.prompt import resolve_chat_model
+from kimi_mlx.cli.chat.model_choice import resolve_chat_model
 from kimi_mlx.cli.output import print_note
 from kimi_mlx.errors import HistoryError, UsageError
 from kimi_mlx.history.find import find_conversation
@@ -91,7 +90,7 @@ class ChatHistory:
             UsageError: unknown name, or an unsupported model.
         """
         if name is not None or self.resumed is None:
-            return resolve_chat_model(chat_model_name(name), prompt)
+            return resolve_chat_model(name, prompt)
         try:
             return resolve_model_name(self.resumed.model)
         except UsageError as error:
@@ -193,7 +192,7 @@ class ChatHistory:
         Raises:
             HistoryError: the history cannot be read.
         """
-        if self.log is not None and not self.log.has_failed and (record := self.log.conversation) is not None:
+        if (record := self.record) is not None:
             return record, self.store.messages(record.number)
         model, settings, now = conversation.model.name, settings_of(conversation), time.time()
         messages = [
@@ -217,16 +216,14 @@ class ChatHistory:
             self._show_note = print_note
 
     @property
-    def conversation_id(self) -> str | None:
-        """Id of this chat in the history; None if it is not stored, or has no messages yet."""
-        if self.log is None or self.log.has_failed or (record := self.log.conversation) is None:
-            return None
-        return record.id
+    def record(self) -> ConversationRecord | None:
+        """This chat in the history; None if it is not stored, or has no messages yet."""
+        return None if self.log is None or self.log.has_failed else self.log.conversation
 
     def note_id(self) -> None:
         """Tell the user how to continue this chat, if it has messages."""
-        if (name := self.conversation_id) is not None:
-            print_note(f"`kimi-mlx chat --continue {name}` continues this conversation")
+        if self.record is not None:
+            print_note(f"`kimi-mlx chat --continue {self.record.id}` continues this conversation")
 
     def require_log(self) -> ConversationLog:
         """Return the log.

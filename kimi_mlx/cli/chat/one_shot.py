@@ -95,8 +95,8 @@ def answer_once(
     content: Content,
     placement: Choice,
     output: OutputOptions,
-    tools: ToolLoop | None = None,
-    history: ChatHistory | None = None,
+    tools: ToolLoop,
+    history: ChatHistory,
 ) -> None:
     """Print the answer to one prompt: the answer on stdout, all else on stderr.
 
@@ -105,15 +105,15 @@ def answer_once(
         content: the prompt.
         placement: placement of the model, for JSON.
         output: what is printed, and how.
-        tools: runs the calls of the model; None for no tools.
-        history: log of the conversation, for its id in JSON; None if it is not stored.
+        tools: runs the calls of the model.
+        history: log of the conversation, for its id in JSON.
 
     Raises:
         AnswerError: the answer is empty, or not complete JSON although there is a schema.
         typer.Exit: the same as JSON: the error is part of the document.
         KimiMlxError: the request is refused, or the session has failed.
     """
-    answer, tools = OneShotAnswer(), tools or ToolLoop()
+    answer = OneShotAnswer()
 
     def ask(view: AnswerView) -> Iterator[ChatEvent]:
         return answer.read(tools.run(conversation, conversation.ask(content), view))
@@ -121,7 +121,7 @@ def answer_once(
     if output.json:
         _wait(ask, output)
         document, error = _to_dict(answer, placement, output, tools), answer.error(output)
-        document["conversation"] = None if history is None else history.conversation_id
+        document["conversation"] = None if history.record is None else history.record.id
         print_json(document if error is None else {**document, **error_to_dict(error)})
         if error is not None:
             raise typer.Exit(1)
@@ -130,10 +130,9 @@ def answer_once(
         _wait(ask, output)
     notes = silent if output.quiet else stderr
     status, is_plain = status_of(conversation.model), output.quiet or output.plain
-    log = history or ChatHistory()
     with (
         AnswerView(status, output.reasoning, is_plain, notes=notes) as view,
-        log.notes_in(print_note if output.quiet else view.note),
+        history.notes_in(print_note if output.quiet else view.note),
     ):
         for event in [answer.delta] if output.no_stream else ask(view):
             view.show(event)

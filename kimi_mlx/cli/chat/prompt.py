@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kimi_mlx.cli.chat.files.media_files import media_kind
 from kimi_mlx.cli.chat.files.text_files import MAX_TEXT_BYTES, TextFile, decode_text, read_text_file, with_text_files
 from kimi_mlx.cli.chat.options import PIPE, OutputOptions, PromptOptions
 from kimi_mlx.cli.chat.standard_input import ADD_PROMPT, is_piped, require_prompt
@@ -19,33 +17,10 @@ from kimi_mlx.units import format_bytes
 
 if TYPE_CHECKING:
     from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
-    from kimi_mlx.store.model_ref import ModelRef
 
 PIPE_NAME = "piped input"
 
 READ_BYTES = 1 << 16
-
-
-def resolve_chat_model(name: str, prompt: str | None) -> ModelRef:
-    """Resolve the name of the model; without a prompt, an unknown name may be meant as one.
-
-    Raises:
-        UsageError: unknown name, or an unsupported model.
-    """
-    from kimi_mlx.store.model_ref import resolve_model_name, similar_aliases
-
-    try:
-        return resolve_model_name(name)
-    except UsageError as error:
-        if (kind := media_kind(Path(name))) is not None:
-            hint = f"write `--{kind}` before each file: `--{kind} {shlex.quote(name)}`"
-            raise UsageError(
-                f"`{name}` is no model, but the name of {'an image' if kind == 'image' else 'a video'}", hint=hint
-            ) from None
-        if prompt is not None or "/" in name or similar_aliases(name):
-            raise
-        hint = f"to send it as a prompt, type `kimi-mlx chat -p {shlex.quote(name)}`; {error.hint}"
-        raise UsageError(error.message, hint=hint) from None
 
 
 def read_prompt(prompts: PromptOptions, output: OutputOptions) -> str | None:

@@ -8,7 +8,6 @@ from kimi_mlx.cli.chat.answer_turn import show_answer
 from kimi_mlx.cli.chat.commands.commands import (
     Command,
     CommandList,
-    CommandSource,
     describe_command,
     keys_table,
 )
@@ -40,10 +39,8 @@ class Repl:
         self._files = FileCommands(state)
         self._conversations = ConversationCommands(state)
         state.tools.permissions.ask = TerminalQuestion(self._keep_typed)
-        sources: Sequence[CommandSource] = (
-            *(self, self._conversations, self._files),
-            *(SettingsCommands(state), StatusCommands(state), ToolCommands(state.tools)),
-        )
+        others = SettingsCommands(state), StatusCommands(state), ToolCommands(state.tools)
+        sources = (self, self._conversations, self._files, *others)
         self.command_list = CommandList(command for source in sources for command in source.commands())
 
     def commands(self) -> Sequence[Command]:

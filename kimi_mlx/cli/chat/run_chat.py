@@ -12,7 +12,7 @@ from kimi_mlx.cli.chat.answer_settings import kept_sources
 from kimi_mlx.cli.chat.chat_history import ChatHistory
 from kimi_mlx.cli.chat.files.attachments import show_attachment, with_attachments
 from kimi_mlx.cli.chat.files.text_attachments import read_text_attachment
-from kimi_mlx.cli.chat.first_minutes import show_first_note
+from kimi_mlx.cli.chat.model_choice import show_first_note
 from kimi_mlx.cli.chat.one_shot import answer_once
 from kimi_mlx.cli.chat.open_chat import open_chat
 from kimi_mlx.cli.chat.options import ChatArguments

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import typer
 
@@ -18,6 +18,7 @@ from kimi_mlx.cli.launch import LaunchOptions
 from kimi_mlx.cli.launched_command import LaunchedCommand
 from kimi_mlx.cli.open_model import name_for_hosts, place_model, session_options
 from kimi_mlx.cli.option_defaults import LAUNCHED
+from kimi_mlx.cli.option_groups import build_group
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.cli.serve import ServerOptions
 from kimi_mlx.errors import ServiceError, UsageError
@@ -42,8 +43,6 @@ SERVE_NAMES = frozenset(
 ) - {"model"}
 LAUNCH_NAMES = frozenset(field.name for group in (HostOptions, LaunchOptions) for field in fields(group)) - SERVE_NAMES
 
-Options = TypeVar("Options")
-
 KEY_FILE_HINT = (
     "write it to a file that only you can read: `openssl rand -hex 24 > ~/kimi-mlx.keys && chmod 600 "
     "~/kimi-mlx.keys`; then add `--api-key-file ~/kimi-mlx.keys`"
@@ -64,14 +63,14 @@ def define_service(context: typer.Context, name: str) -> tuple[Service, ServerOp
         UsageError: an option is wrong or cannot belong to a service, or the model is not on this machine.
         ServiceError: the program or the user's folders do not last.
     """
-    hosts = _group(HostOptions, context)
+    hosts = build_group(HostOptions, context.params)
     is_launched = hosts.hosts is not None or hosts.hostfile is not None
     model = [] if context.params["model"] is None else [context.params["model"]]
     serving = _parse(context, "serve", [*model, *_options(context, SERVE_NAMES)], is_launched=is_launched)
-    run, server = _group(RunOptions, serving), _group(ServerOptions, serving)
+    run, server = build_group(RunOptions, serving.params), build_group(ServerOptions, serving.params)
     _check_secrets(server)
     server.serving()
-    session_options(run, _group(DiskCacheOptions, serving), has_sampling=True)
+    session_options(run, build_group(DiskCacheOptions, serving.params), has_sampling=True)
     if server.port == 0:
         raise UsageError("a service needs a port that stays the same", hint="leave `--port 0` out, or choose a port")
     target = resolve_model_name(run.model_name)
@@ -95,9 +94,9 @@ def _launch_words(context: typer.Context, words: list[str]) -> list[str]:
         UsageError: an option is wrong.
     """
     launching = _parse(context, "launch", _options(context, LAUNCH_NAMES))
-    hosts = _group(HostOptions, launching)
+    hosts = build_group(HostOptions, launching.params)
     hosts.read()
-    _group(LaunchOptions, launching).check(hosts)
+    build_group(LaunchOptions, launching.params).check(hosts)
     LaunchedCommand(launching, words)  # parses the words as `launch` will
     return ["launch", *_options(launching, LAUNCH_NAMES), *words]
 
@@ -226,11 +225,6 @@ def _parse(context: typer.Context, name: str, words: list[str], *, is_launched: 
         root.meta[LAUNCHED] = True
     group: Any = root.command
     return group.get_command(root, name).make_context(name, words, parent=root)
-
-
-def _group(options: type[Options], context: typer.Context) -> Options:
-    """Return a dataclass of options with the values of a context."""
-    return options(**{field.name: context.params[field.name] for field in fields(cast("Any", options))})
 
 
 def _options(context: typer.Context, names: frozenset[str]) -> list[str]:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from kimi_mlx.cli.output import escape_controls, slow_status, stderr, stdout
 from kimi_mlx.cli.service.definition import hosts_of, model_of, url_of
+from kimi_mlx.cli.service.options import DEFAULT_NAME
 from kimi_mlx.errors import ServiceError
 from kimi_mlx.services.log_file import last_lines
 from kimi_mlx.services.service import Service, ServiceManager, ServiceState
@@ -138,8 +139,6 @@ def _exit_text(last_exit: str | None) -> str:
 
 def name_option(service: Service) -> str:
     """Return ` --name NAME` for commands in messages; empty for the default name."""
-    from kimi_mlx.cli.service.options import DEFAULT_NAME
-
     return "" if service.name == DEFAULT_NAME else f" --name {service.name}"
 
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Literal, Protocol
+from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -99,14 +99,6 @@ class Command:
         if argument and not self.argument:
             raise UsageError(f"`{self.name}` takes no argument", hint=self.hint or f"type `{self.name}` alone")
         self.run(argument)
-
-
-class CommandSource(Protocol):
-    """A subject with its commands."""
-
-    def commands(self) -> Sequence[Command]:
-        """Return the commands of the subject."""
-        ...
 
 
 class CommandList:

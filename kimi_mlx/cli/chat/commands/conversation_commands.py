@@ -203,7 +203,7 @@ class ConversationCommands:
             UsageError: it would be lost.
         """
         history, messages = self._state.history, self._state.conversation.messages
-        if messages and (history.log is None or history.log.has_failed):
+        if messages and history.record is None:
             raise UsageError(
                 "the conversation would be lost: it is not stored in the history",
                 hint="/save FILE stores it in a file; /clear drops it",

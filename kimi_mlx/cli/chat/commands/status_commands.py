@@ -14,14 +14,14 @@ from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.cli.output import print_note, slow_status, stderr
 from kimi_mlx.cli.placement import ALONE
-from kimi_mlx.cli.status_tables import TABLE_WIDTH, describe_ranks, facts_table
+from kimi_mlx.cli.status_tables import TABLE_WIDTH, describe_ranks, facts_table, run_facts
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.search import Option, make_plan
 from kimi_mlx.session.model_status import ModelStatus
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
-from kimi_mlx.units import format_bytes, format_duration, format_rate
+from kimi_mlx.units import format_bytes, format_rate
 
 
 class StatusCommands:
@@ -116,15 +116,10 @@ def _model_facts(status: ModelStatus, used_tokens: int) -> Iterator[tuple[str, s
         context = f"{used_tokens:,} of {status.context_tokens:,} tokens ({used_tokens / status.context_tokens:.0%})"
     yield "context", context
     if status.cached_tokens:
-        yield "cached", f"{status.cached_tokens:,} tokens in all conversations"
+        yield "prompt cache", f"{status.cached_tokens:,} tokens of all conversations"
     if status.active or status.waiting:
         yield "requests", f"{status.active} running, {status.waiting} waiting"
-    if status.restarts:
-        yield "restarts", f"{len(status.restarts)}, the last one: {status.restarts[-1].reason}"
-    if status.uptime_s:
-        yield "up", format_duration(status.uptime_s)
-    if status.versions:
-        yield "versions", ", ".join(f"{name} {version}" for name, version in status.versions.items())
+    yield from run_facts(status)
 
 
 def describe_plan(placement: Choice, prediction: Option | str | None, width: int) -> RenderableType:

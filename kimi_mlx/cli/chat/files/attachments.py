@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.text import Text
 
-from kimi_mlx.cli.chat.files.media_files import check_files
+from kimi_mlx.cli.chat.files.media_files import read_file
 from kimi_mlx.cli.chat.files.text_attachments import TextAttachment
 from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.cli.chat.output.thumbnail import find_graphics_protocol, first_frame, thumbnail_sequence
 from kimi_mlx.cli.output import escape_controls, slow_status, stderr
-from kimi_mlx.errors import ImageError, UsageError
+from kimi_mlx.errors import ImageError
 from kimi_mlx.text.media import MediaKind
 from kimi_mlx.units import format_count
 
@@ -83,20 +83,14 @@ def read_attachment(
     from kimi_mlx.images.limits import DEFAULT_LIMITS
     from kimi_mlx.images.other_formats import VIDEO, find_other_format
 
-    check_files([path])
     place = escape_controls(str(path))
     name = to_line(path.name)
     max_bytes = DEFAULT_LIMITS.max_bytes if kind == "image" else DEFAULT_LIMITS.max_video_bytes
-    try:
-        with path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise UsageError(f"`{path}` cannot be read: {error.strerror}", hint="check its permissions") from error
+    data, num_bytes = read_file(path, max_bytes)
     if kind == "image" and find_other_format(data) is VIDEO:
         raise ImageError(place, "it is a video, not an image", hint="use `--video`, or `/video` in a conversation")
     if len(data) > max_bytes:
-        raise too_large(place, max(num_bytes, len(data)), max_bytes)
+        raise too_large(place, num_bytes, max_bytes)
     with slow_status(is_quiet) as set_status:
         set_status(f"reading {name}")
         chunks = (prepare or MediaCache().prepare)(kind, data, place)

@@ -1,4 +1,4 @@
-"""Names of image and video files."""
+"""Names of image and video files; checking and reading of the user's files."""
 
 from __future__ import annotations
 
@@ -69,6 +69,29 @@ def check_files(paths: Iterable[Path], noun: str = "an image") -> None:
             raise UsageError(f"`{path}` is {kind}, not a file", hint="save its contents as a file")
         if not os.path.lexists(path):
             raise UsageError(f"there is no file `{path}`", hint=_similar_names(path))
+
+
+def read_file(path: Path, max_bytes: int, noun: str = "an image") -> tuple[bytes, int]:
+    """Read a file.
+
+    Args:
+        path: file.
+        max_bytes: size from which the rest of the file does not matter; one more byte is read.
+        noun: name for such a file in an error.
+
+    Returns:
+        the content, or its beginning, and the size of the file.
+
+    Raises:
+        UsageError: the file does not exist, is a folder or a device, or cannot be read.
+    """
+    check_files([path], noun)
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+            return data, max(len(data), os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise UsageError(f"`{path}` cannot be read: {error.strerror}", hint="check its permissions") from error
 
 
 def _similar_names(path: Path) -> str:

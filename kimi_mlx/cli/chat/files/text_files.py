@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import codecs
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kimi_mlx.cli.chat.files.media_files import check_files, media_kind
+from kimi_mlx.cli.chat.files.media_files import media_kind, read_file
 from kimi_mlx.cli.output import CONTROL_CHARS
 from kimi_mlx.errors import UsageError
 from kimi_mlx.units import format_bytes
@@ -52,15 +51,9 @@ def read_text_file(path: Path) -> TextFile:
         UsageError: the file does not exist, is a folder, a pipe or a device, cannot be read, is not text, or is larger
             than MAX_TEXT_BYTES.
     """
-    check_files([path], "a text file")
-    try:
-        with path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            data = file.read(MAX_TEXT_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"`{path}` cannot be read: {error.strerror}", hint="check its permissions") from error
+    data, num_bytes = read_file(path, MAX_TEXT_BYTES, "a text file")
     if len(data) > MAX_TEXT_BYTES:
-        size, limit = format_bytes(max(num_bytes, len(data))), format_bytes(MAX_TEXT_BYTES)
+        size, limit = format_bytes(num_bytes), format_bytes(MAX_TEXT_BYTES)
         raise UsageError(f"`{path}` has {size}, more than the limit of {limit}", hint="attach a part of it")
     try:
         return decode_text(data, str(path))

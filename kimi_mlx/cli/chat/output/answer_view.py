@@ -161,7 +161,7 @@ class AnswerView:
                 self._interrupted(event)
             elif isinstance(event, Resumed):
                 self.status.clear()
-                self.print(_note(f"the answer continues after {format_duration(event.seconds)}"))
+                self.note(f"the answer continues after {format_duration(event.seconds)}")
             else:
                 self._finished(event)
 
@@ -172,7 +172,7 @@ class AnswerView:
 
     def note(self, text: str) -> None:
         """Show a message of the program itself, dimmed."""
-        self.print(_note(text))
+        self.print(Text("\n".join(to_line(line) for line in text.splitlines()), style="dim"))
 
     def tool_started(self, call: ToolCall) -> None:
         """Say that a call runs."""
@@ -274,7 +274,7 @@ class AnswerView:
             self._output.end_reasoning()
             if self._mode == "fold":
                 seconds = format_duration(time.monotonic() - self._reasoning_since)
-                self.print(_note(f"thought for {seconds}, {format_count(self._num_reasoning_tokens, 'token')}"))
+                self.note(f"thought for {seconds}, {format_count(self._num_reasoning_tokens, 'token')}")
 
     def _count_token(self) -> None:
         """Count a delta as one token of the context, and measure the speed."""
@@ -287,7 +287,7 @@ class AnswerView:
 
     def _interrupted(self, event: Interrupted) -> None:
         attempt = f"attempt {event.attempt} of {event.attempts}"
-        self.print(_note(f"{event.reason}\nreconnecting in {event.wait_s:.0f} s, {attempt}"))
+        self.note(f"{event.reason}\nreconnecting in {event.wait_s:.0f} s, {attempt}")
         self.status.set(f"reconnecting, {attempt}")
 
     def _finished(self, event: Finished) -> None:
@@ -308,7 +308,3 @@ class AnswerView:
     def _raise_error(self) -> None:
         if self._error is not None:
             raise self._error
-
-
-def _note(text: str) -> Text:
-    return Text("\n".join(to_line(line) for line in text.splitlines()), style="dim")

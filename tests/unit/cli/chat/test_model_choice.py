@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kimi_mlx.cli.chat.first_minutes import default_model, first_note
+from kimi_mlx.cli.chat.model_choice import default_model, first_note
 from kimi_mlx.cli.models_table import Row, find_row
 from kimi_mlx.cluster.hosts.machine import LocalMachine, gpu_limit
 from kimi_mlx.hub.catalogue import catalogue

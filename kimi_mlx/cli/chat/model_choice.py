@@ -1,16 +1,21 @@
-"""What `kimi-mlx chat` does if no model is named: the only real model of this machine, else kimi-mini with a note."""
+"""The model of a chat: the one with a name, else the only real model of this machine, else kimi-mini with a note."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kimi_mlx.cli.chat.files.media_files import media_kind
 from kimi_mlx.cli.option_defaults import ENVIRONMENT
 from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.cluster.hosts.machine import LocalMachine, local_machine
+from kimi_mlx.errors import UsageError
 from kimi_mlx.settings import Settings
+from kimi_mlx.store.model_ref import ModelRef, resolve_model_name, similar_aliases
 from kimi_mlx.units import GIB, format_bytes
 
 if TYPE_CHECKING:
@@ -19,13 +24,30 @@ if TYPE_CHECKING:
 TOY = "kimi-mini is a toy: it shows that everything works, but it knows nothing."
 
 
-def chat_model_name(argument: str | None) -> str:
-    """Return the name of the model of a chat.
+def resolve_chat_model(argument: str | None, prompt: str | None) -> ModelRef:
+    """Return the model of a chat; without a prompt, an unknown name may be meant as one.
 
     Args:
         argument: name that the user gave; None for none.
+        prompt: prompt of the user.
+
+    Raises:
+        UsageError: unknown name, or an unsupported model.
     """
-    return model_name(argument) if argument or _has_default() else default_model(_rows(local_machine()))
+    is_named = argument or _has_default()
+    name = model_name(argument) if is_named else default_model(_rows(local_machine()))
+    try:
+        return resolve_model_name(name)
+    except UsageError as error:
+        if (kind := media_kind(Path(name))) is not None:
+            hint = f"write `--{kind}` before each file: `--{kind} {shlex.quote(name)}`"
+            raise UsageError(
+                f"`{name}` is no model, but the name of {'an image' if kind == 'image' else 'a video'}", hint=hint
+            ) from None
+        if prompt is not None or "/" in name or similar_aliases(name):
+            raise
+        hint = f"to send it as a prompt, type `kimi-mlx chat -p {shlex.quote(name)}`; {error.hint}"
+        raise UsageError(error.message, hint=hint) from None
 
 
 def show_first_note() -> None:
