@@ -25,7 +25,7 @@ from kimi_mlx.session.model_status import ModelStatus
 from kimi_mlx.units import format_bytes, format_count, format_duration, format_rate
 
 INTERVAL_S = 1.0
-"""Time between two looks of `--watch`."""
+"""Interval of `--watch`."""
 
 
 def print_status(url: str | None, key_file: Path | None, *, is_json: bool) -> None:
@@ -41,7 +41,7 @@ def print_status(url: str | None, key_file: Path | None, *, is_json: bool) -> No
     """
     client = _client(url, key_file)
     with slow_status(is_json) as set_status:
-        set_status(f"asking {client.address.url}")
+        set_status(f"connecting to {client.address.url}")
         document = _read(client)
     if is_json:
         print_json(document)
@@ -76,7 +76,7 @@ def watch_status(url: str | None, key_file: Path | None, *, is_json: bool) -> No
 
 
 def _documents(client: HttpClient) -> Iterator[Mapping[str, Any]]:
-    """Yield the document of a server every second; while it cannot be reached, one that says so."""
+    """Yield the document of a server every second, marked as down while the server cannot be reached."""
     document = _read(client)
     while True:
         yield document
@@ -169,7 +169,7 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
 
 
 def _findings(status: ModelStatus) -> Iterator[RenderableType]:
-    """Yield what the checks before the start have found to be wrong, with the remedies."""
+    """Yield problems and warnings of the checks before the start, with their remedies."""
     for finding in status.findings or ():
         if finding.state != "ok":
             remedy = f"; {finding.remedy}" if finding.remedy else ""

@@ -27,7 +27,7 @@ def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
 
 
 def run_facts(status: ModelStatus) -> Iterator[tuple[str, str]]:
-    """Yield restarts, uptime and versions of a model, as far as they are known."""
+    """Yield restarts, uptime and versions of a model, if known."""
     if status.restarts:
         yield "restarts", f"{len(status.restarts)}, the last one: {status.restarts[-1].reason}"
     if status.uptime_s:

@@ -46,7 +46,7 @@ def server(session: Session) -> Iterator[RunningServer]:
         yield running
 
 
-def test_one_answer_equals_that_of_a_model_loaded_here(server: RunningServer) -> None:
+def test_one_answer_equals_that_of_a_local_model(server: RunningServer) -> None:
     here = call("chat", "kimi-mini", "-p", QUESTION, *GREEDY)
     there = call("chat", "--url", server.url, "-p", QUESTION, *GREEDY)
     assert there.returncode == 0
@@ -71,7 +71,7 @@ def test_pipes_schemas_and_system_prompts_work_there(server: RunningServer) -> N
 
 
 @pytest.mark.slow
-def test_pictures_are_sent() -> None:
+def test_images_are_sent() -> None:
     with (
         closing(open_session(SessionOptions(KIMI_MINI_VL))) as session,
         serving(session, folder=KIMI_MINI_VL) as vl_server,
@@ -99,7 +99,7 @@ def test_wrong_arguments(arguments: tuple[str, ...], message: str, hint: str) ->
     assert "Traceback" not in done.stderr
 
 
-def test_a_model_that_is_not_served_and_pictures_for_a_model_without_eyes(server: RunningServer) -> None:
+def test_a_model_that_is_not_served_and_images_for_a_text_model(server: RunningServer) -> None:
     done = call("chat", "kimi-k2", "--url", server.url, "-p", "hi")
     assert (done.returncode, "does not serve `kimi-k2`" in done.stderr) == (2, True)
     done = call("chat", "--url", server.url, "-p", "hi", "--image", str(PICTURE))

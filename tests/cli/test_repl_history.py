@@ -71,7 +71,7 @@ def test_undo_and_retry(store: HistoryStore, capfd: pytest.CaptureFixture[str]) 
     assert "there is no message to take back" in capfd.readouterr().err
 
 
-def test_a_fork_goes_its_own_way(store: HistoryStore, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_fork_is_independent(store: HistoryStore, capfd: pytest.CaptureFixture[str]) -> None:
     repl, _ = start()
     handle(repl, "/fork")
     assert "the conversation has no messages yet" in capfd.readouterr().err
@@ -257,7 +257,7 @@ def test_a_stored_conversation_is_continued_without_storing(store: HistoryStore)
     assert stored(store) == [["first", "The answer."]]
 
 
-def test_a_broken_history_is_reported_and_the_chat_goes_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_history_is_reported_and_the_chat_continues(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "data" / "kimi-mlx" / "conversations"
     folder.mkdir(parents=True)
     (folder / "history.sqlite3").write_bytes(b"not a database" * 1000)

@@ -1,4 +1,4 @@
-"""The history of a chat: the conversation that `--continue` takes up, and the log of what happens."""
+"""The history of a chat: the conversation that `--continue` resumes, and the log of the new messages."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def stored_model(name: str) -> str:
 
 
 def settings_of(conversation: Conversation) -> dict[str, Any]:
-    """Return the settings of a conversation that the history stores. Of the options it has what the user has set."""
+    """Return the settings of a conversation that the history stores; of the options, those that the user has set."""
     options = conversation.options
     settings = {
         "system": conversation.system,
@@ -288,7 +288,7 @@ def _apply_settings(conversation: Conversation, settings: Mapping[str, Any]) -> 
 
 
 def _calls_without_result(messages: Sequence[Message]) -> list[ToolCall]:
-    """Return the tool calls at the end of a conversation that nobody has answered."""
+    """Return the tool calls at the end of a conversation without a result."""
     answered: set[str | None] = set()
     for message in reversed(messages):
         if message.role != "tool":

@@ -26,7 +26,7 @@ from kimi_mlx.units import format_count
 
 
 class OneShotAnswer:
-    """An answer that is read to its end, and judged.
+    """An answer that is read to its end, and checked.
 
     Attributes:
         delta: all that the model wrote so far; after tool calls, in its last answer.
@@ -40,7 +40,7 @@ class OneShotAnswer:
         self.statistics: list[Statistics] = []
 
     def read(self, events: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
-        """Pass events through, and keep what they say."""
+        """Pass events through, and collect their content."""
         for event in events:
             if isinstance(event, Delta):
                 if self.finished is not None:  # the answer to the results of tools

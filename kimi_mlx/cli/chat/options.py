@@ -468,7 +468,7 @@ class ChatArguments:
     tools: ToolOptions
 
     def check(self) -> None:
-        """Check the options without reading input and before a model or a host is asked.
+        """Check the options before input is read and a model or a host is used.
 
         Raises:
             UsageError: options that are wrong or exclude each other, or a file that does not exist.

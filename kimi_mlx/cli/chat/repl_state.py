@@ -1,4 +1,4 @@
-"""What the commands of a conversation in the terminal share."""
+"""State of a conversation in the terminal, which its commands share."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class ReplState:
         """Set the number of tokens of the context in use, after messages were removed or replaced."""
         self.status.used = 0
         if self.conversation.messages:
-            with suppress(KimiMlxError):  # a server that does not answer now; the next answer says it again
+            with suppress(KimiMlxError):  # a server that does not answer now; the next answer reports it
                 self.status.used = self.conversation.count_tokens()
 
     def _forget(self) -> None:

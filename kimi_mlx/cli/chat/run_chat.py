@@ -54,7 +54,7 @@ def _find_target(
     """Return the model to load; None if the user has named a server that has one.
 
     Raises:
-        UsageError: unknown name, an unsupported model, or a server beside launched hosts.
+        UsageError: unknown name, an unsupported model, or a server together with launched hosts.
     """
     if arguments.remote.url is None:
         is_default = sources.get("model") == CONFIG_NAME and history.resumed is not None
@@ -120,7 +120,7 @@ def _answer_once(
     history: ChatHistory,
     sources: Mapping[str, str],
 ) -> None:
-    """Load the model and print one answer, or stop as soon as nobody reads it.
+    """Load the model and print one answer, or stop as soon as its reader has ended.
 
     Raises:
         KimiMlxError: the model cannot be loaded, the request is refused, or the answer is of no use.

@@ -66,7 +66,7 @@ def running_server(
 ) -> ServerChoice | None:
     """Return a server on this machine that has the model, if the user wants it; None to load the model.
 
-    It is used without a question if there is nobody to ask, because a large model rarely fits twice.
+    Without a terminal to ask on, it is used without a question, because a large model rarely fits twice.
 
     Args:
         target: the model.

@@ -1,4 +1,4 @@
-"""What is known of a service: its state, the health of its server, and what to type next."""
+"""Report on a service: its state, the health of its server, and the next commands."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def name_option(service: Service) -> str:
 
 
 def print_notes(report: ServiceReport) -> None:
-    """Print what `install` or `start` has reached, and what to type next."""
+    """Print the result of `install` or `start`, and the next commands."""
     service, option = report.service, name_option(report.service)
     if report.is_up:
         stderr.print(f"{model_of(service)} is ready at {url_of(service)}/v1", markup=False)

@@ -60,7 +60,7 @@ ELSEWHERE = {
     "/copy": "/export",
     "/multiline": "/help keys",
 }
-"""Commands of other tools (ollama, llama-cli, llm, Claude Code), and what does the same here."""
+"""Commands of other tools (ollama, llama-cli, llm, Claude Code), and those that do the same here."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Command:
         about: description in the list of all commands, of at most ABOUT_CHARS characters.
         run: function that receives the text after the name, without spaces around it.
         group: heading in the list of all commands.
-        details: what `/help NAME` says in addition.
+        details: additional lines of `/help NAME`.
         complete: function that receives the argument so far and returns what its last word may be completed to.
         other_names: names that users of other tools type, which mean the same.
         hint: what to type instead of an argument, for a command that takes none.

@@ -40,7 +40,7 @@ class StatusCommands:
             Command(
                 *("/model", "", "what runs where, memory", self._model, "Model"),
                 details="Shows the model, its hosts and what each holds, the context in use, and memory.",
-                hint="to go on with another model, exit and type `kimi-mlx chat MODEL --continue`",
+                hint="to use another model, exit and type `kimi-mlx chat MODEL --continue`",
             ),
             Command(
                 *("/plan", "", "the planner's prediction", self._plan, "Model"),
@@ -56,7 +56,7 @@ class StatusCommands:
     def _model(self, argument: str) -> None:
         conversation = self._state.conversation
         with slow_status() as set_status:
-            set_status("asking the model for its status")
+            set_status("reading the status of the model")
             status = conversation.model.status()
             used = conversation.count_tokens() if conversation.messages else 0
         stderr.print(describe_model(status, used, stderr.width), soft_wrap=False)
@@ -116,7 +116,7 @@ def _model_facts(status: ModelStatus, used_tokens: int) -> Iterator[tuple[str, s
         context = f"{used_tokens:,} of {status.context_tokens:,} tokens ({used_tokens / status.context_tokens:.0%})"
     yield "context", context
     if status.cached_tokens:
-        yield "prompt cache", f"{status.cached_tokens:,} tokens of all conversations"
+        yield "cached", f"{status.cached_tokens:,} tokens in all conversations"
     if status.active or status.waiting:
         yield "requests", f"{status.active} running, {status.waiting} waiting"
     yield from run_facts(status)

@@ -15,7 +15,7 @@ from kimi_mlx.cli.chat.input.dropped_files import last_word_start, quote_name, u
 from kimi_mlx.cli.chat.input.mentions import mention_start
 
 MAX_NAMES = 10_000
-"""Maximum number of names of one folder that are looked at."""
+"""Maximum number of names of one folder that are read."""
 
 
 class MessageCompleter(Completer):
@@ -77,7 +77,7 @@ def _complete_last(argument: str, is_wanted: Callable[[Path], bool]) -> list[str
 def _names(beginning: str, is_wanted: Callable[[Path], bool] = lambda path: True) -> list[str]:
     """Return the names of files and folders with a beginning, as it is written; folders end with a slash.
 
-    Hidden ones need a dot in the beginning. Capital letters are not told apart from small ones where nothing else fits.
+    Hidden files need a dot in the beginning. Upper and lower case are the same if no name matches exactly.
     """
     folder, slash, last = beginning.rpartition("/")
     place = os.path.expanduser(folder + slash) if folder.startswith("~") or slash else "."

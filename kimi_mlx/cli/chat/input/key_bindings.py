@@ -1,4 +1,4 @@
-"""Keys of the line editor, beside those of Emacs or vi."""
+"""Keys of the line editor, in addition to those of Emacs or vi."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def _candidates(found: re.Match[str]) -> Iterator[tuple[Path, int]]:
 
 
 def _is_path_like(word: str) -> bool:
-    """Return whether a word was surely meant as a path; `@types/node` and `@app.route` may be names in code."""
+    """Return whether a word is certainly meant as a path; `@types/node` and `@app.route` may be names in code."""
     if not _PATH.fullmatch(word) or not any(character.isalnum() for character in word):
         return False
     path = Path(word)

@@ -90,14 +90,14 @@ class TerminalInput(Vt100Input):
 
 
 def _may_be_pasted(data: str) -> bool:
-    """Return whether data is perhaps the beginning of a pasted text: more characters than a key has, and no key."""
+    """Return whether data may be the beginning of a pasted text: more characters than one key sends."""
     return len(data) > 1 and not data.startswith("\x1b") and (len(data) >= LONG or bool(_LINE_END_OR_TAB.search(data)))
 
 
 def _mark_pasted(data: str) -> str:
     """Return data that came at once with the marks of pasted text, if it was pasted and has none.
 
-    A line end behind a single line stays outside: nothing tells it from Enter, which sends the message.
+    A line end after a single line stays outside: it is the same as Enter, which sends the message.
     """
     is_long, has_lines = len(data) >= LONG, _LINES_OR_COLUMNS.search(data) is not None
     num_keys = sum(not character.isprintable() and character not in "\t\r\n" for character in data[:LONG])

@@ -34,7 +34,7 @@ def read_typed_ahead() -> list[str]:
 
 
 def read_typed() -> str:
-    """Return what was typed and not read yet, without control characters except line feeds.
+    """Return the text that was typed and not read yet, without control characters except line feeds.
 
     Raises:
         OSError, termios.error: the terminal was closed.

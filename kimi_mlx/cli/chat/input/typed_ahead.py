@@ -37,7 +37,7 @@ class TypedAhead:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to keep what is typed."""
+        """Start to keep typed text."""
         self._is_over.clear()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -51,7 +51,7 @@ class TypedAhead:
         return data
 
     def close(self) -> None:
-        """Leave the terminal, with what waits in it, to others."""
+        """Leave the terminal, with its waiting text, to others."""
         self._is_over.set()
         if self._thread is not None:
             self._thread.join()

@@ -106,7 +106,7 @@ class AnswerView:
         notes: console of everything else, if the answer is plain.
 
     Attributes:
-        status: status of the chat. `status.set(...)` says what is happening.
+        status: status of the chat. `status.set(...)` sets the activity.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class AnswerView:
         self.print(Text("\n".join(to_line(line) for line in text.splitlines()), style="dim"))
 
     def tool_started(self, call: ToolCall) -> None:
-        """Say that a call runs."""
+        """Show in the status line that a call runs."""
         self.status.set(f"running {call.name}")
 
     def tool_finished(self, call: ToolCall, result: str, is_error: bool = False) -> None:

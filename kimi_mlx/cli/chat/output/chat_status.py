@@ -92,7 +92,7 @@ class ChatStatus:
     activity: Activity | None = None
 
     def set(self, text: str, done: int = 0, total: int | None = None, unit: str = "tokens") -> None:
-        """Say what is happening. The same text with another amount is the same activity.
+        """Set the activity. The same text with another amount continues the same activity.
 
         Args:
             text: what is happening, such as `reading` or `waiting for mac-b`.
@@ -106,7 +106,7 @@ class ChatStatus:
         self.activity.done, self.activity.total, self.activity.unit = done, total, unit
 
     def clear(self) -> None:
-        """Say that nothing is happening."""
+        """Remove the activity."""
         self.activity = None
 
     def line(self, width: int) -> str:
@@ -146,7 +146,7 @@ class ChatStatus:
 
 
 def status_of(model: ChatModel) -> ChatStatus:
-    """Return the status of a chat that begins; the number of ranks is not known if the model cannot say it."""
+    """Return the status of a new chat; num_ranks is 0 if the model cannot report it."""
     try:
         num_ranks = len(model.status().ranks)
     except KimiMlxError:

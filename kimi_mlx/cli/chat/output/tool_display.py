@@ -13,7 +13,7 @@ MAX_ARGUMENT_LINES, MAX_ARGUMENT_LINE = 40, 1000
 MAX_RESULT_LINES, MAX_RESULT_LINE = 6, 300
 """Number of lines of arguments and results that are shown, and of characters of a line."""
 ONE_LINE = 60
-"""Number of characters of arguments that still stand beside the name."""
+"""Maximum number of characters of arguments that are shown beside the name."""
 
 
 def format_tool_call(call: ToolCall | UnparsedToolCall) -> str:
@@ -39,7 +39,7 @@ def format_tool_result(text: str) -> str:
 
 
 def shorten_lines(text: str, max_lines: int, max_line: int) -> str:
-    """Return the beginning of a text, and say how many lines, and characters of a line, are left out."""
+    """Return the beginning of a text, with the numbers of lines and characters that are left out."""
     lines = text.splitlines()
     shown = lines if len(lines) <= max_lines + 1 else lines[:max_lines]
     cut = [

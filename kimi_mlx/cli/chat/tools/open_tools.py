@@ -21,7 +21,7 @@ MAX_NAMES = 3
 
 @contextmanager
 def open_tools(options: ToolOptions, is_quiet: bool = False) -> Generator[ToolLoop]:
-    """Begin to start the MCP servers, beside the loading of the model, and end them after the chat.
+    """Start the MCP servers while the model is loaded, and end them after the chat.
 
     Args:
         options: files with the servers, and allowed tools.

@@ -31,7 +31,7 @@ class ToolView(Pausable, Protocol):
     """What the loop shows; kimi_mlx.cli.chat.output.answer_view.AnswerView is one."""
 
     def tool_started(self, call: ToolCall) -> None:
-        """Say that a call runs."""
+        """Show that a call runs."""
         ...
 
     def tool_finished(self, call: ToolCall, result: str, is_error: bool = False) -> None:
@@ -90,7 +90,7 @@ class ToolLoop:
     def run(
         self, conversation: Conversation, answer: Generator[ChatEvent, None, None], view: ToolView
     ) -> Generator[ChatEvent, None, None]:
-        """Return the events of an answer; after each answer with calls, run them, and go on with the next answer.
+        """Return the events of an answer; after each answer with calls, run them, and continue with the next answer.
 
         Each answer ends with a Finished event of its own.
 

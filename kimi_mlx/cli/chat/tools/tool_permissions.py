@@ -34,7 +34,7 @@ ANSWERS: dict[str, Answer] = {
 """What the user may type, in lower case. Enter alone is no."""
 
 SHOW = ("s", "show")
-"""What shows the arguments of the call as they are; before, long ones are shortened."""
+"""Answers that show the arguments of the call in full; before, long ones are shortened."""
 
 CHOICES = "(o)nce, this (t)ool, (a)ll, (N)o: "
 ANSWER_CHARS = 4
@@ -81,7 +81,7 @@ class Permissions:
         )
 
     def allow(self, call: ToolCall, tool: DeclaredTool, view: Pausable, is_cancelled: threading.Event) -> bool:
-        """Return whether a call may run; ask the user if it is not known.
+        """Return whether a call may run; ask the user if nothing has decided it.
 
         A permission for a tool ends when its server changes the tool.
 

@@ -51,7 +51,7 @@ def test_encodings(tmp_path: Path, data: bytes, text: str, encoding: str) -> Non
         ("latin", b"\xe9\xe9\x02", r"has the control character \x02"),
     ],
 )
-def test_what_is_no_text_is_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+def test_files_that_are_not_text_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(UsageError, match=re.escape(message)):
@@ -66,7 +66,7 @@ def test_hints_for_images_and_pdf(tmp_path: Path) -> None:
         assert hint in str(refused.value.hint)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_paths_that_are_no_file_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "notes.txt").write_text("x")
     for path, message in (

@@ -137,7 +137,7 @@ def test_an_interruption_is_noted(pipe: Console) -> None:
     )
 
 
-def test_what_is_plain(terminal: Console, pipe: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_consoles_are_plain(terminal: Console, pipe: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_plain(pipe)
     assert is_plain(terminal)  # the tests set NO_COLOR
     monkeypatch.delenv("NO_COLOR", raising=False)

@@ -162,7 +162,7 @@ def test_calls_of_one_answer_run_at_the_same_time(tmp_path: Path) -> None:
     assert [content for role, content in contents(conversation) if role == "tool"] == ["met", "met"]
 
 
-def test_errors_are_told_to_the_model(servers: McpServers) -> None:
+def test_the_model_receives_errors(servers: McpServers) -> None:
     conversation, view, _ = run(servers, ["rpc_error", "no_such_tool"], "done")
     results = [str(content) for role, content in contents(conversation) if role == "tool"]
     assert results[0].startswith("Error: server `hostile`: no")
@@ -223,7 +223,7 @@ def test_images_go_to_a_model_that_sees(servers: McpServers, monkeypatch: pytest
     assert parts[1]["type"] == "image"
 
 
-def test_cancellation_ends_the_round_and_the_model_is_told(servers: McpServers) -> None:
+def test_cancellation_ends_the_round_and_is_a_result_for_the_model(servers: McpServers) -> None:
     conversation, view = Conversation(ScriptedModel(["good", "hang"], "never")), View()  # type: ignore[arg-type]
     loop = ToolLoop(servers, Permissions(["all"]))
     timer = threading.Timer(0.5, loop.cancel)
