@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -33,14 +34,16 @@ CHROMIUM_ARGUMENTS = [
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Start Chromium; for each module anew, because playwright's loop must end before other tests run one."""
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Start Chromium with a home of its own; for each module anew: playwright's loop must end before others run."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing")
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         pytest.skip("chromium is missing")
     with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=path, headless=True, args=CHROMIUM_ARGUMENTS)
+        home = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
+        home["HOME"] = str(tmp_path_factory.mktemp("chromium"))
+        opened = driver.chromium.launch(executable_path=path, headless=True, args=CHROMIUM_ARGUMENTS, env=home)
         yield opened
         opened.close()
 

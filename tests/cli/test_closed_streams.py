@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,10 +71,17 @@ def test_every_command_is_tried() -> None:
     assert set(command_names()) == {command.split()[0] for command in COMMANDS} - {"--help", "--version"}
 
 
-@pytest.mark.parametrize("command", ALL)
-@pytest.mark.parametrize(
-    "closed", [">&- 2>&-", *(pytest.param(closed, marks=pytest.mark.slow) for closed in (">&-", "2>&-", "<&-"))]
-)
+def closings() -> list[Any]:
+    """Return commands with streams to close; one stream of most commands is left to the sweep."""
+    found = []
+    for command in COMMANDS:
+        found.append(pytest.param(command, ">&- 2>&-", marks=() if command in QUICK else pytest.mark.slow))
+        mark = pytest.mark.slow if command.startswith(("models", "chat")) else pytest.mark.sweep
+        found += [pytest.param(command, closed, marks=mark) for closed in (">&-", "2>&-", "<&-")]
+    return found
+
+
+@pytest.mark.parametrize(("command", "closed"), closings())
 def test_closed_streams_change_nothing(command: str, closed: str) -> None:
     done = run(command, closed)
     assert done.returncode == COMMANDS[command][0]
