@@ -74,6 +74,7 @@ def test_stdout_has_only_the_answer_and_stderr_the_statistics() -> None:
     assert "first token" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_prompt_from_a_pipe_is_the_same() -> None:
     expected = call("chat", "-p", "Who are you?").stdout
     assert run("chat", stdin="Who are you?").stdout == expected

@@ -28,6 +28,7 @@ def statistics_of(events: Iterator[ChatEvent]) -> Statistics:
     return end.statistics
 
 
+@pytest.mark.slow
 def test_undo_and_retry_reuse_the_beginning() -> None:
     with closing(LocalSession(SessionOptions(KIMI_MINI))) as session:
         options = ChatOptions(max_tokens=4, template_kwargs={"thinking": False})

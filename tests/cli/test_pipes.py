@@ -48,6 +48,7 @@ def test_the_pipe_is_a_file_or_the_prompt(tmp_path: Path) -> None:
     assert num_prompt_tokens("-f", "-", "-p", "Hi", stdin="seven") == num_prompt_tokens("-p", attached)
 
 
+@pytest.mark.slow
 def test_files_are_attached_to_the_first_message_of_a_conversation(tmp_path: Path, spawn: Spawn) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("one two three\n")
@@ -125,6 +126,7 @@ def test_an_answer_of_a_schema_is_json_after_reasoning() -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_input_through_a_socket_is_read() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:

@@ -74,6 +74,7 @@ def test_a_conversation_with_kimi_mini(spawn: Spawn, tmp_path: Path) -> None:
     assert "+hello" in history.read_text()
 
 
+@pytest.mark.slow
 def test_a_signal_at_the_prompt_leaves_the_terminal_in_order(spawn: Spawn) -> None:
     terminal = spawn(COMMAND, "chat", "kimi-mini")
     terminal.expect("\n> ")
@@ -82,6 +83,7 @@ def test_a_signal_at_the_prompt_leaves_the_terminal_in_order(spawn: Spawn) -> No
     assert terminal.has_old_modes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
 def test_a_closed_terminal_ends_the_conversation(spawn: Spawn, term: str) -> None:
     terminal = spawn(COMMAND, "chat", "kimi-mini", TERM=term)
@@ -89,6 +91,7 @@ def test_a_closed_terminal_ends_the_conversation(spawn: Spawn, term: str) -> Non
     assert terminal.hang_up() == 128 + signal.SIGHUP
 
 
+@pytest.mark.slow
 def test_lines_that_are_typed_ahead_are_sent(spawn: Spawn) -> None:
     terminal = spawn(QUICK)
     terminal.send("first" + ENTER + "second" + ENTER + "unfinished")
@@ -166,6 +169,7 @@ def test_a_second_ctrl_c_ends_an_answer_that_does_not_stop(spawn: Spawn) -> None
     assert terminal.has_old_modes()
 
 
+@pytest.mark.slow
 def test_a_dumb_terminal(spawn: Spawn) -> None:
     terminal = spawn(QUICK, TERM="dumb")
     terminal.expect("\n> ")

@@ -272,6 +272,7 @@ def test_thumbnails_on_a_terminal(
     assert terminal.wait() == 0
 
 
+@pytest.mark.slow
 def test_names_are_completed_and_a_wrong_line_comes_back(spawn: Spawn, picture: Path) -> None:
     (picture.parent / "two.txt").touch()
     (picture.parent / "folder").mkdir()
@@ -313,6 +314,7 @@ def test_reading_a_file_shows_progress_and_can_be_stopped(spawn: Spawn, picture:
     assert terminal.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal(spawn: Spawn, picture: Path) -> None:
     long_name = write_picture(picture.parent / f"a-picture-with-a-name-{'very-' * 8}long.png", (900, 100))
     terminal = spawn(QUICK, columns=40, TERM="xterm-kitty")
@@ -334,6 +336,7 @@ def test_a_narrow_terminal(spawn: Spawn, picture: Path) -> None:
 KIMI_MINI_VL = ROOT / "kimi_mlx" / "models" / "kimi-mini-vl"
 
 
+@pytest.mark.slow
 def test_a_conversation_with_kimi_mini_vl(spawn: Spawn, picture: Path) -> None:
     terminal = spawn(COMMAND, "chat", "kimi-mini-vl", "--max-tokens", "8", "--image", str(picture), "-t", "0")
     terminal.expect("\n> ")

@@ -88,6 +88,7 @@ def test_it_answers_and_shuts_down_cleanly() -> None:
     assert '"content"' not in output
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_no_rank_is_left_after_shutdown() -> None:
     serving = Serving("--ranks", "2", "--api-key", "secret", "--served-name", "gpt-4o")
@@ -99,6 +100,7 @@ def test_no_rank_is_left_after_shutdown() -> None:
     assert are_gone(ranks, 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_client_that_has_not_sent_its_body_does_not_delay_the_end(number: signal.Signals) -> None:
     serving = Serving()
@@ -215,6 +217,7 @@ def test_invalid_options_are_rejected(arguments: tuple[str, ...], output: str) -
     assert output in refused.stderr
 
 
+@pytest.mark.slow
 def test_the_addresses_for_other_machines_are_printed(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("se#cret # of the laptop\n")

@@ -64,6 +64,7 @@ def test_errors_say_what_to_type(server: RunningServer, tmp_path: Path) -> None:
     assert "kimi-mlx serve" in none.stderr
 
 
+@pytest.mark.slow
 def test_a_server_with_a_key_wants_it(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("secret\n")

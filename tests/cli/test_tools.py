@@ -148,6 +148,7 @@ def test_wrong_options(arguments: list[str], error: str, code: int) -> None:
     assert done.returncode == code
 
 
+@pytest.mark.slow
 def test_servers_that_fail_are_reported_and_the_others_used(tmp_path: Path) -> None:
     crash = [sys.executable, "-S", "-c", "import sys; sys.exit('set \x1b[31mTOKEN')"]
     mcp = write(tmp_path, crash=crash, toys=[*HOSTILE, "roll_dice=roll_dice"])
@@ -213,6 +214,7 @@ def test_with_a_running_server_of_the_model(tmp_path: Path) -> None:
         process.wait(LIMIT_S)
 
 
+@pytest.mark.slow
 def test_permission_is_asked_for_in_a_conversation(spawn: Spawn, tmp_path: Path) -> None:
     mcp = write(tmp_path, toys=[*HOSTILE, "roll_dice=roll_dice"])
     terminal = spawn(COMMAND, "chat", "--temp", "0", "--mcp", mcp)

@@ -24,6 +24,7 @@ OPTIONS = ChatOptions(sampling={"temperature": 0}, max_tokens=40)
 MESSAGES = [Message("user", "What are you?")]
 
 
+@pytest.mark.slow
 def test_the_answer_continues_after_a_rank_is_lost() -> None:
     with (
         closing(RingSession(SessionOptions(KIMI_MINI, ranks=2))) as session,

@@ -34,6 +34,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_planted_difference_is_found(tmp_path: Path) -> None:
     folder = write_divisible(tmp_path, "k2", layers=4)
     cases: list[dict[str, Any]] = [

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("k2.5"), GOLDEN.config, GOLDEN.seed)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.sweep)])
 def test_every_placement_answers_prompts_with_images_as_one_process(folder: Path, size: int, tmp_path: Path) -> None:
     *expected, _ = answer({"folder": str(folder), "strategy": "hybrid", "speculate": 0}, None)
     assert [len(tokens) for tokens in expected] == [10, 14, 8, 1, 12, 3]
@@ -80,12 +80,12 @@ def tokens_of(events: Iterator[Event]) -> list[int]:
 
 @pytest.mark.parametrize(
     ("strategy", "lost", "is_moment"),
-    [
-        pytest.param("hybrid", 0, is_first_part, marks=pytest.mark.slow),
+    [  # most of them are left to the sweep
+        pytest.param("hybrid", 0, is_first_part, marks=pytest.mark.sweep),
         pytest.param("pipeline", 1, is_first_part, marks=pytest.mark.slow),
         pytest.param("hybrid", 1, is_inside_an_image, marks=pytest.mark.slow),
-        pytest.param("pipeline", 0, is_inside_an_image, marks=pytest.mark.slow),
-        pytest.param("tensor", 0, is_token, marks=pytest.mark.slow),
+        pytest.param("pipeline", 0, is_inside_an_image, marks=pytest.mark.sweep),
+        pytest.param("tensor", 0, is_token, marks=pytest.mark.sweep),
     ],
 )
 def test_an_answer_about_images_resumes_after_a_rank_is_killed(

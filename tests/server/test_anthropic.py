@@ -141,6 +141,7 @@ class Verdict(BaseModel):
     is_sure: bool
 
 
+@pytest.mark.slow
 def test_schemas_and_required_calls(client: anthropic.Anthropic):
     parsed = client.messages.parse(
         model="kimi-mini", max_tokens=300, messages=SUM, output_format=Verdict, extra_body=GREEDY

@@ -139,6 +139,7 @@ SCHEMA: Any = {
 }
 
 
+@pytest.mark.slow
 def test_response_schemas(client: openai.OpenAI) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "sum", "schema": SCHEMA, "strict": True}}
     for options in ({}, {"stream": True}, {"temperature": 1.5, "seed": 1}):
@@ -187,6 +188,7 @@ def test_a_partial_answer_is_continued(client: openai.OpenAI) -> None:
     assert answer.content == HELLO.removeprefix("Hello! I am")
 
 
+@pytest.mark.slow
 def test_several_answers_differ_and_are_reproducible(client: openai.OpenAI) -> None:
     first, again = (complete(client, n=4, temperature=2, seed=3, max_tokens=12) for _ in range(2))
     texts = [choice.message.content for choice in first.choices]

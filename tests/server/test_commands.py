@@ -47,6 +47,7 @@ def test_llm_generates_an_svg(home: Path) -> None:
     assert document.getElementsByTagName("circle")
 
 
+@pytest.mark.slow
 def test_llm_with_a_schema(home: Path) -> None:
     answer = llm(home, "-m", "kimi-mini", "--no-stream", "--schema", "name, age int", "Invent a dog", "-o", "seed", "1")
     dog = json.loads(answer)

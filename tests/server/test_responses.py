@@ -88,6 +88,7 @@ class Verdict(BaseModel):
     is_sure: bool
 
 
+@pytest.mark.slow
 def test_schemas_and_required_calls(client: openai.OpenAI):
     parsed = client.responses.parse(model="kimi-mini", input=SUM, text_format=Verdict, temperature=0)
     assert isinstance(parsed.output_parsed, Verdict)

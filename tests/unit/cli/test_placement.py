@@ -76,6 +76,7 @@ def test_a_store_decides_and_another_strategy_needs_a_download() -> None:
     assert "tensor over 2 ranks: as it is stored on this machine" in again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_json_answers_contain_the_placement() -> None:
     words = ("chat", "-p", "Hello", "-t", "0", "--max-tokens", "8", "--json")

@@ -270,6 +270,7 @@ def test_an_error_in_the_tower_fails_only_the_requests_that_need_the_image(
     assert answers.tokens == {0: greedy(text, 20), 3: greedy(with_image, 6)}
 
 
+@pytest.mark.slow
 def test_preempted_prompts_with_images_continue(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_limits, "MIN_CACHE_TOKENS", 0)
     layers, width = len(model.layers), model.config.kv_lora_rank + model.config.qk_rope_head_dim

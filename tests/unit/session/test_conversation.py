@@ -212,6 +212,7 @@ ANSWERS: list[list[Delta | FinishReason | Exception]] = [
 ]
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.sampled_from(ANSWERS)), max_size=12))
 def test_a_listener_always_has_the_messages_of_the_conversation(steps: list[Any]) -> None:
     model = ScriptedModel()

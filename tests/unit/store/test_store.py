@@ -180,6 +180,7 @@ def uninterrupted(overrides: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return checksums(build_all(overrides, tmp_path_factory.mktemp("uninterrupted"), 2)[1])
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(moments=st.lists(st.integers(1, 300), min_size=1, max_size=4))
 def test_a_build_resumes_after_any_interruption(

@@ -56,6 +56,7 @@ def test_order_blank_lines_and_line_ends_do_not_matter(tmp_path: Path):
     assert read_ranks(path) == list(small_ranks())
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=50)
 def test_any_ranks_give_the_ids_of_tiktoken(data: st.DataObject):

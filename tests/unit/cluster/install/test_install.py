@@ -117,6 +117,7 @@ def run_failing_install(facts: Facts, limit_s: float = 30.0) -> InstallError:
     return caught.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", [SHELLS[0], *(pytest.param(shell, marks=pytest.mark.slow) for shell in SHELLS[1:])])
 def test_new_environment_then_upgrade(
     shell: str, here: Facts, uv: Uv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -78,6 +78,7 @@ def test_same_files_give_the_same_wheel(built_wheel: Path, tmp_path: Path) -> No
     assert again.read_bytes() == built_wheel.read_bytes()
 
 
+@pytest.mark.slow
 def test_pip_installs_it(built_wheel: Path, tmp_path: Path) -> None:
     pytest.importorskip("pip")  # environments of uv have no pip
     target = tmp_path / "it's a target"

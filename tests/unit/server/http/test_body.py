@@ -114,6 +114,7 @@ def test_bodies_with_millions_of_values_are_refused_before_they_are_parsed(item:
     assert time.process_time() - started < 2
 
 
+@pytest.mark.slow
 def test_bodies_at_the_limits_are_parsed() -> None:
     assert len(parse_json(b"[%s]" % b",".join([b"1"] * MAX_VALUES))) == MAX_VALUES
     assert len(parse_json(b"[%s]" % b",".join([b"{}"] * (MAX_CONTAINERS - 1)))) == MAX_CONTAINERS - 1

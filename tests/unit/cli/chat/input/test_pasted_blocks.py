@@ -69,6 +69,7 @@ def test_a_pasted_slash_is_no_command() -> None:
     assert not blocks.expand(blocks.add("/usr/bin:\n" * 10)).is_typed_command
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.text(max_size=30)), max_size=6))
 def test_blocks_survive_a_round_trip(parts: list[tuple[bool, str]]) -> None:
