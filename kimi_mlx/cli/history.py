@@ -108,7 +108,7 @@ def _list(store: HistoryStore, options: HistoryCommandOptions) -> None:
     if options.json:
         print_json([item.to_dict() for item in shown])
     elif not conversations:
-        print_note("there is no conversation yet; `kimi-mlx chat` begins one")
+        print_note("there are no conversations yet; `kimi-mlx chat` begins one")
     else:
         print_conversations(shown)
         _note_rest(len(shown), len(conversations))

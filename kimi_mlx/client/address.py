@@ -45,7 +45,7 @@ def parse_address(text: str) -> ServerAddress:
         text: URL with or without `/v1`, `host:port`, a host alone (with our own default port), or an IPv6 address.
 
     Raises:
-        UsageError: the text is no address, or it has a user name, a query or another scheme than http and https.
+        UsageError: the text is not an address, or it has a user name, a query or another scheme than http and https.
     """
     text = text.strip()
     try:

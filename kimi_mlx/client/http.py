@@ -25,7 +25,7 @@ SILENCE_S = 90.0
 """Time without a byte after which a server of ours is given up: it sends something every 5 s once a request is
 prepared, which takes 60 s at most."""
 
-FOREIGN_SILENCE_S = 600.0
+OTHER_SILENCE_S = 600.0
 """The same for other servers, which may send nothing while they process a prompt; as in OpenAI's client."""
 
 REPLY_S = 30.0
@@ -42,8 +42,8 @@ class BusyError(ServerError):
     """The server has no free slot for a request.
 
     Args:
-        message: what the server says.
-        retry_after_s: seconds after which to retry; None if it does not say.
+        message: the server's error.
+        retry_after_s: seconds after which to retry; None if the server does not tell.
     """
 
     def __init__(self, message: str, retry_after_s: float | None):
@@ -71,7 +71,7 @@ class HttpClient:
         self._has_key = key is not None
 
     def get(self, path: str) -> Any:
-        """Return the JSON that a path has.
+        """Return the JSON at a path.
 
         Raises:
             ServerError: there is no server, or it refuses the request or answers with something else.
@@ -131,7 +131,7 @@ class HttpClient:
         if isinstance(error, httpx2.ReadTimeout):
             return ServerError(f"nothing came from {url} for {limit_s:.0f} s", hint=RETRY_HINT)
         if isinstance(error, httpx2.WriteTimeout | httpx2.WriteError):
-            return ServerError(f"{url} does not take the request: {reason}", hint=RETRY_HINT)
+            return ServerError(f"{url} does not accept the request: {reason}", hint=RETRY_HINT)
         if isinstance(error, httpx2.NetworkError | httpx2.RemoteProtocolError):
             return ServerError(f"lost the connection to {url}", hint=RETRY_HINT)
         return ServerError(f"{url} does not answer as an API server: {reason:.200}", hint=_reach_hint(url))
@@ -141,8 +141,8 @@ class HttpClient:
         url, status = self.address.url, response.status_code
         message = _error_message(response)
         if status == 401:
-            what = "refuses this API key" if self._has_key else "needs an API key"
-            return ServerError(f"{url} {what}", hint=KEY_HINT)
+            problem = "refuses this API key" if self._has_key else "needs an API key"
+            return ServerError(f"{url} {problem}", hint=KEY_HINT)
         if status == 429:
             return BusyError(f"{url} is busy: {message}", _retry_after_s(response))
         if status in (404, 405):

@@ -20,7 +20,7 @@ import httpx2
 from kimi_mlx.folders import state_folder
 
 ANSWER_S = 2.0
-"""Time in which a server on this machine must say that it is up."""
+"""Time in which a server on this machine must answer a request for its health."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def find_servers() -> list[LocalServer]:
 
 
 def is_answering(server: LocalServer) -> bool:
-    """Ask a server whether it is there; one whose ring restarts counts, one of another program does not."""
+    """Return whether our server answers at its address: also while its ring restarts, but not another program there."""
     try:
         answer: Any = httpx2.get(f"{server.url}/health", timeout=ANSWER_S, trust_env=False).json()
         return {"status", "running", "waiting"} <= set(answer)

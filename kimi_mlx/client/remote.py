@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kimi_mlx.client.address import ServerAddress
 from kimi_mlx.client.answer_stream import AnswerStream
-from kimi_mlx.client.http import FOREIGN_SILENCE_S, SILENCE_S, BusyError, EventReader, HttpClient, MissingPathError
+from kimi_mlx.client.http import OTHER_SILENCE_S, SILENCE_S, BusyError, EventReader, HttpClient, MissingPathError
 from kimi_mlx.client.request_body import chat_body
 from kimi_mlx.client.served_model import ServedModel, choose_model, read_models
 from kimi_mlx.engine.events import Interrupted
@@ -71,7 +71,7 @@ class RemoteChatModel:
 
     @property
     def context(self) -> int:
-        """Maximum number of tokens of a prompt and its answer; 0 if the server does not say it."""
+        """Maximum number of tokens of a prompt and its answer; 0 if the server does not report it."""
         return self._model.context_tokens
 
     @property
@@ -83,7 +83,7 @@ class RemoteChatModel:
 
     @property
     def can_switch_thinking(self) -> bool:
-        """Return True: the server does not say whether its model can."""
+        """Return True: the server does not report whether its model can."""
         return True
 
     def generate(self, messages: Sequence[Message], options: ChatOptions) -> Iterator[ChatEvent]:
@@ -124,13 +124,13 @@ class RemoteChatModel:
         return self._media_cache.prepare(kind, source, place)
 
     def recommended_sampling(self, options: ChatOptions) -> Mapping[str, float | int]:
-        """Return the server's sampling parameters of answers whose options set none; empty if it does not say them."""
+        """Return the server's sampling parameters of answers whose options set none; empty if unknown."""
         sampling: Any = self._document.get("sampling") or {}
         instant: Any = self._document.get("instant_sampling") or {}
         return {**sampling, **(instant if options.thinking is False else {})}
 
     def status(self) -> ModelStatus:
-        """Return what runs where, as the server says it now; only the name and the context for other servers.
+        """Return what runs where, as the server reports it now; only the name and the context for other servers.
 
         Raises:
             ServerError: the server does not answer.
@@ -190,7 +190,7 @@ class RemoteChatModel:
     def _stream(self, body: Mapping[str, Any]) -> Iterator[ChatEvent]:
         """Yield the events of one request."""
         answer = AnswerStream(self.url)
-        silence_s = SILENCE_S if self._model.is_ours else FOREIGN_SILENCE_S
+        silence_s = SILENCE_S if self._model.is_ours else OTHER_SILENCE_S
         reader = self._http.open_stream("/chat/completions", body, silence_s)
         self._readers[reader] = None
         try:

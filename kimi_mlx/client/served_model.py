@@ -22,8 +22,8 @@ class ServedModel:
     Args:
         name: name in requests.
         aliases: other names that requests may use.
-        context_tokens: size of the context; 0 if the server does not say it.
-        media: kinds of media besides text, `image` and `video`; None if the server does not say it.
+        context_tokens: size of the context; 0 if the server does not report it.
+        media: kinds of media besides text, `image` and `video`; None if the server does not report it.
         owner: value of `owned_by`: `kimi-mlx` for our server.
     """
 
@@ -52,7 +52,7 @@ def read_models(answer: Any, url: str) -> list[ServedModel]:
         url: address of the server, for error messages.
 
     Raises:
-        ServerError: the answer is no list of models.
+        ServerError: the answer is not a list of models.
     """
     try:
         entries = cast("Sequence[Any]", answer["data"])

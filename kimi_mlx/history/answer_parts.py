@@ -1,4 +1,4 @@
-"""The parts of an answer that is not finished: one JSON document per delta."""
+"""The deltas of an unfinished answer: one JSON document each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kimi_mlx.text.messages import Delta, Message, ToolCallDelta, join
 
 
 def delta_to_json(delta: Delta) -> str:
-    """Return a delta as JSON, without empty fields. Of tool calls it has the deltas."""
+    """Return a delta as JSON, without empty fields. Complete tool calls are left out: their deltas have all of them."""
     document: dict[str, Any] = {}
     if delta.text:
         document["text"] = delta.text
@@ -24,7 +24,7 @@ def delta_to_json(delta: Delta) -> str:
 
 
 def answer_of(documents: Iterable[str]) -> tuple[Message, str]:
-    """Return the message of an unfinished answer, and its tool calls as text: nobody has run them.
+    """Return the message of an unfinished answer, and its tool calls as text, since they were not run.
 
     Args:
         documents: deltas as JSON, in order.

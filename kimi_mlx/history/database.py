@@ -1,4 +1,4 @@
-"""The SQLite file of the history: its place, its schema, and the errors of using it."""
+"""The SQLite file of the history: its location, its schema, and its errors."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _version(connection: sqlite3.Connection) -> int:
 
 
 def _retry_while_locked(connection: sqlite3.Connection, statement: str) -> None:
-    """Execute a statement that SQLite does not repeat itself while another process opens the file, too."""
+    """Execute a statement for which SQLite does not wait itself while another process opens the file."""
     deadline = time.monotonic() + BUSY_S
     while True:
         try:
@@ -165,7 +165,7 @@ def is_busy(error: sqlite3.Error) -> bool:
 
 @contextmanager
 def history_errors(path: Path) -> Generator[None]:
-    """Turn errors of SQLite and of the file system into a HistoryError with a remedy.
+    """Convert errors of SQLite and of the file system to a HistoryError with a remedy.
 
     Args:
         path: file of the history.

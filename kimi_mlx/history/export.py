@@ -29,7 +29,7 @@ def to_export(conversation: ConversationRecord, messages: Sequence[MessageRecord
 
 
 def export_text(conversation: ConversationRecord, messages: Sequence[MessageRecord], path: Path | None) -> str:
-    """Return the text of a file: Markdown if its name says so, else JSON.
+    """Return the text of a file: Markdown if its name ends in `.md` or `.markdown`, else JSON.
 
     Args:
         conversation: conversation.
@@ -42,7 +42,7 @@ def export_text(conversation: ConversationRecord, messages: Sequence[MessageReco
 
 
 def check_target(path: Path) -> bool:
-    """Return whether a file exists that would be replaced.
+    """Return True if the file exists, so that it would be replaced.
 
     Raises:
         UsageError: the path cannot be written.

@@ -47,12 +47,12 @@ def find_conversation(store: HistoryStore, name: str = "") -> ConversationRecord
         name: id, beginning of an id, title, or part of a title; empty for the latest conversation.
 
     Raises:
-        HistoryError: there is none, or the name fits several.
+        HistoryError: there is none, or the name matches several.
     """
     if not name:
         latest = store.conversations(1)
         if not latest:
-            raise HistoryError("there is no conversation yet", hint="type `kimi-mlx chat`")
+            raise HistoryError("there are no conversations yet", hint="type `kimi-mlx chat`")
         return latest[0]
     wanted = name.casefold()
     conversations = store.conversations()
@@ -115,4 +115,4 @@ def _snippet(text: str, words: Sequence[str]) -> str:
 def _ambiguous(name: str, fitting: Sequence[ConversationRecord]) -> HistoryError:
     listed = ", ".join(f"`{item.id}` ({item.title})" for item in fitting[:MAX_CANDIDATES])
     more = f", and {len(fitting) - MAX_CANDIDATES} more" if len(fitting) > MAX_CANDIDATES else ""
-    return HistoryError(f"{len(fitting)} conversations fit `{name}`: {listed}{more}", hint="type more of the id")
+    return HistoryError(f"{len(fitting)} conversations match `{name}`: {listed}{more}", hint="type more of the id")

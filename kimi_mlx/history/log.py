@@ -1,4 +1,4 @@
-"""The log of a chat: writes each message, and each piece of an answer, before it is shown."""
+"""The log of a chat: writes each message, and each delta of an answer, before it is shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kimi_mlx.history.store import HistoryStore
 from kimi_mlx.text.messages import Delta, Message
 
 SLOW_WRITE_S, BATCH_S = 0.05, 1.0
-"""If a write takes longer than the first on average, text is written at most once in the second.
+"""If a write takes longer than SLOW_WRITE_S on average, text is written at most every BATCH_S.
 
 Writes of several chats wait for each other, for some milliseconds; only a disk without SQLite's write-ahead log, such
 as one in the network, is slower.
@@ -59,7 +59,7 @@ class ConversationLog:
 
     @property
     def conversation(self) -> ConversationRecord | None:
-        """The conversation as it is in the history; None before its first message.
+        """The conversation in the history; None before its first message.
 
         Raises:
             HistoryError: the history cannot be used, or an error has stopped the log.
@@ -70,10 +70,10 @@ class ConversationLog:
     def resume(self, number: int) -> tuple[list[MessageRecord], bool]:
         """Continue a conversation of the history. If another process has it open, continue a copy.
 
+        An answer at its end that has neither text nor reasoning is removed.
+
         Args:
             number: key of the conversation.
-
-        An answer at its end that has neither text nor reasoning is removed.
 
         Returns:
             The messages, and whether it is a copy.
@@ -102,7 +102,7 @@ class ConversationLog:
         self._unwritten = Delta()
 
     def fork(self) -> ConversationRecord:
-        """Continue with a copy of the conversation; the original stays as it is.
+        """Continue with a copy of the conversation; the original does not change.
 
         Raises:
             HistoryError: there is no message yet, or the history cannot be written.
@@ -129,8 +129,8 @@ class ConversationLog:
 
     def on_message(self, message: Message) -> None:
         """Append a message of the user or of a tool, or complete the answer in progress."""
-        with self._errors_stop_the_log() as is_open:
-            if not is_open:
+        with self._errors_stop_the_log() as is_written:
+            if not is_written:
                 return
             if message.role == "assistant" and self._answer is not None:
                 self._unwritten = Delta()
@@ -141,7 +141,7 @@ class ConversationLog:
             self._answer = added if message.role == "assistant" else None
 
     def on_delta(self, delta: Delta) -> None:
-        """Append a piece of the answer in progress. This runs once per token, so it has no context managers."""
+        """Append a delta of the answer in progress. This runs once per token, so it has no context managers."""
         if self.has_failed:
             return
         try:
@@ -156,8 +156,8 @@ class ConversationLog:
 
     def on_finish(self, finished: Finished | None, message: Message | None) -> None:
         """Record the end of the answer in progress; an answer without content is not part of the conversation."""
-        with self._errors_stop_the_log() as is_open:
-            if not is_open or self._answer is None:
+        with self._errors_stop_the_log() as is_written:
+            if not is_written or self._answer is None:
                 return
             self._flush()
             if message is None:
@@ -168,15 +168,15 @@ class ConversationLog:
 
     def on_remove(self, count: int) -> None:
         """Mark messages at the end as removed: by `/undo` or `/retry`."""
-        with self._errors_stop_the_log() as is_open:
-            if is_open and self._number is not None:
+        with self._errors_stop_the_log() as is_written:
+            if is_written and self._number is not None:
                 self._answer, self._unwritten = None, Delta()
                 self.store.remove_last(self._number, count)
 
     def on_replace(self, index: int, message: Message) -> None:
         """Store a message that has changed."""
-        with self._errors_stop_the_log() as is_open:
-            if is_open and self._number is not None:
+        with self._errors_stop_the_log() as is_written:
+            if is_written and self._number is not None:
                 self.store.replace_message(self._number, index, message)
 
     def on_reset(self) -> None:
@@ -212,7 +212,7 @@ class ConversationLog:
 
     @contextmanager
     def _errors_stop_the_log(self) -> Generator[bool]:
-        """Report an error of the block, and stop the log; yield whether it is still written."""
+        """Report an error of the block, and stop the log; yield False if it has already stopped."""
         try:
             yield not self.has_failed
         except HistoryError as error:

@@ -29,7 +29,7 @@ def take_contents(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, b
 
 
 def put_contents(document: dict[str, Any], read: Callable[[str], bytes | None]) -> dict[str, Any]:
-    """Return a stored message with the contents of its files; text stands for a file that was not stored.
+    """Return a stored message with the contents of its files; a text replaces a file that was not stored.
 
     Args:
         document: stored message.

@@ -119,7 +119,7 @@ def _is_too_deep(document: Any) -> bool:
 
 
 def _find_messages(document: Any) -> Sequence[Any]:
-    """Return the list of messages of a document, in OpenAI's format as far as another tool's format is known."""
+    """Return the list of messages of a document, converted to OpenAI's format if another tool has written it."""
     if isinstance(document, dict):
         fields = cast("dict[str, Any]", document)
         if isinstance(turns := fields.get("conversations"), list):

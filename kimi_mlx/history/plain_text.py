@@ -1,4 +1,4 @@
-"""The text of messages: titles of conversations, and what a search reads."""
+"""The text of messages, for titles of conversations and for the search."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_TITLE = 60
 
 
 def content_text(content: Content) -> str:
-    """Return the text of a message's content; `[image]` stands for an image."""
+    """Return the text of a message's content; an image is `[image]`."""
     if content is None or isinstance(content, str):
         return content or ""
     parts = [

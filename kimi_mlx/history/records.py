@@ -17,7 +17,7 @@ class ConversationRecord:
         number: key in the file.
         id: name for people and commands: eight letters and digits.
         title: title that the user gave, else the first words.
-        model: model of the last message.
+        model: name of the model of the last message.
         parent: id of the conversation that this one is a copy of; None for an original.
         created_s: time of the first message, in seconds since 1970.
         updated_s: time of the last change.
@@ -52,14 +52,14 @@ class MessageRecord:
 
     Attributes:
         message: the message. The text of an unfinished answer is what was shown.
-        model: model at that time.
+        model: name of the model at that time.
         settings: system prompt, sampling and other settings at that time.
         finish_reason: reason for the end of an answer; None for other messages and unfinished answers.
         statistics: statistics of an answer.
         created_s: time of the message, or of the first token of an answer, in seconds since 1970.
         finished_s: time of the end of an answer; None if it is unfinished.
         removed_s: time at which `/undo` or `/retry` removed the message; None if it is part of the conversation.
-        unfinished_calls: tool calls of an unfinished answer, as text; nobody has run them.
+        unfinished_calls: tool calls of an unfinished answer, as text; they were not run.
     """
 
     message: Message

@@ -47,7 +47,7 @@ class HistoryStore:
 
     Args:
         connection: open file.
-        path: its place.
+        path: its location.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path):
@@ -195,7 +195,7 @@ class HistoryStore:
             self._connection.execute("UPDATE conversations SET updated_s = ? WHERE number = ?", (now, number))
 
     def rename(self, number: int, title: str) -> None:
-        """Give a conversation a title of its own."""
+        """Set the title of a conversation."""
         with self._transaction():
             self._connection.execute(
                 "UPDATE conversations SET title = ?, is_named = 1 WHERE number = ?", (_storable(title), number)
@@ -257,7 +257,7 @@ class HistoryStore:
             return [self._message(*row) for row in rows]
 
     def messages_with(self, number: int, words: Sequence[str]) -> list[MessageRecord]:
-        """Return the messages of a conversation that may have all words. Unfinished answers are always among them.
+        """Return the messages of a conversation that may contain all words. Unfinished answers are always included.
 
         Args:
             number: key of the conversation.

@@ -1,4 +1,4 @@
-"""What the server is doing: answers in progress, and token rates of the last minutes."""
+"""Activity of the server: answers in progress, and token rates of the last minutes."""
 
 from __future__ import annotations
 

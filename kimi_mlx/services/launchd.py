@@ -42,7 +42,7 @@ class LaunchAgents:
         """Check that the user is logged in at the screen, where agents run.
 
         Raises:
-            ServiceError: nobody is.
+            ServiceError: the user is not.
         """
         if run_command(["launchctl", "print", self._domain], is_checked=False).returncode:
             raise ServiceError(

@@ -43,7 +43,7 @@ def limit_log_size(max_bytes: int = MAX_BYTES) -> None:
             shutil.copyfile(path, older_log(path))
             os.truncate(path, 0)
     except OSError:
-        return  # a full disk: the server goes on
+        return  # a full disk: the server continues
 
 
 def last_lines(path: Path, count: int) -> list[str]:
@@ -70,7 +70,7 @@ def follow(path: Path, count: int) -> Iterator[str]:
 
 
 def _last_lines(path: Path, count: int, size: int) -> list[str]:
-    """Return the last lines of a log of which the first `size` bytes count."""
+    """Return the last lines of the first `size` bytes of a log."""
     lines = _read(path, 0, size).decode(errors="replace").splitlines()
     if len(lines) < count:
         older = older_log(path)

@@ -1,4 +1,4 @@
-"""A background service, and what launchd and systemd can do with one."""
+"""A background service, and the protocol of the service managers: launchd and systemd."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class ServiceManager(Protocol):
         ...
 
     def start(self, name: str) -> None:
-        """Start an installed service; one that is running stays as it is."""
+        """Start an installed service; do nothing if it is running."""
         ...
 
     def stop(self, name: str) -> None:

@@ -22,7 +22,7 @@ ChatEvent = Delta | Encoded | Prefilled | Finished | Interrupted | Resumed
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(AnswerFormat):
-    """Options of the answers in a conversation. What is not set here is the model's recommendation.
+    """Options of the answers in a conversation. Options that are not set follow the model's recommendation.
 
     Args:
         max_tokens: maximum number of new tokens per answer; None is the checkpoint's default, usually the rest of the

@@ -1,4 +1,4 @@
-"""A conversation: messages, the answers to them, and what a log of it needs to know."""
+"""A conversation: messages, the answers to them, and a listener, such as a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kimi_mlx.text.messages import Content, Delta, Message, ToolCall
 
 
 class ConversationListener(Protocol):
-    """Follows a conversation, so that what was shown is kept.
+    """Receives each change of a conversation, so that all that was shown is stored.
 
     It is called in the thread of the answer, before the caller receives the same event. The system prompt, the model
     and the options are read from the conversation when they are needed.
@@ -49,7 +49,7 @@ class ConversationListener(Protocol):
 
         Args:
             index: index of the message, without the system prompt.
-            message: message that now stands there.
+            message: message that is there now.
         """
         ...
 
@@ -68,7 +68,7 @@ class Conversation:
         messages: messages so far, without a system prompt.
 
     Attributes:
-        listener: follows the conversation; None for nobody.
+        listener: listener of the conversation; None for none.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Conversation:
         return self._remove_from(index)[0].content if index >= 0 else None
 
     def fork(self) -> Conversation:
-        """Return a conversation with the same model and messages that goes on by itself. It has no listener."""
+        """Return an independent copy of the conversation, with the same model and without a listener."""
         return Conversation(self.model, self.options, self.system, self.messages)
 
     def count_tokens(self) -> int:
@@ -241,7 +241,7 @@ def _assistant_message(answer: Delta, is_complete: bool) -> Message:
     """Return an answer as a message.
 
     Unparsed tool calls are left out, because a template cannot render them; so are all calls of an answer that is not
-    complete, because nobody runs them.
+    complete, because they are not run.
     """
     calls = tuple(call for call in answer.tool_calls if isinstance(call, ToolCall)) if is_complete else ()
     return Message("assistant", answer.text, answer.reasoning or None, calls)

@@ -48,10 +48,10 @@ class ImageUploader:
 
         Args:
             images: images of a request.
-            is_over: returns whether to stop.
+            is_over: function that returns True to stop.
 
         Returns:
-            Whether all were sent; otherwise none stay.
+            True if all were sent; otherwise rank 0 keeps none of them.
         """
         for index, image in enumerate(images):
             with self._lock:

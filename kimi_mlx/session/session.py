@@ -1,4 +1,4 @@
-"""What all sessions share: the protocol, the options, the status, and answering in the calling thread."""
+"""The protocol of sessions, their options and status, and answering in the calling thread."""
 
 from __future__ import annotations
 

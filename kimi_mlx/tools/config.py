@@ -32,7 +32,7 @@ STDIO_KEYS = ("command", "args", "env", "cwd")
 HTTP_KEYS = ("url", "headers")
 KEYS = (*STDIO_KEYS, *HTTP_KEYS, "type", "transport", "disabled")
 SIMILARITY = 0.75
-"""Similarity from which on an unknown key counts as a misspelled one."""
+"""Minimum similarity at which an unknown key counts as misspelled."""
 
 VARIABLE = re.compile(r"\$\{(?:env:)?([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 """Reference to a variable of the environment: `${NAME}`, `${env:NAME}` (Cursor), or `${NAME:-default}`."""
@@ -49,7 +49,7 @@ class ServerConfig:
         cwd: working directory; None is that of this process.
         url: URL of a server over streamable HTTP; empty for a program.
         headers: HTTP headers of every request.
-        is_disabled: whether the file says not to start it.
+        is_disabled: True if the file disables it; it is not started.
     """
 
     name: str
@@ -203,7 +203,7 @@ class _ServerReader:
     def _text(self, table: Mapping[str, Any], key: str) -> str:
         value = table.get(key)
         if not isinstance(value, str) or not value:
-            raise self._error(key, f"`{value!r:.60}` is not a text", f'write "{key}": "..."')
+            raise self._error(key, f"`{value!r:.60}` is not a string", f'write "{key}": "..."')
         return self._expand(key, value)
 
     def _flag(self, table: Mapping[str, Any], key: str) -> bool:
@@ -218,7 +218,7 @@ class _ServerReader:
             raise self._error(key, f"`{values!r:.60}` is not a list", f'write "{key}": ["...", "..."]')
         for i, value in enumerate(cast("list[Any]", values)):
             if not isinstance(value, str):
-                raise self._error(f"{key}[{i}]", f"`{value!r:.60}` is not a text", "write it in quotes")
+                raise self._error(f"{key}[{i}]", f"`{value!r:.60}` is not a string", "write it in quotes")
         return [self._expand(f"{key}[{i}]", value) for i, value in enumerate(cast("list[str]", values))]
 
     def _table(self, table: Mapping[str, Any], key: str) -> dict[str, str]:
@@ -227,7 +227,7 @@ class _ServerReader:
             raise self._error(key, f"`{values!r:.60}` is not an object", f'write "{key}": {{"NAME": "VALUE"}}')
         for name, value in cast("dict[str, Any]", values).items():
             if not isinstance(value, str):
-                raise self._error(f"{key}.{name}", f"`{value!r:.60}` is not a text", "write it in quotes")
+                raise self._error(f"{key}.{name}", f"`{value!r:.60}` is not a string", "write it in quotes")
         return {name: self._expand(f"{key}.{name}", value) for name, value in cast("dict[str, str]", values).items()}
 
     def _expand(self, key: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""One MCP server: start it, list its tools, call them, start it again after it has ended."""
+"""The connection to one MCP server: start it, list its tools, call them, restart it after it has ended."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ END_REPORT_S = 1.0
 """Time to wait for the last lines of a server that has just ended."""
 
 REFRESH_S = 1.0
-"""Minimum interval between two lists of tools of a server that says that they have changed."""
+"""Delay before the tools are listed again after a server has announced a change."""
 
 MAX_TOOL_PAGES = 50
 MAX_TOOLS = 1_000
@@ -63,10 +63,10 @@ class Connection:
         on_change: function called with a note for the user when the server ends or changes its tools.
 
     Attributes:
-        state: whether the server is ready.
+        state: state of the server; `ready` once its tools are listed.
         error: reason why it failed.
         tools: its tools; those of the last start if it has ended.
-        title: its name and version, as it says; empty if unknown.
+        title: name and version that the server reports; empty if unknown.
     """
 
     def __init__(self, config: ServerConfig, on_change: Callable[[str], None]):
@@ -174,7 +174,7 @@ class Connection:
                 ready.set_result(None)
                 self._on_change("")
                 await self._over.wait()
-                if self.state == "ready" and self._task is asyncio.current_task():  # it ended by itself
+                if self.state == "ready" and self._task is asyncio.current_task():  # nobody has stopped it
                     self._fail(f"it ended{join_lines(self._stderr_lines())}")
                     self._on_change(f"server {self.config.name} ended; it is started again when a tool of it is called")
 
@@ -215,7 +215,7 @@ class Connection:
         return tuple({tool.name: tool for tool in tools[:MAX_TOOLS]}.values())
 
     async def _on_message(self, message: IncomingMessage) -> None:
-        """List the tools again after the server has said that they have changed."""
+        """List the tools again after the server has announced a change."""
         is_listing = self._refresh is not None and not self._refresh.done()
         if isinstance(message, ToolListChangedNotification) and self._client is not None and not is_listing:
             self._refresh = asyncio.create_task(self._list_again(self._client))
@@ -247,7 +247,7 @@ class Connection:
         if _is_closed(cause):
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._over.wait(), END_REPORT_S)
-            self._over.set()  # also if a child that the server has left behind keeps its stderr open
+            self._over.set()  # also if a child of the server keeps its stderr open
             return "it ended" + join_lines(self._stderr_lines())
         return _first_line(cause)
 

@@ -1,4 +1,4 @@
-"""Declare the tools of all servers to the model: names that Kimi can write, and schemas that its calls are held to."""
+"""Declare the tools of all servers to the model: names that Kimi can write, and schemas that constrain its calls."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class DeclaredTool:
     Attributes:
         name: name that the model writes.
         tool: tool on its server.
-        declaration: the tool in OpenAI's format. It is `strict` if the model's arguments can be held to the schema.
-        note: reason why they cannot; empty if they can.
+        declaration: the tool in OpenAI's format. It is `strict` if a grammar can constrain the arguments to the schema.
+        note: reason why it cannot; empty if it can.
     """
 
     name: str
@@ -120,7 +120,7 @@ def _declare(name: str, tool: ServerTool) -> DeclaredTool:
 
 
 def _schema_problem(schema: Mapping[str, Any]) -> str:
-    """Return the reason why arguments cannot be held to a schema; empty if they can."""
+    """Return the reason why arguments cannot be constrained to a schema; empty if they can."""
     from kimi_mlx.text.json_schema import check_schema
 
     if schema.get("type") != "object":
@@ -152,7 +152,7 @@ def without_titles(schema: Any) -> Any:
 
 
 def fingerprint(tool: ServerTool) -> str:
-    """Return a text that differs if anything that the tool declares differs; a permission holds for it alone."""
+    """Return a text that differs if anything that the tool declares differs; a permission is for one fingerprint."""
     return json.dumps([tool.server, tool.name, tool.description, tool.schema], sort_keys=True, default=str)
 
 

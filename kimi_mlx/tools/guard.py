@@ -1,8 +1,8 @@
 """The process between the chat and an MCP server over stdio. It starts the server, and runs as a script by its path.
 
-It bounds what the server sends, so that a flood costs the chat neither memory nor time: too long messages are replaced
-by an error, notifications that the chat does not use and lines that are not messages are dropped, and the rest is
-slowed down. When the chat has gone, killed in whatever way, it ends the server and all processes of its group.
+It limits what the server sends, so that a flood costs the chat neither memory nor time: messages that are too long are
+replaced by an error, notifications that the chat does not use and lines that are not messages are dropped, and the rest
+is slowed down. When the chat ends, however it was killed, it ends the server and all processes of its group.
 
 Only the standard library, so that it starts in some 20 ms.
 """
@@ -28,35 +28,35 @@ MAX_PARSED_BYTES = 2**16
 """Messages up to this size are parsed; longer ones can only be results."""
 
 EDGE_BYTES = 256
-"""Bytes at both ends of a too long message in which its id is searched."""
+"""Number of bytes at each end of a message that is too long, in which its id is searched."""
 
 PAUSE_S = 0.001
 """Pause after each message: at most 1,000 a second."""
 
-UNASKED_PAUSE_S = 0.05
+REQUEST_PAUSE_S = 0.05
 """Pause after each request or notification of the server."""
 
 MAX_COMPLAINTS = 20
 """Maximum number of lines on stderr about lines that are not messages."""
 
 GRACE_S = 1.5
-"""Time for the server to end by itself, once its input is closed."""
+"""Time for the server to exit once its input is closed."""
 
 TERMINATE_S = 1.0
 """Time between SIGTERM and SIGKILL."""
 
 PARENT_CHECK_S = 1.0
-"""Interval of the check whether the chat still runs."""
+"""Interval of the check that the chat still runs."""
 
 RESULT_ERROR = -32000
-"""JSON-RPC code of the error that replaces a too long message."""
+"""JSON-RPC code of the error that replaces a message that is too long."""
 
 ID = re.compile(rb'"id"\s*:\s*(\d+|"[^"\\]{1,64}")')
 KEPT_NOTIFICATIONS = (b"notifications/tools/list_changed", b"notifications/cancelled")
 
 
 def run(command: Sequence[str]) -> int:
-    """Run a server until it ends or the chat has gone; return the exit code of this process.
+    """Run a server until it or the chat ends; return the exit code of this process.
 
     Args:
         command: program of the server and its arguments.
@@ -82,7 +82,7 @@ def run(command: Sequence[str]) -> int:
     output.join(GRACE_S)
     _report(_describe_end(server.returncode))
     if os.getpgrp() == os.getpid():
-        os.killpg(0, signal.SIGKILL)  # what the server has left behind, and this process
+        os.killpg(0, signal.SIGKILL)  # children of the server, and this process
     return 0
 
 
@@ -187,10 +187,10 @@ class MessageFilter:
         fields = cast("dict[str, Any]", message)
         if "method" not in fields:
             return line, PAUSE_S
-        return line, UNASKED_PAUSE_S
+        return line, REQUEST_PAUSE_S
 
     def replace_long(self, head: bytes, tail: bytes) -> bytes | None:
-        """Return an error in place of a too long message, or None if its id is not found at either end.
+        """Return an error in place of a message that is too long, or None if its id is not found at either end.
 
         Args:
             head: first EDGE_BYTES of the message.

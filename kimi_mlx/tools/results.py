@@ -37,7 +37,7 @@ class ToolResult:
 
     @property
     def content(self) -> str:
-        """Text with a mark of failed calls, since a message of a tool has none."""
+        """Text, with `Error: ` before that of a failed call: a tool message has no field for it."""
         return f"Error: {self.text}" if self.is_error else self.text
 
 

@@ -128,7 +128,7 @@ class McpServers:
             return list(self._declared.values())
 
     def take_notes(self) -> list[str]:
-        """Return what has happened to the servers since the last call: a server ended, or changed its tools."""
+        """Return the notes for the user since the last call: a server ended, or changed its tools."""
         with self._lock:
             notes, self._notes = self._notes, []
         return notes
@@ -152,7 +152,7 @@ class McpServers:
         return statuses
 
     def call(self, name: str, arguments: str) -> Future[ToolResult]:
-        """Begin a call; its future has the result, which says so if the call failed. Cancel the future to end the call.
+        """Begin a call; its future has the result, also of a failed call. Cancel the future to end the call.
 
         Args:
             name: name of the tool, as the model writes it.

@@ -1,4 +1,4 @@
-"""Connections to MCP servers by the SDK's two transports, with bounds on what a server may send."""
+"""Connections to MCP servers by the SDK's two transports, with limits on what a server may send."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class HttpStatus:
         self.text = ""
 
     async def check(self, response: httpx2.Response) -> None:
-        """Record the status of a failed response, and bound the size and the rate of what is read."""
+        """Record the status of a failed response, and limit the size and the rate of what is read."""
         if response.status_code >= 400 and response.request.method == "POST":
             self.code, self.text = response.status_code, f"HTTP {response.status_code} {response.reason_phrase}"
         is_endless = response.request.method == "GET"

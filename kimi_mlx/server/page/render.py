@@ -90,7 +90,7 @@ def _num_finished(text: str) -> int:
     """Return the number of blocks that appended text cannot change.
 
     The last line may be unfinished: a line that looks like a heading or a fence may still become part of the paragraph
-    before it. So blocks are counted without it, and the last of them may go on.
+    before it. So blocks are counted without it, and text may still be appended to the last of them.
     """
     complete = text[: max(text.rfind("\n"), text.rfind("\r")) + 1]
     return max(len(_top_level(_parser().parse(complete))) - 1, 0)

@@ -59,7 +59,7 @@ def test_conversations_are_listed_latest_first(add: Add) -> None:
 def test_an_empty_history(store: HistoryStore) -> None:
     result = call("history")
     assert (result.returncode, result.stdout) == (0, "")
-    assert "there is no conversation yet" in result.stderr
+    assert "there are no conversations yet" in result.stderr
     assert json.loads(call("history", "--json").stdout) == []
     assert call("history", "show").returncode == 1
 

@@ -91,7 +91,7 @@ def test_a_continued_conversation_brings_its_model(
     reached: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    assert "there is no conversation yet" in call("launch", *HOSTS, "chat", "-p", "hi", "-c").stderr
+    assert "there are no conversations yet" in call("launch", *HOSTS, "chat", "-p", "hi", "-c").stderr
     with closing(open_history()) as store:
         store.create("kimi-k2")
     for words, model in ((["-c"], "kimi-k2"), (["moonlight", "-c"], "moonlight"), ([], "kimi-mini")):

@@ -20,7 +20,7 @@ def add(store: HistoryStore, *texts: str, title: str = "") -> str:
 
 
 def test_conversations_by_name(store: HistoryStore) -> None:
-    with pytest.raises(HistoryError, match="there is no conversation yet"):
+    with pytest.raises(HistoryError, match="there are no conversations yet"):
         find_conversation(store)
     first = add(store, "one", title="Tax return")
     second = add(store, "two", title="Tax law")
@@ -29,7 +29,7 @@ def test_conversations_by_name(store: HistoryStore) -> None:
     assert find_conversation(store, first[:6]).id == first
     assert find_conversation(store, "tax RETURN").id == first
     assert find_conversation(store, "law").id == second
-    with pytest.raises(HistoryError, match="2 conversations fit `tax`") as caught:
+    with pytest.raises(HistoryError, match="2 conversations match `tax`") as caught:
         find_conversation(store, "tax")
     assert first in caught.value.message
     with pytest.raises(HistoryError, match="there is no conversation `nothing`"):
