@@ -73,7 +73,10 @@ async function readModel() {
       const { sampling } = await getJson("v1/cluster");
       model.sampling = sampling;
       byId("model").textContent = model.name;
-      if (hasAsked) showBanner("");
+      if (hasAsked) {
+        showBanner("");
+        showState("", "");
+      }
       return true;
     } catch (error) {
       if (error.status !== 401) {
@@ -103,7 +106,15 @@ function onServerError(error) {
 
 function main() {
   translate();
-  const chat = new Chat(model, { onChanged: () => sidebar.refresh(chat.conversation.id), onServerError, askKey: connect });
+  const chat = new Chat(model, {
+    onChanged: () => sidebar.refresh(chat.conversation.id),
+    onServerError,
+    askKey: async () => {
+      const isRight = await connect();
+      if (isRight) feed.start();
+      return isRight;
+    },
+  });
   const cluster = new ClusterView();
   const sidebar = new Sidebar({
     onOpen: (id) => goTo(id),
@@ -210,6 +221,7 @@ function main() {
     else chat.stop();
   });
   store.onChange(({ id, message, isDeleted }) => {
+    if (!chat.conversation) return; // nothing is shown yet
     if (message) {
       chat.showElsewhere(message);
       return;
@@ -229,7 +241,7 @@ function main() {
   const isOpen = store.open().then(route);
   const start = async () => {
     if (await connect()) await showModel();
-    if (byId("enter-key").hidden) feed.start();
+    if (byId("enter-key").hidden) feed.start(); // it finds out when the server is back
   };
   byId("enter-key").addEventListener("click", start);
   start();

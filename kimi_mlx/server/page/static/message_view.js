@@ -3,7 +3,7 @@
 import { chipOf } from "./attachments.js";
 import { element, isSendKey } from "./dom.js";
 import { bytes, count, decimal, duration, text } from "./i18n.js";
-import { copy, MarkdownView } from "./markdown.js";
+import { copy, fenced, MarkdownView } from "./markdown.js";
 import * as store from "./store.js";
 
 // Shows a message. `actions` has functions: edit, retry, continueAnswer, select (another version), sendResults.
