@@ -308,7 +308,7 @@ export class Chat {
 
   // Show the part of the context that the branch uses, and the speed of the answer in progress.
   showUsage() {
-    const last = this.path.findLast((message) => message.usage);
+    const last = this.path.findLast((message) => message.usage?.total_tokens);
     const parts = [];
     const rate = this.answer?.rate;
     if (rate) parts.push(`≈ ${decimal(rate)} tok/s`);

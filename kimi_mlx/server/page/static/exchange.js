@@ -117,6 +117,7 @@ function readMessage(message, ids, conversation, created) {
   if (typeof message.thoughtSeconds === "number") read.thoughtSeconds = message.thoughtSeconds;
   ids.set(message.id, read.id);
   if (typeof message.reasoning === "string") read.reasoning = message.reasoning;
+  for (const name of ["usage", "timings"]) if (message[name]) read[name] = readNumbers(message[name]);
   if (typeof message.toolCallId === "string") read.toolCallId = message.toolCallId;
   if (typeof message.name === "string") read.name = message.name.slice(0, 200);
   if (message.isJson === true) read.isJson = true;
@@ -127,6 +128,16 @@ function readMessage(message, ids, conversation, created) {
       arguments: String(call?.arguments ?? ""),
       broken: call?.broken === true,
     }));
+  }
+  return read;
+}
+
+// Return the numbers of a record, at any depth.
+function readNumbers(value) {
+  const read = {};
+  for (const [name, item] of Object.entries(value)) {
+    if (typeof item === "number") read[name] = item;
+    else if (typeof item === "object" && item !== null) read[name] = readNumbers(item);
   }
   return read;
 }

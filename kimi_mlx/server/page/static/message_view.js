@@ -290,10 +290,10 @@ export function errorText({ status, message, retryAfter }) {
 function statisticsOf({ usage, timings }) {
   const rate = timings?.predicted_per_second;
   return text("statistics", {
-    tokens: count(usage.completion_tokens),
+    tokens: count(usage.completion_tokens ?? 0),
     rate: rate ? decimal(rate) : "–",
-    prompt: count(usage.prompt_tokens),
+    prompt: count(usage.prompt_tokens ?? 0),
     cached: count(usage.prompt_tokens_details?.cached_tokens ?? 0),
-    first: timings ? duration(timings.prompt_ms / 1000) : "–",
+    first: timings?.prompt_ms === undefined ? "–" : duration(timings.prompt_ms / 1000),
   });
 }
