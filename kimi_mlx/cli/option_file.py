@@ -92,6 +92,8 @@ def read_preset(name: str) -> OptionFile:
     if not path.exists():
         presets = ", ".join(f"`{preset}`" for preset in _preset_paths())
         hint = f"there are the presets {presets}" if presets else "name a TOML file with keys such as `temperature`"
+        if not presets and (folder := config_folder()) is not None:
+            hint += f", or write `{folder / PRESET_FOLDER / f'{path.stem}.toml'}`"
         raise UsageError(f"there is no preset `{name}`", hint=hint)
     content = _read_toml(path)
     file = OptionFile(path.absolute(), f"preset {path.stem}", content)

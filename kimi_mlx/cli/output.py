@@ -63,8 +63,8 @@ CONTROL_CHARS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def print_note(text: str) -> None:
-    """Print a message of the program itself on stderr, dimmed and wrapped."""
-    stderr.print(Text(text, style="dim"), soft_wrap=False)
+    """Print a message of the program itself on stderr, dimmed, and on a terminal wrapped."""
+    stderr.print(Text(text, style="dim"), soft_wrap=not stderr.is_terminal)
 
 
 def print_warning(text: str) -> None:

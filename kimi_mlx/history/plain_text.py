@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 from kimi_mlx.text.media import KINDS
 from kimi_mlx.text.messages import Content, Message
 
 MAX_TITLE = 60
 """Number of characters of a title that is made from a message."""
+
+_QUOTED_FILES = re.compile(r"(?:File: [^\n]*\n(`{3,})\n(?:.*?\n)?\1(?:\n\n|\Z))+", re.DOTALL)
+"""Text files as `chat -p` quotes them before the prompt, in one text with it."""
 
 
 def content_text(content: Content) -> str:
@@ -37,7 +42,9 @@ def title_of(content: Content) -> str:
     """
     parts = [content] if content is None or isinstance(content, str) else [[part] for part in content]
     texts = [content_text(part) for part in parts if isinstance(part, str | None) or "text" in part[0]]
-    words = next((text for text in reversed(texts) if text.strip()), content_text(content)).split()
+    text = next((text for text in reversed(texts) if text.strip()), content_text(content))
+    quoted = _QUOTED_FILES.match(text)
+    words = (text[quoted.end() :] if quoted else "").split() or text.split()
     title = ""
     for word in words:
         if title and len(title) + 1 + len(word) > MAX_TITLE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kimi_mlx.errors import EngineError
+from kimi_mlx.hub.catalogue import catalogue
 from kimi_mlx.model.config import ModelConfig, load_config
 from kimi_mlx.model_files import CACHED_FILE
 from kimi_mlx.store.manifest import read_manifest
@@ -54,12 +55,12 @@ def no_vision_error(folder: Path, config: ModelConfig, name: str | None = None) 
     Args:
         folder: checkpoint, or folder of a placement's stores.
         config: configuration of the model.
-        name: the user's name for the model; None for its repository, or its folder.
+        name: the user's name for the model; None for its repository, its alias or its folder.
     """
     ranks = stored_ranks(folder)
     manifest = read_manifest(rank_folder(folder, ranks[0])) if ranks else None
     if name is None:
-        name = _repository_of_snapshot(folder) if manifest is None else manifest.origin.repository
+        name = _name_of_checkpoint(folder) if manifest is None else manifest.origin.repository
     if config.vision is None:
         return EngineError(f"`{name}` does not see images", hint="`kimi-mlx models` lists models that do")
     if manifest is not None:
@@ -83,7 +84,9 @@ def no_vision_error(folder: Path, config: ModelConfig, name: str | None = None) 
     )
 
 
-def _repository_of_snapshot(folder: Path) -> str:
-    """Return `owner/name` of a folder in the Hugging Face cache; the folder itself elsewhere."""
-    match = CACHED_FILE.search(f"{folder}/")
-    return str(folder) if match is None else f"{match[1]}/{match[2]}"
+def _name_of_checkpoint(folder: Path) -> str:
+    """Return `owner/name` of a folder in the Hugging Face cache, the alias of a bundled model, else the folder."""
+    if (match := CACHED_FILE.search(f"{folder}/")) is not None:
+        return f"{match[1]}/{match[2]}"
+    aliases = (entry.alias for entry in catalogue() if entry.packaged_folder() == folder)
+    return next(aliases, str(folder))

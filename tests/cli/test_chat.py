@@ -72,6 +72,7 @@ def test_stdout_has_only_the_answer_and_stderr_the_statistics() -> None:
     assert "tok/s" not in done.stdout
     assert "tok/s" in done.stderr
     assert "first token" in done.stderr
+    assert len(done.stderr.splitlines()) == 1  # not wrapped: no terminal reads it
 
 
 @pytest.mark.slow

@@ -217,6 +217,14 @@ def test_history_is_kept_across_runs_with_its_blocks(spawn: Spawn, tmp_path: Pat
     line.terminal.send(ENTER)
     line.screen("> first\n  of two lines\nkimi-mini")
     assert line.enter() == "first\nof two lines"
+    line.terminal.send(CTRL_R + "f")
+    line.screen("search: f")
+    line.terminal.send(CTRL_R)
+    line.screen("search: f")
+    line.terminal.send(CTRL_C)
+    line.screen(">\nkimi-mini")
+    line.terminal.send("typed")
+    assert line.enter() == "typed"
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def test_messages_of_several_lines(spawn: Spawn) -> None:
     terminal = spawn(QUICK)
     terminal.expect("\n> ")
     answer = terminal.ask("one" + ALT_ENTER + "two" + CTRL_J + "three\\" + ENTER + "four" + ENTER)
-    assert "thought for 0 s, 6 tokens\nThe answer.\n" in answer
+    assert "thought for less than 1 s, 6 tokens\nThe answer.\n" in answer
     terminal.ask("\x1b[200~pasted\r\nlines\n/quit\x1b[201~" + ENTER)
     terminal.send(CTRL_D)
     terminal.expect("['one\\ntwo\\nthree\\nfour', 'pasted\\nlines\\n/quit']")
@@ -173,7 +173,7 @@ def test_a_second_ctrl_c_ends_an_answer_that_does_not_stop(spawn: Spawn) -> None
 def test_a_dumb_terminal(spawn: Spawn) -> None:
     terminal = spawn(QUICK, TERM="dumb")
     terminal.expect("\n> ")
-    assert "thought for 0 s, 6 tokens\nThe answer.\n" in terminal.ask("one\\\ntwo\n")
+    assert "thought for less than 1 s, 6 tokens\nThe answer.\n" in terminal.ask("one\\\ntwo\n")
     assert "\nPress Ctrl-C again" in terminal.ask(CTRL_C)
     terminal.send(CTRL_D)
     terminal.expect("\n['one\\ntwo']")
@@ -229,6 +229,13 @@ def test_reset_clears_messages_and_statistics(capfd: pytest.CaptureFixture[str])
     assert conversation.messages == []
     assert output.count("there is no answer yet") == 2
     assert "conversation: 2 answers · " in output
+
+
+@pytest.mark.parametrize("word", ["exit", "quit"])
+def test_the_word_alone_ends_the_chat(word: str) -> None:
+    conversation = conversation_of("yes")
+    Repl(ReplState(conversation)).run(Lines(f"how do I {word} vi?", word))
+    assert users(conversation) == [f"how do I {word} vi?"]
 
 
 def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:

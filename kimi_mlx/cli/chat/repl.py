@@ -26,6 +26,9 @@ from kimi_mlx.errors import ImageError, KimiMlxError, RingError, ServerError, Us
 from kimi_mlx.folders import state_folder
 from kimi_mlx.text.messages import Content
 
+QUIT_WORDS = ("exit", "quit")
+"""Messages that end the chat, as in shells and other chats."""
+
 
 class Repl:
     """A conversation with its commands.
@@ -107,6 +110,8 @@ class Repl:
                 self._send(typed[1:])
             elif message.is_typed_command and self._is_command(typed):
                 self._command(typed)
+            elif typed in QUIT_WORDS and not message.pasted:
+                self._state.is_over = True
             elif typed:
                 self._send(self._files.read_message(message))
         except RingError:

@@ -85,7 +85,7 @@ def parse_fields(text: str) -> Schema:
             continue
         match = FIELD.fullmatch(part.strip())
         if match is None:
-            raise UsageError(f"`{SCHEMA_NAME}`: `{part.strip()}` is no field of a schema", hint=FIELDS_HINT)
+            raise UsageError(f"`{SCHEMA_NAME}`: `{part.strip()}` is not a file, JSON or a field", hint=FIELDS_HINT)
         name, type_name, description = match.groups()
         if (type_name or "str") not in FIELD_TYPES:
             hint = f"use {', '.join(f'`{known}`' for known in FIELD_TYPES)}, or a JSON schema"

@@ -239,6 +239,8 @@ def test_a_title_is_made_of_the_first_words(log: ConversationLog, store: History
     for content, title in (
         ([image, file, {"type": "text", "text": "What is it?"}], "What is it?"),
         ([image], "[image]"),
+        ("File: a.py\n```\npass\n```\n\nFile: b\n````\n```\n````\n\nWhat is it?", "What is it?"),
+        ("File: a.py\n```\npass\n```", "File: a.py ``` pass ```"),
     ):
         log.on_remove(1)
         log.on_message(Message("user", content))

@@ -237,9 +237,10 @@ def test_stores_of_text_models_are_as_before(tmp_path: Path) -> None:
         assert len(value["files"]) == 5
         assert all("has_vision" not in share for share in value["placement"]["shares"])
     assert Placement.from_dict(job.placement.to_dict()) == job.placement
-    error = no_vision_error(KIMI_MINI, load_config(KIMI_MINI), "kimi-mini")
-    assert isinstance(error, EngineError)
-    assert error.message == "`kimi-mini` does not see images"
+    for name in ("kimi-mini", None):
+        error = no_vision_error(KIMI_MINI, load_config(KIMI_MINI), name)
+        assert isinstance(error, EngineError)
+        assert error.message == "`kimi-mini` does not see images"
 
 
 def test_hosts_with_and_without_the_tower_have_the_same_checkpoint(repository: Path) -> None:

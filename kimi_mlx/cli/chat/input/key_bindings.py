@@ -19,7 +19,9 @@ from prompt_toolkit.filters import (
     vi_navigation_mode,
 )
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.key_binding.vi_state import InputMode
 from prompt_toolkit.keys import Keys
+from prompt_toolkit.search import stop_search
 
 from kimi_mlx.cli.chat.files.media_files import is_media_file
 from kimi_mlx.cli.chat.input.dropped_files import split_dropped_files
@@ -83,6 +85,13 @@ def create_key_bindings(blocks: PastedBlocks, edit: Callable[[Buffer], None]) ->
             event.app.exit(result="")
         else:
             event.app.exit(exception=KeyboardInterrupt())
+
+    @bindings.add("c-c", filter=is_searching)
+    def end_search(event: KeyPressEvent) -> None:
+        """Clear the message, as Ctrl-C does elsewhere; what the search has found would stay otherwise."""
+        stop_search()
+        event.current_buffer.reset()
+        event.app.vi_state.input_mode = InputMode.INSERT
 
     @bindings.add("c-d", filter=at_message & is_empty)
     def end(event: KeyPressEvent) -> None:

@@ -273,8 +273,9 @@ class AnswerView:
         elif part == "reasoning":
             self._output.end_reasoning()
             if self._mode == "fold":
-                seconds = format_duration(time.monotonic() - self._reasoning_since)
-                self.note(f"thought for {seconds}, {format_count(self._num_reasoning_tokens, 'token')}")
+                elapsed = time.monotonic() - self._reasoning_since
+                duration = format_duration(elapsed) if elapsed >= 1 else "less than 1 s"
+                self.note(f"thought for {duration}, {format_count(self._num_reasoning_tokens, 'token')}")
 
     def _count_token(self) -> None:
         """Count a delta as one token of the context, and measure the speed."""

@@ -79,7 +79,8 @@ class PlainOutput:
 
     def tool_call(self, call: ToolCall | UnparsedToolCall) -> None:
         """Show a call."""
-        self.note(Text(ControlFilter().add(f"tool call {format_tool_call(call)}")))
+        kind = "" if isinstance(call, UnparsedToolCall) else "tool call "
+        self.note(Text(ControlFilter().add(f"{kind}{format_tool_call(call)}")))
 
     def tool_result(self, call: ToolCall, text: str, is_error: bool) -> None:
         """Show the beginning of a result."""
@@ -91,7 +92,7 @@ class PlainOutput:
         self._close_status()
         if self._is_beside_text and self._notes.is_terminal and not self._ends_with_newline:
             self._notes.print()  # the text continues in the middle of its line
-        self._notes.print(renderable, soft_wrap=False)
+        self._notes.print(renderable, soft_wrap=not self._notes.is_terminal)
 
     def refresh(self, has_status: bool = True) -> None:
         """Draw the status line."""

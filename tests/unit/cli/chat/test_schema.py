@@ -50,7 +50,7 @@ def test_a_schema_in_a_file(name: str, tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("", "`--schema` is empty"),
-        ("name, 2", "`--schema`: `2` is no field"),
+        ("name, 2", "`--schema`: `2` is not a file, JSON or a field"),
         ("age number", "unknown type `number`"),
         ("missing.json", "there is no file `missing.json`"),
         ("/", "`/` is a folder"),

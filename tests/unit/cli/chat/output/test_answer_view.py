@@ -81,7 +81,7 @@ def test_a_plain_terminal_gets_no_control_sequence(terminal: Console, pipe: Cons
 def test_reasoning_of_a_plain_answer(terminal: Console, pipe: Console) -> None:
     events = (Delta(reasoning="Let "), Delta(reasoning="me."), Delta(text="42"))
     assert show_plain(pipe, terminal, *events) == "42\n"
-    assert "thought for 0 s, 2 tokens" in written(terminal)
+    assert "thought for less than 1 s, 2 tokens" in written(terminal)
     show_plain(pipe, terminal, *events, reasoning="show")
     assert Text.from_ansi(written(terminal)).plain.endswith("thinking:\nLet me.\n\n")
 
