@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
 
@@ -37,7 +37,6 @@ TWO_COLUMNS = 76
 
 ABOUT_CHARS = 28
 """Maximum length of a command's description, so that two columns fit 80 characters."""
-
 
 ELSEWHERE = {
     "/read": "/file",
@@ -86,7 +85,7 @@ class Command:
     group: CommandGroup = "Program"
     details: str = ""
     complete: Callable[[str], Iterable[str]] | None = None
-    other_names: Sequence[str] = field(default=())
+    other_names: Sequence[str] = ()
     hint: str = ""
 
     def call(self, argument: str) -> None:

@@ -41,13 +41,7 @@ class EditedInputLine:
         typed_ahead: lines that were typed before: read() returns all but the last one, which is unfinished.
     """
 
-    def __init__(
-        self,
-        commands: Iterable[Command],
-        history: Path | None,
-        stream: TextIO,
-        typed_ahead: Sequence[str],
-    ):
+    def __init__(self, commands: Iterable[Command], history: Path | None, stream: TextIO, typed_ahead: Sequence[str]):
         add_csi_u_keys()
         self._blocks = PastedBlocks()
         self._toolbar: Callable[[int], str] = _no_toolbar
