@@ -33,11 +33,16 @@ CHROMIUM_ARGUMENTS = [
 ]
 
 
+def chromium_path() -> str | None:
+    """Return the path of an installed Chromium, or None."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """Start Chromium with a home of its own; for each module anew: playwright's loop must end before others run."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    path = chromium_path()
     if path is None:
         pytest.skip("chromium is missing")
     with playwright.sync_playwright() as driver:
