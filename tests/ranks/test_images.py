@@ -31,6 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("k2.5"), GOLDEN.config, GOLDEN.seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.sweep)])
 def test_every_placement_answers_prompts_with_images_as_one_process(folder: Path, size: int, tmp_path: Path) -> None:
     *expected, _ = answer({"folder": str(folder), "strategy": "hybrid", "speculate": 0}, None)
