@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from kimi_mlx.client.http import RETRY_HINT
+from kimi_mlx.client.server_json import parse_server_json
 from kimi_mlx.engine.events import Encoded, Finished, Interrupted, Prefilled, Resumed, Statistics
 from kimi_mlx.errors import ServerError
 from kimi_mlx.session.chat_model import ChatEvent
@@ -29,6 +30,13 @@ class _OpenCall:
     arguments: str = ""
 
 
+@dataclass(frozen=True)
+class _Usage:
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
 class AnswerStream:
     """Reads the chunks of one answer. Chunks may be ours, llama.cpp's, or those of any other compatible server.
 
@@ -41,8 +49,8 @@ class AnswerStream:
         self._call: _OpenCall | None = None
         self._reason: str | None = None
         self._is_done = False
-        self._usage: Mapping[str, Any] = {}
-        self._timings: Mapping[str, Any] = {}
+        self._usage = _Usage()
+        self._timings: Statistics | None = None
         self._started_at = time.perf_counter()
         self._first_at: float | None = None
         self._num_deltas = 0
@@ -60,7 +68,7 @@ class AnswerStream:
             self._is_done = True
             return
         try:
-            yield from self._read(json.loads(data))
+            yield from self._read(parse_server_json(data))
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             message = f"{self._url} sent a chunk that cannot be understood: {data!r:.100}"
             raise ServerError(message, hint="check that the address is that of an OpenAI-compatible API") from error
@@ -82,15 +90,14 @@ class AnswerStream:
 
     def statistics(self) -> Statistics:
         """Return the server's statistics, or what can be measured here."""
-        if self._timings:
-            return _read_timings(self._timings)
+        if self._timings is not None:
+            return self._timings
         now = time.perf_counter()
         first_at = now if self._first_at is None else self._first_at
-        details: Any = self._usage.get("prompt_tokens_details") or {}
         return Statistics(
-            prompt_tokens=int(self._usage.get("prompt_tokens") or 0),
-            cached_tokens=int(details.get("cached_tokens") or 0),
-            generated_tokens=int(self._usage.get("completion_tokens") or self._num_deltas),
+            prompt_tokens=self._usage.prompt_tokens,
+            cached_tokens=self._usage.cached_tokens,
+            generated_tokens=self._usage.completion_tokens or self._num_deltas,
             ttft_s=first_at - self._started_at,
             decode_s=now - first_at,
             peak_memory_bytes=0,
@@ -99,8 +106,10 @@ class AnswerStream:
     def _read(self, chunk: dict[str, Any]) -> Iterator[ChatEvent]:
         if chunk.get("error"):
             raise self._error(chunk["error"])
-        self._usage = chunk.get("usage") or self._usage
-        self._timings = chunk.get("timings") or self._timings
+        if usage := chunk.get("usage"):
+            self._usage = _read_usage(usage)
+        if timings := chunk.get("timings"):
+            self._timings = _read_timings(timings)
         if event := _progress(chunk):
             yield event
         for choice in chunk.get("choices") or ():
@@ -166,16 +175,32 @@ def _progress(chunk: Mapping[str, Any]) -> ChatEvent | None:
     return None
 
 
+def _read_usage(usage: Mapping[str, Any]) -> _Usage:
+    details: Any = usage.get("prompt_tokens_details") or {}
+    return _Usage(
+        _read_count(usage, "prompt_tokens"),
+        _read_count(details, "cached_tokens"),
+        _read_count(usage, "completion_tokens"),
+    )
+
+
+def _read_count(values: Mapping[str, Any], name: str) -> int:
+    return max(0, int(values.get(name) or 0))
+
+
 def _read_timings(timings: Mapping[str, Any]) -> Statistics:
     """Return the statistics of `timings`, which are ours or llama.cpp's."""
-    cached = int(timings.get("cache_n") or 0)
+    cached = _read_count(timings, "cache_n")
+    prompt_s, decode_s, encode_s = (
+        max(0.0, float(timings.get(name) or 0)) / 1e3 for name in ("prompt_ms", "predicted_ms", "encode_ms")
+    )
     return Statistics(
-        prompt_tokens=int(timings.get("prompt_n") or 0) + cached,
+        prompt_tokens=_read_count(timings, "prompt_n") + cached,
         cached_tokens=cached,
-        generated_tokens=int(timings.get("predicted_n") or 0),
-        ttft_s=float(timings.get("prompt_ms") or 0) / 1e3,
-        decode_s=float(timings.get("predicted_ms") or 0) / 1e3,
-        peak_memory_bytes=int(timings.get("peak_memory_bytes") or 0),
-        decode_steps=int(timings.get("decode_steps") or 0),
-        encode_s=float(timings.get("encode_ms") or 0) / 1e3,
+        generated_tokens=_read_count(timings, "predicted_n"),
+        ttft_s=prompt_s,
+        decode_s=decode_s,
+        peak_memory_bytes=_read_count(timings, "peak_memory_bytes"),
+        decode_steps=_read_count(timings, "decode_steps"),
+        encode_s=encode_s,
     )

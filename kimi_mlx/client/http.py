@@ -7,12 +7,14 @@ import json
 import queue
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any, cast
 
 import httpx2
 
 from kimi_mlx.client.address import ServerAddress
+from kimi_mlx.client.server_json import parse_server_json
 from kimi_mlx.errors import ServerError
 
 CONNECT_S = 10.0
@@ -32,7 +34,12 @@ REPLY_S = 30.0
 """Time in which a server must answer a small request."""
 
 MAX_EVENT_BYTES = 16 * 2**20
+MAX_REPLY_BYTES = 16 * 2**20
 MAX_ERROR_BYTES = 2**16
+
+MAX_WAITING_EVENTS = 1000
+"""Number of events that are read ahead; then the server must wait."""
+POLL_S = 0.01
 
 RETRY_HINT = "send the message again; `/retry` does it in a conversation"
 KEY_HINT = "give the key in a file, `--api-key-file FILE`, or in $KIMI_MLX_API_KEY"
@@ -84,7 +91,7 @@ class HttpClient:
         Args:
             path: path below the API's base.
             body: body of the request.
-            limit_s: time limit of each read.
+            limit_s: time limit of the answer.
 
         Raises:
             ServerError: as in get().
@@ -136,10 +143,10 @@ class HttpClient:
             return ServerError(f"lost the connection to {url}", hint=RETRY_HINT)
         return ServerError(f"{url} does not answer as an API server: {reason:.200}", hint=_reach_hint(url))
 
-    def refusal(self, response: httpx2.Response) -> ServerError:
-        """Return the error of a response, whose body has been read."""
+    def refusal(self, response: httpx2.Response, body: bytes) -> ServerError:
+        """Return the error of a response with a body."""
         url, status = self.address.url, response.status_code
-        message = _error_message(response)
+        message = _error_message(response, body)
         if status == 401:
             problem = "refuses this API key" if self._has_key else "needs an API key"
             return ServerError(f"{url} {problem}", hint=KEY_HINT)
@@ -155,18 +162,29 @@ class HttpClient:
 
     def _exchange(self, method: str, path: str, content: bytes | None, limit_s: float) -> Any:
         headers = {} if content is None else {"content-type": "application/json"}
+        url, sockets = self.address.url, _Sockets(limit_s)
         try:
-            with contextlib.closing(self.new_connection(limit_s)) as client:
-                response = client.request(method, self.address.base + path, content=content, headers=headers)
+            with (
+                contextlib.closing(sockets),
+                contextlib.closing(self.new_connection(limit_s)) as client,
+                client.stream(
+                    method,
+                    self.address.base + path,
+                    content=content,
+                    headers=headers,
+                    extensions={"trace": sockets.trace},
+                ) as response,
+            ):
+                if not response.is_success:
+                    raise self.refusal(response, _read_body(response, MAX_ERROR_BYTES))
+                body = _read_body(response, MAX_REPLY_BYTES)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise self.describe(error, limit_s) from error
-        if not response.is_success:
-            raise self.refusal(response)
+            raise self.describe(httpx2.ReadTimeout("") if sockets.is_late else error, limit_s) from error
         try:
-            return response.json()
+            return parse_server_json(body)
         except ValueError as error:
-            message = f"{self.address.url} does not answer as an API server: its answer is not JSON"
-            raise ServerError(message, hint=_reach_hint(self.address.url)) from error
+            message = f"{url} does not answer as an API server: its answer is not JSON"
+            raise ServerError(message, hint=_reach_hint(url)) from error
 
 
 class EventReader:
@@ -183,7 +201,7 @@ class EventReader:
         self._http, self._path, self._content, self._silence_s = http, path, content, silence_s
         self._items: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
         self._is_closed = False
-        self._sockets: list[socket.socket] = []
+        self._sockets = _Sockets()
         threading.Thread(target=self._read, name="server-sent events", daemon=True).start()
 
     def take(self) -> str | None:
@@ -206,9 +224,7 @@ class EventReader:
         """Cut the connection, at once, and wake take(). Safe in a signal handler and in any thread."""
         self._is_closed = True
         self._items.put(None)
-        for open_socket in self._sockets:
-            with contextlib.suppress(OSError):  # not SSLSocket.shutdown, which is not safe while another thread reads
-                socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
+        self._sockets.cut()
 
     def _read(self) -> None:
         try:
@@ -228,42 +244,83 @@ class EventReader:
                 method="POST",
                 content=self._content,
                 headers={"content-type": "application/json"},
-                extensions={"trace": self._trace},
+                extensions={"trace": self._sockets.trace},
                 max_event_size=MAX_EVENT_BYTES,
             ) as source,
         ):
             if not source.response.is_success:
-                _read_limited(source.response)
-                raise self._http.refusal(source.response)
+                raise self._http.refusal(source.response, _read_body(source.response, MAX_ERROR_BYTES))
             for event in source:
+                while self._items.qsize() >= MAX_WAITING_EVENTS and not self._is_closed:
+                    time.sleep(POLL_S)  # not a lock, which close() could not use in a signal handler
                 self._items.put(event.data)
 
-    def _trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Keep the socket of the connection; end the request if it was closed meanwhile."""
+
+class _Sockets:
+    """The sockets of a request, which can be cut from any thread and in a signal handler.
+
+    Args:
+        limit_s: time limit of the answer, after which they are cut; None for none.
+
+    Attributes:
+        is_late: whether the time limit has passed.
+    """
+
+    def __init__(self, limit_s: float | None = None):
+        self.is_late = False
+        self._is_cut = False
+        self._open: list[socket.socket] = []
+        self._timer = None if limit_s is None else threading.Timer(limit_s, self._end)
+
+    def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Keep the socket of the connection; end the request if it was cut meanwhile. A hook of the HTTP client."""
         if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
             found = info["return_value"].get_extra_info("socket")
             if isinstance(found, socket.socket):
-                self._sockets.append(found)
-        if self._is_closed:
+                self._open.append(found)
+        if event == "http11.send_request_body.complete" and self._timer is not None:
+            self._timer.daemon = True
+            self._timer.start()
+        if self._is_cut:
             raise httpx2.ReadError("the request was cancelled")
+
+    def cut(self) -> None:
+        """Cut the connection, at once."""
+        self._is_cut = True
+        for open_socket in self._open:
+            with contextlib.suppress(OSError):  # not SSLSocket.shutdown, which is not safe while another thread reads
+                socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the time limit."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _end(self) -> None:
+        self.is_late = True
+        self.cut()
 
 
 def _encode(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, ensure_ascii=False).encode(errors="replace")
 
 
-def _read_limited(response: httpx2.Response) -> None:
-    """Read the body of an error."""
-    if int(response.headers.get("content-length") or 0) <= MAX_ERROR_BYTES:
-        response.read()
+def _read_body(response: httpx2.Response, max_bytes: int) -> bytes:
+    """Return a body, or its first bytes."""
+    body = bytearray()
+    for part in response.iter_bytes():
+        body += part
+        if len(body) > max_bytes:
+            break
+    return bytes(body[:max_bytes])
 
 
-def _error_message(response: httpx2.Response) -> str:
+def _error_message(response: httpx2.Response, data: bytes) -> str:
     """Return the message of a refused request, in the forms of OpenAI's API, FastAPI and Ollama."""
     status = f"status {response.status_code} {response.reason_phrase}".rstrip()
     try:
-        body: Any = response.json()
-    except (ValueError, httpx2.ResponseNotRead):
+        body: Any = parse_server_json(data)
+    except ValueError:
         return status
     error: Any = cast("dict[str, Any]", body).get("error") if isinstance(body, dict) else None
     found: Any = cast("dict[str, Any]", error).get("message") if isinstance(error, dict) else error

@@ -114,7 +114,7 @@ class RemoteChatModel:
         body = chat_body(self.name, messages, options)
         if self._can_count:
             try:
-                return int(self._http.post("/chat/completions/input_tokens", body, COUNT_S)["input_tokens"])
+                return max(0, int(self._http.post("/chat/completions/input_tokens", body, COUNT_S)["input_tokens"]))
             except (MissingPathError, KeyError, TypeError, ValueError):
                 self._can_count = False
         return len(json.dumps(body["messages"], ensure_ascii=False)) // CHARS_PER_TOKEN
@@ -125,9 +125,8 @@ class RemoteChatModel:
 
     def recommended_sampling(self, options: ChatOptions) -> Mapping[str, float | int]:
         """Return the server's sampling parameters of answers whose options set none; empty if unknown."""
-        sampling: Any = self._document.get("sampling") or {}
-        instant: Any = self._document.get("instant_sampling") or {}
-        return {**sampling, **(instant if options.thinking is False else {})}
+        instant = self._numbers("instant_sampling") if options.thinking is False else {}
+        return {**self._numbers("sampling"), **instant}
 
     def status(self) -> ModelStatus:
         """Return what runs where, as the server reports it now; only the name and the context for other servers.
@@ -161,9 +160,15 @@ class RemoteChatModel:
         from kimi_mlx.images.cache import MediaCache  # imports PIL, which text does not need
         from kimi_mlx.images.preprocessing import Preprocessing
 
-        settings: Any = self._document.get("preprocessing") or {}
+        settings = self._numbers("preprocessing")
         known = {item.name: settings[item.name] for item in fields(Preprocessing) if item.name in settings}
         return MediaCache(Preprocessing(**known))
+
+    def _numbers(self, field: str) -> dict[str, float | int]:
+        """Return the numbers, by name, in a field of the server's document; empty if it has none."""
+        values: Any = self._document.get(field)
+        items = cast("dict[str, Any]", values).items() if isinstance(values, dict) else ()
+        return {name: value for name, value in items if isinstance(value, int | float)}
 
     def _find_model(self, wanted: str | None) -> ServedModel:
         """Return the model to chat with."""

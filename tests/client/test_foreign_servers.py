@@ -164,6 +164,10 @@ HELLO = 'data: {"choices": [{"index": 0, "delta": {"content": "Hello"}}]}\n\n'
         (Reply([HELLO, "data: {nonsense\n\n"]), "cannot be understood"),
         (Reply([HELLO, "data: [1]\n\n"]), "cannot be understood"),
         (Reply([HELLO, 'data: {"choices": [7]}\n\n']), "cannot be understood"),
+        (Reply([HELLO, f"data: {'[' * 900}\n\n"]), "cannot be understood"),
+        (Reply([HELLO, 'data: {"usage": 5}\n\n']), "cannot be understood"),
+        (Reply([HELLO, 'data: {"usage": {"prompt_tokens": 1e999}}\n\n']), "cannot be understood"),
+        (Reply([HELLO, 'data: {"timings": {"prompt_ms": NaN}}\n\n']), "cannot be understood"),
         (Reply([HELLO, 3.0]), "nothing came from"),
         (Reply([HELLO, "data: " + "x" * 3000]), "does not answer as an API server"),
     ],
@@ -217,11 +221,19 @@ def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
         (Reply.from_json({"models": []}), "does not answer with a list of models"),
         (Reply.from_json([1]), "does not answer with a list of models"),
         (Reply.from_json({"data": [{"id": "x", "context_length": "big"}]}), "does not answer with a list of models"),
+        (Reply(['{"data": [{"id": "x", "context_length": 1e999}]}']), "does not answer as an API server"),
+        (Reply(["[" * 10_000]), "does not answer as an API server"),
+        (Reply([" " * 1000] * 20), "does not answer as an API server"),
+        (Reply([" ", 0.1] * 50), "nothing came from"),
+        (Reply([" " * 1000] * 20, 500), "status 500"),
         (Reply.from_json({"data": []}), "serves no model"),
         (Reply.from_json({"error": {"message": "boom"}}, 500), "boom"),
     ],
 )
-def test_servers_that_are_no_api(models: Reply, message: str) -> None:
+def test_servers_that_are_no_api(models: Reply, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "REPLY_S", 0.5)
+    monkeypatch.setattr(http, "MAX_REPLY_BYTES", 10_000)
+    monkeypatch.setattr(http, "MAX_ERROR_BYTES", 10_000)
     with foreign_server(models=models) as server, pytest.raises(ServerError, match=message):
         connect(server)
 
@@ -250,6 +262,24 @@ def test_tokens_are_counted_or_estimated() -> None:
             num_requests = len(server.requests)
             model.count_tokens(messages, ChatOptions())
             assert len(server.requests) == num_requests  # it is not asked again
+
+
+def test_a_server_waits_for_a_reader_that_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "MAX_WAITING_EVENTS", 3)
+    with foreign_server(Reply([HELLO * 100, "data: [DONE]\n\n"])) as server:
+        assert answer(connect(server))[0].text == "Hello" * 100
+        model = connect(server)
+        events = model.generate([Message("user", "Hi")], ChatOptions())
+        next(events)
+        model.cancel()  # also while the reader's thread waits
+        assert [type(event) for event in events][-1] is Finished
+
+
+def test_what_a_server_says_of_sampling_may_be_anything() -> None:
+    models = Reply.from_json({"data": [{"id": "x", "owned_by": "kimi-mlx"}]})
+    for sampling in ("abc", [1], {"temperature": "x", "top_p": 0.5}):
+        with foreign_server(models=models, cluster=Reply.from_json({"sampling": sampling})) as server:
+            assert connect(server).recommended_sampling(ChatOptions()) in ({}, {"top_p": 0.5})
 
 
 def certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
