@@ -14,6 +14,7 @@ from typing import Any, cast
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.errors import UsageError
 from kimi_mlx.folders import config_folder
+from kimi_mlx.services.service import LOG_VARIABLE
 
 CONFIG_NAME = "config.toml"
 PRESET_FOLDER = "presets"
@@ -55,13 +56,13 @@ def config_path() -> Path | None:
 
 
 def read_config() -> OptionFile | None:
-    """Read the user's `config.toml`; None if there is none.
+    """Read the user's `config.toml`; None if there is none, and in a service, which has the values of its installation.
 
     Raises:
         UsageError: the file cannot be read, is not TOML, or has an unknown table or an unknown key outside of tables.
     """
     path = config_path()
-    if path is None or not path.exists():
+    if path is None or not path.exists() or os.environ.get(LOG_VARIABLE):
         return None
     content = _read_toml(path)
     tables: dict[str, dict[str, Any]] = {name: value for name, value in content.items() if isinstance(value, dict)}

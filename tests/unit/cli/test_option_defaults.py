@@ -22,6 +22,7 @@ from kimi_mlx.cli.option_defaults import (
 )
 from kimi_mlx.cli.option_file import SHARED_KEYS, TABLES, config_path
 from kimi_mlx.errors import UsageError
+from kimi_mlx.services.service import LOG_VARIABLE
 
 
 class Files:
@@ -61,6 +62,13 @@ def test_without_files_nothing_is_set(files: Files) -> None:
     assert option_sources(context) == {}
     assert context.params["model"] is None
     assert context.params["ranks"] == 1
+
+
+def test_a_service_keeps_the_values_of_its_installation(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOG_VARIABLE, "service.log")
+    for text in ("[serve]\nport = 9000\n", "nonsense"):
+        files.config(text)
+        assert option_sources(parse("serve")) == {}
 
 
 def test_the_command_line_beats_a_preset_beats_config_toml(files: Files) -> None:

@@ -13,7 +13,7 @@ from kimi_mlx.client.server_json import parse_server_json
     "text", ["", "{", "NaN", "[Infinity]", "1e999", "9" * 5000, "[" * 200_000, "[" * 101 + "]" * 101, '{"a":' * 300]
 )
 def test_values_that_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\w"):
         parse_server_json(text)
 
 
