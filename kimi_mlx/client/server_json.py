@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, NoReturn, cast
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 MAX_DEPTH = 100
 MAX_DIGITS = 18
@@ -49,9 +50,12 @@ def _check_depth(value: Any) -> None:
     """Refuse values that are nested too deeply, level by level."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH + 1):
-        lists = [cast("list[Any]", part) for part in level if isinstance(part, list)]
-        level = [cast("dict[str, Any]", part).values() for part in level if isinstance(part, dict)]
-        level = [item for part in (*lists, *level) for item in part]
-        if not level:
+        containers: list[Any] = [part for part in level if isinstance(part, list | dict)]
+        if not containers:
             return
+        level = [item for part in containers for item in _items(part)]
     raise ValueError("the values are nested too deeply")
+
+
+def _items(container: list[Any] | dict[str, Any]) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
