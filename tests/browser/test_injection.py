@@ -146,7 +146,7 @@ def test_in_titles(running: RunningServer, open_page: OpenPage) -> None:
     chat.page.fill("#search", ATTACKS[0])
     chat.wait_text(ATTACKS[0], "#conversations .hint")
     chat.page.fill("#search", "")
-    chat.find("#conversations button").click()
+    chat.find("#conversations button[title=Delete]").click()
     assert ATTACKS[2] in chat.find("#dialog h2").inner_text()
     assert chat.find("#dialog svg").count() == 0
     chat.click("Cancel")
