@@ -1,6 +1,7 @@
 // An answer of the model while it streams: from events to a message record.
 
 import { pause, readEvents, request, ServerError } from "./api.js";
+import { NUMBERS } from "./settings.js";
 import * as store from "./store.js";
 
 const SAVE_EVERY_MS = 500;
@@ -39,7 +40,7 @@ export function requestBody(path, settings, partial) {
   if (settings.system) messages.unshift({ role: "system", content: settings.system });
   if (partial) messages.push({ role: "assistant", content: partial, partial: true });
   const body = { messages, stream: true, return_progress: true, stream_options: { include_usage: true } };
-  for (const name of ["temperature", "top_p", "top_k", "min_p", "seed", "max_tokens"]) {
+  for (const { name } of NUMBERS) {
     if (settings[name] !== undefined) body[name] = settings[name];
   }
   if (settings.thinking !== undefined) body.thinking = { type: settings.thinking ? "enabled" : "disabled" };

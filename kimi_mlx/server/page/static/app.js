@@ -18,7 +18,7 @@ const BANNER_MS = 8000;
 
 const model = { name: "Kimi", context: 0, seesImages: false, sampling: {} };
 
-// Show a message below the header; one that is not `lasting` goes away by itself.
+// Show a message below the header; it disappears after a while unless `isLasting`.
 let bannerTimer = null;
 function showBanner(message, isLasting = false) {
   const banner = byId("banner");

@@ -1,4 +1,4 @@
-// Files of a message: images where the model sees them, and text.
+// Files of the next message: text files, and images if the model sees images.
 
 import { byId, element } from "./dom.js";
 import { bytes, text } from "./i18n.js";
@@ -87,7 +87,7 @@ const tooLarge = (file, limit) =>
 // Return a text file as it stands in a message: its name, then its text as code.
 const quoted = (name, content) => `${name.replaceAll(/[`\n]/g, " ")}:\n${fenced(content)}`;
 
-// Return an image as a data URL; a large one, or one of another format, is drawn again as JPEG.
+// Return an image as a data URL; a large one, or one of another format, is encoded again as JPEG.
 async function imageUrl(file) {
   if (DIRECT.includes(file.type) && file.size <= RESIZE_ABOVE_BYTES) return dataUrl(file);
   let bitmap;

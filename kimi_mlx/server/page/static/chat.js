@@ -121,7 +121,7 @@ export class Chat {
       const versions = store.siblings(this.messages, message);
       const running = this.running(message);
       let view = shown.get(message.id);
-      if (running || !view?.isStill(message, versions)) {
+      if (running || !view?.isCurrent(message, versions)) {
         view = new MessageView(message, versions, this.actions(), this.model.name);
         if (running) view.update(running);
         else if (message.role === "assistant") isDrawing.push(view.finish());

@@ -1,4 +1,4 @@
-// The form below the conversation: text, files, images; Enter sends, Shift-Enter starts a line.
+// The form below the conversation: text, files, images. Enter sends the message, Shift-Enter begins a new line.
 
 import { Attachments } from "./attachments.js";
 import { byId, isSendKey } from "./dom.js";

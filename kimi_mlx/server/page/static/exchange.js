@@ -1,15 +1,18 @@
-// Export and import of conversations. An imported file is data of strangers: each field is checked, and nothing else kept.
+// Export and import of conversations. An imported file is not trusted: each known field is checked, all others are dropped.
 
 import { text } from "./i18n.js";
 import { fenced } from "./markdown.js";
+import { NUMBERS } from "./settings.js";
 import * as store from "./store.js";
 
 const FORMAT = "kimi-mlx-conversations";
 const MAX_BYTES = 200_000_000;
 const ROLES = ["user", "assistant", "tool"];
 const FINISHES = ["stop", "length", "tool_calls", "stopped", "error", null];
-const SETTINGS = { system: "string", temperature: "number", top_p: "number", top_k: "number", min_p: "number", seed: "number" };
-Object.assign(SETTINGS, { max_tokens: "number", thinking: "boolean", schema: "object", tools: "object" });
+const SETTINGS = {
+  ...Object.fromEntries(NUMBERS.map(({ name }) => [name, "number"])),
+  ...{ system: "string", thinking: "boolean", schema: "object", tools: "object" },
+};
 
 // Return conversations with all their branches as JSON.
 export async function toJson(conversations) {
@@ -44,7 +47,7 @@ export async function importFile(file) {
   const value = JSON.parse(await file.text());
   const name = file.name.replace(/\.json$/i, "");
   const items = value?.format === FORMAT ? value.conversations : [fromOpenAI(value, name)];
-  if (!Array.isArray(items)) throw new Error("conversations");
+  if (!Array.isArray(items)) throw new Error('"conversations" is not a list');
   const read = items.map(readConversation); // all of them, before any is saved
   for (const { conversation, messages } of read) {
     for (const message of messages) await store.importMessage(message);
@@ -55,7 +58,7 @@ export async function importFile(file) {
 
 function fromOpenAI(value, title) {
   const list = Array.isArray(value) ? value : value?.messages;
-  if (!Array.isArray(list)) throw new Error("messages");
+  if (!Array.isArray(list)) throw new Error('"messages" is not a list');
   const settings = {};
   const messages = [];
   for (const item of list) {
@@ -77,7 +80,7 @@ function fromOpenAI(value, title) {
 }
 
 function readConversation(item) {
-  if (typeof item !== "object" || item === null || !Array.isArray(item.messages)) throw new Error("messages");
+  if (typeof item !== "object" || item === null || !Array.isArray(item.messages)) throw new Error('"messages" is not a list');
   const id = store.newId();
   const ids = new Map(); // of the messages so far: a parent comes before its children, so there are no circles
   const created = Date.now();
@@ -101,9 +104,9 @@ function readConversation(item) {
 }
 
 function readMessage(message, ids, conversation, created) {
-  if (typeof message !== "object" || message === null || !ROLES.includes(message.role)) throw new Error("role");
+  if (typeof message !== "object" || message === null || !ROLES.includes(message.role)) throw new Error('"role" is not user, assistant or tool');
   const isChild = message.parent !== null && message.parent !== undefined;
-  if (isChild && !ids.has(message.parent)) throw new Error("parent");
+  if (isChild && !ids.has(message.parent)) throw new Error('"parent" is not an earlier message');
   const read = {
     id: store.newId(),
     conversation,
@@ -145,7 +148,7 @@ function readNumbers(value) {
 function readContent(content) {
   if (typeof content === "string") return content;
   if (content === null || content === undefined) return "";
-  if (!Array.isArray(content)) throw new Error("content");
+  if (!Array.isArray(content)) throw new Error('"content" is neither a text nor a list');
   return content.map((part) => {
     const name = typeof part?.name === "string" ? { name: part.name.slice(0, 200) } : {};
     if (part?.type === "text" && typeof part.text === "string") return { type: "text", text: part.text, ...name };
@@ -153,6 +156,6 @@ function readContent(content) {
     if (part?.type === "image_url" && typeof url === "string" && /^data:image\/(png|jpeg|webp|gif);base64,/.test(url)) {
       return { type: "image_url", image_url: { url }, ...name };
     }
-    throw new Error("content");
+    throw new Error('a part of "content" is neither text nor an image');
   });
 }

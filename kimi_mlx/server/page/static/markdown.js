@@ -9,7 +9,7 @@ const policy = globalThis.trustedTypes?.createPolicy("page", { createHTML: (html
 };
 
 const MIN_INTERVAL_MS = 60;
-const LOAD = 4; // a rendering may take a fifth of the time
+const PAUSE_FACTOR = 4; // pause after a rendering, as a multiple of its duration: rendering takes a fifth of the time
 const SLICE_CHARS = 16_000; // per request: a long text appears from its beginning
 const MAX_CHARS = 100_000; // of one block; a longer one is plain
 const REFERENCE = /^ {0,3}\[[^\]\n]+\]:/m; // the target of links anywhere in the text
@@ -84,7 +84,7 @@ export class MarkdownView {
     this.isRendering = false;
     if (isMore) this.render();
     else if (this.text !== rendered || this.isFinal !== isFinal || this.finishedEnd < begin) {
-      const pause = this.isFinal ? 0 : Math.max(MIN_INTERVAL_MS, LOAD * (performance.now() - start));
+      const pause = this.isFinal ? 0 : Math.max(MIN_INTERVAL_MS, PAUSE_FACTOR * (performance.now() - start));
       this.waiting = setTimeout(() => {
         this.waiting = null;
         this.render();

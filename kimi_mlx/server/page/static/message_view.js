@@ -1,4 +1,4 @@
-// One message of a conversation: its parts, and what can be done with it.
+// One message of a conversation: its parts, its footer, and its buttons.
 
 import { chipOf } from "./attachments.js";
 import { element, isSendKey } from "./dom.js";
@@ -25,8 +25,8 @@ export class MessageView {
     if (message.role !== "assistant") this.showUser();
   }
 
-  // Return whether this view shows a message as it is. Calls of tools do not: they ask for results only at the end of a branch.
-  isStill(message, versions) {
+  // Return whether this view shows a message as it is now. Views with tool calls never do: the form for results depends on the branch.
+  isCurrent(message, versions) {
     const isSame = this.message === message && this.versions.length === versions.length;
     return isSame && !this.isEdited && !message.toolCalls && (message.role !== "assistant" || this.isFinished);
   }

@@ -4,7 +4,8 @@ import { ask, cancelButton } from "./dialog.js";
 import { element } from "./dom.js";
 import { text } from "./i18n.js";
 
-const NUMBERS = [
+// Settings of the request that are numbers, by their names there.
+export const NUMBERS = [
   { name: "temperature", label: "temperature", low: 0, high: 2, step: "any" },
   { name: "top_p", label: "topP", low: 0, high: 1, step: "any" },
   { name: "top_k", label: "topK", low: 0, high: 2 ** 31, step: 1 },
