@@ -86,8 +86,6 @@ def test_two_ranks(open_page: OpenPage) -> None:
         chat.ask("What are you?")
         chat.find("#to-cluster").click()
         chat.wait_text("Rank", "#cluster-view")
-        table = chat.find("#cluster-view table").first
-        assert [cell.inner_text() for cell in table.locator("tbody td:first-child, tbody th").all()] == ["0", "1"]
         bar = chat.find("#cluster-view .placement svg").first
         assert "Rank 0" in (bar.get_attribute("aria-label") or "")
         assert bar.locator("rect").count() == 2

@@ -144,7 +144,7 @@ def test_export_and_import(running: RunningServer, open_page: OpenPage) -> None:
     chat.page.get_by_label("Temperature").fill("0.5")
     chat.click("Save")
     chat.ask("And now?")
-    shown = chat.find("#log").inner_text()
+    shown = chat.find("#log .content").all_inner_texts()
     with chat.page.expect_download() as download:
         chat.click("Export all")
     exported = download.value.path().read_text()
@@ -161,7 +161,7 @@ def test_export_and_import(running: RunningServer, open_page: OpenPage) -> None:
     other.find("#conversations a").click()
     other.wait_messages(2)
     other.wait_answer()
-    assert other.find("#log").inner_text() == shown
+    assert other.find("#log .content").all_inner_texts() == shown
     other.click("Settings")
     assert other.page.get_by_label("Instructions").input_value() == "Be brief."
     other.click("Cancel")
