@@ -9,6 +9,9 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.page import render_queue
 from kimi_mlx.server.page.render_queue import MAX_WAITING, SHORT_TEXT_CHARS, RenderQueue
 
+# the pipes of a worker process that is ended are closed with its object
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 HOSTILE = "![" * 4 * SHORT_TEXT_CHARS
 
 
