@@ -17,6 +17,7 @@ AFTER_S = 2.0
 
 INTERVAL_S = 0.1
 STDERR = 2
+FALLBACK_COLUMNS = 80
 ERASE_LINE = "\r\x1b[2K"
 
 
@@ -49,7 +50,8 @@ class StartLine:
                 if self._is_over:
                     return
                 self._is_shown = True
-                _write(f"{ERASE_LINE}starting: loading libraries, {time.monotonic() - begin:.0f} s")
+                text = f"starting: loading libraries, {time.monotonic() - begin:.0f} s"
+                _write(ERASE_LINE + text[: _num_columns() - 1])
             time.sleep(INTERVAL_S)
         self.erase()
 
@@ -65,6 +67,14 @@ def is_importing(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _num_columns() -> int:
+    """Return the width of the terminal: a line that wraps could not be erased."""
+    try:
+        return os.get_terminal_size(STDERR).columns or FALLBACK_COLUMNS
+    except OSError:  # the terminal was closed
+        return FALLBACK_COLUMNS
 
 
 def _write(text: str) -> None:

@@ -88,13 +88,16 @@ def test_the_end_of_ranks_shows_a_status(spawn: Spawn) -> None:
     assert terminal.wait() == 0
 
 
-def test_a_slow_import_shows_that_the_program_is_starting(spawn: Spawn, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("columns", "text"), [(100, "starting: loading libraries, "), (5, "star")])
+def test_a_slow_import_shows_that_the_program_is_starting(
+    spawn: Spawn, tmp_path: Path, columns: int, text: str
+) -> None:
     (tmp_path / "slow_module.py").write_text("import time\ntime.sleep(1)\n")
-    terminal = spawn(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{SLOW_IMPORT}")
-    terminal.expect("starting: loading libraries, ")
+    terminal = spawn(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{SLOW_IMPORT}", columns=columns)
+    terminal.expect(text)
     terminal.expect("over")
     assert terminal.wait() == 0
-    assert screen(terminal, 100) == ["over"]
+    assert screen(terminal, columns) == ["over"]
 
 
 def test_a_quick_import_shows_nothing(spawn: Spawn, tmp_path: Path) -> None:
