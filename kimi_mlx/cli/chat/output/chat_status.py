@@ -18,6 +18,7 @@ SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 SPINNER_AFTER_S = 2.0
 """Duration after which an activity has a spinner, with its time."""
 BAR_WIDTH = 20
+HOW_TO_STOP = "Ctrl-C stops"
 
 
 @dataclass
@@ -134,6 +135,8 @@ class ChatStatus:
         elif self.used:
             context = share = f"{self.used:,} tokens"
         *longer, shortest = forms
+        if activity:
+            yield [forms[0], model, ranks, context, speed, HOW_TO_STOP]
         for form in longer or forms:
             yield [form, model, ranks, context, speed]
             yield [form, model, ranks, share, speed]
