@@ -168,16 +168,18 @@ def test_a_server_on_this_machine_is_offered(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with announce(record(server, model_folder)):
-        question = f"big-model is already served at {server.url} (since 0 min). Use it? [Y/n]:"
+        question = f"big-model is already served at {server.url} (since "
         before = server.metric('kimi_mlx_tokens_total{kind="completion"}')
         terminal = spawn(COMMAND, "chat", str(model_folder), *GREEDY, columns=200)
         terminal.expect(question)
+        terminal.expect("Use it? [Y/n]:")
         terminal.send(ENTER)
         terminal.expect("\n> ")
         terminal.ask(QUESTION + ENTER)
         wait_until(lambda: server.metric('kimi_mlx_tokens_total{kind="completion"}') > before)
         terminal = spawn(COMMAND, "chat", str(model_folder), *GREEDY, columns=200)
         terminal.expect(question)
+        terminal.expect("Use it? [Y/n]:")
         terminal.send("n" + ENTER)
         terminal.expect("\n> ")
         count = server.metric('kimi_mlx_tokens_total{kind="completion"}')
