@@ -192,6 +192,11 @@ def to_history_error(error: OSError | sqlite3.Error, path: Path) -> HistoryError
     return HistoryError(f"cannot use the history in `{path}`: {error}", hint=_remedy(error, path))
 
 
+def broken_file_hint(path: Path) -> str:
+    """Return the hint for a broken file of the history."""
+    return f"to begin a new one, type `mv '{path.parent}' '{path.parent}.broken'`"
+
+
 def _remedy(error: sqlite3.Error, path: Path) -> str:
     text = str(error)
     if is_busy(error):
@@ -199,7 +204,7 @@ def _remedy(error: sqlite3.Error, path: Path) -> str:
     if "full" in text:
         return "free some space"
     if "malformed" in text or "not a database" in text or "no such" in text:
-        return f"to begin a new one, type `mv '{path.parent}' '{path.parent}.broken'`"
+        return broken_file_hint(path)
     if "protocol" in text or "disk I/O" in text:
         return "SQLite needs a local disk; set XDG_DATA_HOME to a folder on one"
     return f"check the permissions of `{path.parent}`"

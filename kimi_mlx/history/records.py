@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from kimi_mlx.text.messages import Message
 
@@ -44,6 +45,32 @@ class ConversationRecord:
             "updated": self.updated_s,
             "turns": self.num_turns,
         }
+
+
+SETTING_TYPES: Mapping[str, tuple[type, ...]] = {
+    "system": (str,),
+    "max_tokens": (int,),
+    "sampling": (dict,),
+    "template": (dict,),
+}
+"""Types of the stored settings that a continued conversation uses."""
+
+
+def read_settings(document: str | None) -> Mapping[str, Any]:
+    """Return stored settings; an empty mapping without any.
+
+    Raises:
+        ValueError: they are not JSON, or a setting has another type.
+    """
+    settings: Any = {} if document is None else json.loads(document)
+    if not isinstance(settings, dict):
+        raise ValueError("its settings are not an object")
+    known = cast("dict[str, Any]", settings)
+    for name, types in SETTING_TYPES.items():
+        value = known.get(name)
+        if value is not None and not isinstance(value, types):
+            raise ValueError(f"its setting `{name}` is `{value!r:.60}`")
+    return known
 
 
 @dataclass(frozen=True)

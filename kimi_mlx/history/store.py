@@ -12,14 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kimi_mlx.errors import HistoryError
+from kimi_mlx.errors import HistoryError, TextError
 from kimi_mlx.history.answer_parts import answer_of, delta_to_json
-from kimi_mlx.history.database import FILE_NAME, connect, history_errors, history_folder, to_history_error, transaction
+from kimi_mlx.history.database import (
+    FILE_NAME,
+    broken_file_hint,
+    connect,
+    history_errors,
+    history_folder,
+    to_history_error,
+    transaction,
+)
 from kimi_mlx.history.json_text import to_json
 from kimi_mlx.history.locks import ConversationLocks
 from kimi_mlx.history.media import put_contents, take_contents
 from kimi_mlx.history.plain_text import title_of
-from kimi_mlx.history.records import ConversationRecord, MessageRecord
+from kimi_mlx.history.records import ConversationRecord, MessageRecord, read_settings
 from kimi_mlx.text.messages import Delta, Message
 
 ID_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"
@@ -342,17 +350,24 @@ class HistoryStore:
         created_s, finished_s, removed_s = times
         assert created_s is not None
         unfinished_calls = ""
-        if document is None:
-            rows = self._connection.execute("SELECT document FROM deltas WHERE message = ? ORDER BY number", (number,))
-            message, unfinished_calls = answer_of(row[0] for row in rows)
-        else:
-            message = Message.from_dict(put_contents(json.loads(document), self._contents))
+        try:
+            if document is None:
+                query = "SELECT document FROM deltas WHERE message = ? ORDER BY number"
+                rows = self._connection.execute(query, (number,))
+                message, unfinished_calls = answer_of(row[0] for row in rows)
+            else:
+                message = Message.from_dict(put_contents(json.loads(document), self._contents))
+            stored_settings = read_settings(settings)
+            stored_statistics = None if statistics is None else dict(json.loads(statistics))
+        except (TextError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            hint = broken_file_hint(self.path)
+            raise HistoryError(f"message {number} in `{self.path}` is damaged: {error!s:.200}", hint=hint) from error
         return MessageRecord(
             message,
             model,
-            json.loads(settings) if settings else {},
+            stored_settings,
             finish_reason,
-            json.loads(statistics) if statistics else None,
+            stored_statistics,
             created_s,
             finished_s,
             removed_s,

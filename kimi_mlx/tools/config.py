@@ -10,12 +10,14 @@ import difflib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from kimi_mlx.errors import ToolConfigError
+from kimi_mlx.units import MB, format_bytes
 
 EXAMPLE = '{"mcpServers": {"git": {"command": "uvx", "args": ["mcp-server-git"]}}}'
 TYPES: dict[str, Literal["stdio", "http", "sse"]] = {
@@ -27,6 +29,9 @@ TYPES: dict[str, Literal["stdio", "http", "sse"]] = {
     "sse": "sse",
 }
 """Names of the transports in `type` or `transport`."""
+
+MAX_BYTES = MB
+"""Size limit of a file of servers."""
 
 STDIO_KEYS = ("command", "args", "env", "cwd")
 HTTP_KEYS = ("url", "headers")
@@ -93,7 +98,13 @@ def read_config(
 def _read_servers(path: Path) -> Mapping[str, Any]:
     """Return the value of `mcpServers`."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ToolConfigError(f"`{path}` is not a file", hint=_example(path))
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ToolConfigError(f"`{path}` has more than {format_bytes(MAX_BYTES)}", hint=_example(path))
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise ToolConfigError(f"`{path}` cannot be read: {error.strerror}", hint=_example(path)) from error
     except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ import pytest
 
 from kimi_mlx.errors import HistoryError
 from kimi_mlx.history.database import FILE_NAME, MIGRATIONS
+from kimi_mlx.history.log import ConversationLog
 from kimi_mlx.history.media import MAX_MEDIA_BYTES
 from kimi_mlx.history.store import HistoryStore
 from kimi_mlx.text.messages import Delta, Message
@@ -156,3 +157,23 @@ def test_a_file_that_another_process_has_locked(store: HistoryStore, monkeypatch
     assert caught.value.hint is not None
     assert "try again" in caught.value.hint
     assert store.create("m").num_turns == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "document"),
+    [
+        *(("messages", text) for text in ("{nope", "7", "[]", "null", '{"role": "user", "tool_calls": 7}', "[" * 5000)),
+        *(
+            ("settings", text)
+            for text in ("7", '{"sampling": 7}', '{"template": []}', '{"max_tokens": "x"}', '{"system": {}}')
+        ),
+    ],
+)
+def test_damaged_rows_are_errors_in_words(store: HistoryStore, log: ConversationLog, table: str, document: str) -> None:
+    message = Message("user", "Hello")
+    log.on_message(message)
+    (conversation,) = store.conversations()
+    store._connection.execute(f"UPDATE {table} SET document = ?", (document,))
+    with pytest.raises(HistoryError, match="is damaged") as caught:
+        store.messages(conversation.number)
+    assert "mv " in (caught.value.hint or "")

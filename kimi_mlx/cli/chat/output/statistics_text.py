@@ -9,12 +9,13 @@ from kimi_mlx.units import format_bytes, format_count, format_rate, format_secon
 
 
 def statistics_line(statistics: Statistics) -> str:
-    """Return the statistics of an answer as one line."""
+    """Return the statistics of an answer as one line, without what a server does not say."""
     decode = f"{format_count(statistics.generated_tokens, 'token')} in {format_seconds(statistics.decode_s)}"
     prompt = f"prompt {statistics.prompt_tokens}"
     if statistics.cached_tokens:
         prompt += f" ({statistics.cached_tokens} cached)"
-    prompt += f" at {format_rate(statistics.prefill_tok_per_s)}"
+    if statistics.prefill_tok_per_s:
+        prompt += f" at {format_rate(statistics.prefill_tok_per_s)}"
     parts = [decode]
     if statistics.decode_tok_per_s:
         parts.append(format_rate(statistics.decode_tok_per_s))
@@ -22,11 +23,11 @@ def statistics_line(statistics: Statistics) -> str:
         parts.append(f"{statistics.tokens_per_step:.1f} tokens per step")
     if statistics.encode_s:
         parts.append(f"images {format_seconds(statistics.encode_s)}")
-    parts += [
-        prompt,
-        f"first token {format_seconds(statistics.ttft_s)}",
-        f"peak {format_bytes(statistics.peak_memory_bytes)}",
-    ]
+    if statistics.prompt_tokens:
+        parts.append(prompt)
+    parts.append(f"first token {format_seconds(statistics.ttft_s)}")
+    if statistics.peak_memory_bytes:
+        parts.append(f"peak {format_bytes(statistics.peak_memory_bytes)}")
     return " · ".join(parts)
 
 
