@@ -91,7 +91,7 @@ def kill_rank_in_mid_answer(session: RingSession, monkeypatch: pytest.MonkeyPatc
     def submit_and_kill(request: Request, on_event: EventCallback) -> int:
         num_tokens = 0
 
-        def on_event_then_kill(event: Event) -> None:
+        def on_event_then_kill(event: Event | BaseException) -> None:
             nonlocal num_tokens
             on_event(event)
             num_tokens += isinstance(event, Token)

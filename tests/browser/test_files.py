@@ -155,8 +155,10 @@ def test_export_and_import(running: RunningServer, open_page: OpenPage) -> None:
     ]
 
     other = open_page(running.url)  # another browser
-    file = {"name": download.value.suggested_filename, "mimeType": "application/json", "buffer": exported.encode()}
-    other.page.set_input_files("#import-file", [file])
+    name = download.value.suggested_filename
+    other.page.set_input_files(
+        "#import-file", [{"name": name, "mimeType": "application/json", "buffer": exported.encode()}]
+    )
     other.wait_text("1 conversations imported", "#banner")
     other.find("#conversations a").click()
     other.wait_messages(2)

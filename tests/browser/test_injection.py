@@ -94,7 +94,7 @@ def test_in_answers_and_reasoning(open_page: OpenPage) -> None:
         hover_over_everything(chat)
         check_harmless(chat)
         assert "<script>window.hacked = 1</script>" in chat.answer
-        assert "<script>window.hacked = 1</script>" in chat.find(".reasoning").text_content()
+        assert "<script>window.hacked = 1</script>" in (chat.find(".reasoning").text_content() or "")
         chat.page.reload()
         chat.wait_answer()
         hover_over_everything(chat)
@@ -243,8 +243,8 @@ def test_in_names_of_files(running: RunningServer, open_page: OpenPage) -> None:
     assert chat.find("#attachments img").count() == 0
     chat.ask("Look at it.")
     chat.wait_text("<img src=x", ".message.user")
-    binary = [{"name": name, "mimeType": "application/x", "buffer": bytes(range(256))}]
-    chat.page.set_input_files("#files", binary)
+    buffer = bytes(range(256))
+    chat.page.set_input_files("#files", [{"name": name, "mimeType": "application/x", "buffer": buffer}])
     chat.wait_text("is not a text file", "#banner")
     assert chat.find("#banner img").count() == 0
     check_harmless(chat)
