@@ -25,7 +25,7 @@ from kimi_mlx.cli.chat.options import HistoryOptions
 from kimi_mlx.cli.chat.repl import run_repl
 from kimi_mlx.cli.chat.repl_state import ReplState
 from tests.fakes import conversation_of
-conversation = conversation_of(" ".join(map(str, range(5000))), pause_s=0.002)
+conversation = conversation_of(" ".join(map(str, range(5000))), pause_s=0.01)
 history = ChatHistory.open(HistoryOptions())
 history.attach(conversation, None)
 run_repl(ReplState(conversation, history=history))
