@@ -161,7 +161,9 @@ class RemoteChatModel:
         from kimi_mlx.images.preprocessing import Preprocessing
 
         settings = self._numbers("preprocessing")
-        known = {item.name: settings[item.name] for item in fields(Preprocessing) if item.name in settings}
+        known: dict[str, Any] = {
+            item.name: settings[item.name] for item in fields(Preprocessing) if item.name in settings
+        }
         return MediaCache(Preprocessing(**known))
 
     def _numbers(self, field: str) -> dict[str, float | int]:
