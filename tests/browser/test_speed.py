@@ -47,6 +47,7 @@ def test_first_paint(running: RunningServer, open_page: OpenPage) -> None:
     assert median(times) < 3000
 
 
+@pytest.mark.sweep
 def test_frames_while_a_fast_answer_streams(open_page: OpenPage) -> None:
     paragraphs = f"{'A sentence of several common words. ' * 6}\n\n"
     text = (paragraphs + MARKDOWN) * 40
@@ -82,6 +83,7 @@ def heap_bytes(page: Page) -> int:
     return size
 
 
+@pytest.mark.sweep
 def test_memory_over_many_turns(open_page: OpenPage) -> None:
     with answering(MARKDOWN, "A thought.") as server:
         chat = open_page(server.url)
@@ -114,6 +116,7 @@ def cpu_seconds(process_id: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.sweep
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs Linux's /proc")
 def test_cpu_time_of_the_server_with_three_views(open_page: OpenPage) -> None:
     port = free_port()

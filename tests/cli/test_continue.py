@@ -57,7 +57,7 @@ def test_a_chat_without_a_log_leaves_nothing(ask: Ask, tmp_path: Path) -> None:
 def test_a_conversation_that_is_not_there(ask: Ask) -> None:
     nothing = call("chat", "-p", "Hello", "--continue")
     assert nothing.returncode == 1
-    assert "there is no conversation yet" in nothing.stderr
+    assert "there are no conversations yet" in nothing.stderr
     ask("-p", "Hello")
     wrong = call("chat", "-p", "Hello", "-c", "kimi-mini")
     assert wrong.returncode == 1

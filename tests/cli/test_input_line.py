@@ -327,6 +327,7 @@ def test_the_terminal_is_left_as_it_was(spawn: Spawn, tmp_path: Path) -> None:
     line.terminal.send("never sent")
     line.screen("never sent")
     line.terminal.send(CTRL_C)
+    line.screen("read 0")  # the message is cleared
     line.terminal.send(CTRL_C)
     line.screen("interrupted")
     line.terminal.send(CTRL_D)

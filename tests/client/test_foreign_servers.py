@@ -173,7 +173,7 @@ HELLO = 'data: {"choices": [{"index": 0, "delta": {"content": "Hello"}}]}\n\n'
     ],
 )
 def test_an_answer_that_breaks_off_keeps_its_text(reply: Reply, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kimi_mlx.client.remote.FOREIGN_SILENCE_S", 0.5 if message.startswith("nothing") else 30)
+    monkeypatch.setattr("kimi_mlx.client.remote.OTHER_SILENCE_S", 0.5 if message.startswith("nothing") else 30)
     monkeypatch.setattr(http, "MAX_EVENT_BYTES", 2000)
     with foreign_server(reply) as server:
         conversation = Conversation(connect(server))

@@ -185,9 +185,10 @@ def test_command_runs(example: Example, tmp_path: Path, environment: dict[str, s
     if "--verify" in example.command:  # of what the command before it has made
         run_shell(example.command.replace(" --verify", ""), tmp_path, environment)
     done = run_shell(type_of(example.command), tmp_path, environment)
-    expected = {0, 1} if example.command == "kimi-mlx doctor" else {0}  # 1: this machine has a problem
+    # 1: this machine has a problem, or runs no server
+    expected = {0, 1} if example.command in ("kimi-mlx doctor", "kimi-mlx status") else {0}
     assert done.returncode in expected, done.stderr
-    assert done.stdout.strip()
+    assert done.stdout.strip() or "no server of yours" in done.stderr
     if "chat" in example.command and "--json" not in example.command:
         assert len(done.stdout) < 400  # an answer, not garbage
 
@@ -212,9 +213,11 @@ def run_client(command: str, folder: Path, environment: dict[str, str]) -> None:
     server = start([*shlex.split("kimi-mlx serve --port 0")], cwd=folder, text=True, env=environment)
     assert server.stderr is not None
     url = next(found[0] for line in server.stderr if (found := re.search(r"http://127.0.0.1:\d+", line)))
-    done = run_shell(command.replace("http://127.0.0.1:8080", url), folder, environment)
+    command = command.replace("http://127.0.0.1:8080", url)
+    done = run_shell(command.replace("curl -N ", "curl -N --max-time 3 "), folder, environment)  # a stream has no end
     server.send_signal(signal.SIGINT)
-    assert '"choices"' in done.stdout, done.stdout + done.stderr
+    answer = '"context_tokens"' if "/v1/cluster" in command else '"choices"'
+    assert answer in done.stdout, done.stdout + done.stderr
     server.wait(LIMIT_S)
 
 

@@ -39,6 +39,7 @@ LIGHT_PACKAGES = {
         "model_files",
         "parallel",
         "planner",
+        "services",
         "session",
         "sizing",
         "units",
