@@ -100,7 +100,9 @@ is_usable() { # an environment that more can be installed into
 prepare() { # LEVEL
   ! is_ready "$1" || return 0
   is_usable || make_venv
-  printf 'kimi-mlx: installing the %s packages into .venv, once (some 360 MB, a minute or two)\n' "$1" >&2
+  local size='260 MB'
+  [ "$1" = runtime ] || size='970 MB'
+  printf 'kimi-mlx: installing the %s packages into .venv, once (about %s, a minute or two)\n' "$1" "$size" >&2
   local interrupted=
   trap 'interrupted=1' INT TERM
   : >"$unfinished"
