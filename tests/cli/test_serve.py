@@ -222,7 +222,7 @@ def test_the_addresses_for_other_machines_are_printed(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("se#cret # of the laptop\n")
     serving = Serving("--host", "0.0.0.0", "--api-key-file", str(keys))
-    assert f"http://{socket.gethostname()}:{serving.port}/v1" in serving.greeting
+    assert f"http://{socket.gethostname()}:{serving.port}" in serving.greeting
     assert "Bearer KEY" in serving.greeting
     assert serving.ask("se#cret").startswith("Hello!")
     assert raw.request(serving.port, "POST", "/chat/completions").status == 401

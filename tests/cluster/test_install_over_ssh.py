@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 import time
@@ -11,6 +10,7 @@ from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from kimi_mlx.cluster.hosts.facts import FACTS_LIMIT_S, Facts, Interpreter, facts_script, own_interpreter, parse_facts
 from kimi_mlx.cluster.hosts.ssh import run_everywhere, run_script
@@ -28,9 +28,9 @@ def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with an empty wheel of each dependency, of the right name and version."""
     folder = tmp_path_factory.mktemp("wheelhouse")
     folder.parent.chmod(0o755)
-    for requirement in requires("kimi-mlx") or []:
-        name, marker = re.split(r"[^A-Za-z0-9_-]", requirement)[0], requirement.partition(";")[2]
-        if "extra ==" not in marker and "darwin" not in marker:
+    for requirement in map(Requirement, requires("kimi-mlx") or []):
+        name = requirement.name
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version(name)}\nProvides-Extra: cpu\n"
             files = {"mlx/core.py": b""} if name == "mlx" else {}
             pack_wheel(folder, name.replace("-", "_"), version(name), files, {"METADATA": metadata.encode()})
