@@ -24,7 +24,8 @@ LOG_VARIABLE = "KIMI_MLX_SERVICE_LOG"
 """Environment variable with the log file of a service; see log_file.py."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
-_CONTROL_CHARS = re.compile(r"[\x00-\x1f\x7f]")
+_REFUSED_CHARS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""Control characters, and what Python makes of bytes that are not UTF-8: neither can be in a service's file."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Service:
         log: file for its output.
 
     Raises:
-        UsageError: invalid name, or control characters in the command or the environment.
+        UsageError: invalid name, or text in the command or the environment that has control characters or is not UTF-8.
     """
 
     name: str
@@ -49,8 +50,8 @@ class Service:
     def __post_init__(self) -> None:
         check_name(self.name)
         for text in (*self.command, *self.environment, *self.environment.values(), str(self.log)):
-            if _CONTROL_CHARS.search(text):
-                raise UsageError(f"{text!a} has control characters, which a service cannot have")
+            if _REFUSED_CHARS.search(text):
+                raise UsageError(f"{text!a} has control characters or is not UTF-8, which a service cannot have")
 
 
 @dataclass(frozen=True)

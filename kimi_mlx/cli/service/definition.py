@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import stat
 import sys
 from collections.abc import Mapping
@@ -31,8 +33,8 @@ from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
 
 KEPT_PREFIXES = ("KIMI_MLX_", "HF_", "MLX_")
 """Prefixes of environment variables that the service gets, with PATH and FOLDER_VARIABLES."""
-SECRETS = ("KIMI_MLX_API_KEY", "HF_TOKEN", "HF_TOKEN_PATH")
-"""Variables that a service never gets: its file is not for secrets, and it downloads nothing."""
+SECRETS = re.compile(r"(^|_)(KEYS?|TOKENS?|PASSWORD|SECRETS?)(_|$)")
+"""Names of variables that a service never gets: its file is not for secrets, and it downloads nothing."""
 FOLDER_VARIABLES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME")
 
 CACHE_FOLDERS = (".cache", "Caches")
@@ -169,7 +171,7 @@ def program() -> tuple[str, ...]:
 def kept_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that a service gets from the environment of `install`."""
     names = {name for name in environment if name.startswith(KEPT_PREFIXES)} | {"PATH", *FOLDER_VARIABLES}
-    return {name: environment[name] for name in sorted(names.difference(SECRETS)) if environment.get(name)}
+    return {name: environment[name] for name in sorted(names) if environment.get(name) and not SECRETS.search(name)}
 
 
 def _check_secrets(server: ServerOptions) -> None:
@@ -187,7 +189,9 @@ def _check_secrets(server: ServerOptions) -> None:
     path = server.api_key_file
     mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else 0
     if mode & 0o077:
-        raise UsageError(f"other users can read `{path}` (mode {mode:04o})", hint=f"type `chmod 600 {path}`")
+        raise UsageError(
+            f"other users can read `{path}` (mode {mode:04o})", hint=f"type `chmod 600 {shlex.quote(str(path))}`"
+        )
 
 
 def _check_model(target: ModelRef, run: RunOptions) -> None:

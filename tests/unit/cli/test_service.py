@@ -139,6 +139,8 @@ def test_environment_of_a_service() -> None:
         "XDG_STATE_HOME": "/x",
         "KIMI_MLX_API_KEY": "k",
         "HF_TOKEN": "t",
+        "HF_ACCESS_TOKEN": "t",
+        "MLX_SECRET_VALUE": "v",
         "XDG_RUNTIME_DIR": "/run",
         "EDITOR": "vi",
         "HF_HUB_CACHE": "",

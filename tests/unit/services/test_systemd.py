@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -54,6 +55,11 @@ def test_an_edited_unit_is_not_understood(tmp_path: Path) -> None:
 def test_invalid_names(name: str) -> None:
     with pytest.raises(UsageError, match="not a name"):
         Service(name, ("/bin/true",), {}, Path("/log"))
+
+
+def test_text_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(UsageError, match="not UTF-8"):
+        Service("x", ("/bin/true", os.fsdecode(b"caf\xe9")), {}, Path("/log"))
 
 
 def test_control_characters_are_refused() -> None:
