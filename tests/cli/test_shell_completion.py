@@ -92,6 +92,8 @@ def test_options_and_their_values() -> None:
     assert values("kimi-mlx bench --synthetic ") == ["wide", "deep", "vision"]
     assert values("kimi-mlx chat --ranks ") == []
     assert paths("kimi-mlx serve --api-key-file ") == ("files", "")
+    for option in ("-f", "--system-file", "--schema", "--mcp", "--preset", "--image"):
+        assert paths(f"kimi-mlx chat {option} ") == ("files", "")
     assert paths("kimi-mlx serve --api-key-file=./k") == ("files", "--api-key-file=")
     assert paths("kimi-mlx chat --cache-dir ") == ("folders", "")
     assert "--help" not in values("kimi-mlx chat --image x.png --im")

@@ -51,6 +51,8 @@ def values_of(name: str, metavar: str | None, hint: Any, word: str) -> Completio
         from kimi_mlx.services.choose import service_manager
 
         return Completion([(service, "") for service in service_manager().names()])
+    if metavar is not None and "FILE" in metavar.split("|"):  # also text that is more than a path, such as `-f -`
+        return Completion(paths="files")
     choices = list(_choices(hint))
     if not choices and metavar is not None and "|" in metavar:
         choices = metavar.split("|")
