@@ -103,7 +103,7 @@ def check_noticed(outcome: Outcome, number: int, noticed_s: float, next_text_s: 
     assert effect.next_text_s is not None
     assert effect.next_text_s < next_text_s + 2 * DELAY_S
     notes = re.findall(
-        r"\n\[(rank .*?|the ring .*?)\s+reconnecting in \d+ s, attempt \d of \d\]", outcome.errors, re.DOTALL
+        r"\n(rank .*?|the ring .*?)\s+reconnecting in \d+ s, attempt \d of \d\n", outcome.errors, re.DOTALL
     )
     assert re.search(reason, " ".join(notes[number].split())), notes
 
