@@ -141,7 +141,7 @@ PASTES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("columns", [80, *(pytest.param(width, marks=pytest.mark.sweep) for width in (40, 200))])
 def test_any_text_can_be_pasted(spawn: Spawn, tmp_path: Path, columns: int) -> None:
     line = InputLine(spawn, tmp_path, columns)
     last = "above 2"
@@ -154,7 +154,7 @@ def test_any_text_can_be_pasted(spawn: Spawn, tmp_path: Path, columns: int) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("columns", [80, *(pytest.param(width, marks=pytest.mark.sweep) for width in (40, 200))])
 def test_any_text_of_several_lines_can_be_pasted_without_marks(spawn: Spawn, tmp_path: Path, columns: int) -> None:
     line = InputLine(spawn, tmp_path, columns)
     last = "above 2"

@@ -29,6 +29,7 @@ SLOW_CLOSE = MAIN.replace(
     "def close(self):\n    time.sleep(3); c(self)\nr.RingSession.close = close\nmain()",
 )
 """The program with a ring that takes 3 s to end."""
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_ctrl_c_while_a_ring_restarts(begin: Start, endless_model: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [None, *(pytest.param(other, marks=pytest.mark.sweep) for other in ENDING)])
 def test_a_second_ctrl_c_while_the_ring_ends(begin: Start, endless_model: Path, number: int | None) -> None:
     options = ("-t", "0", "--no-thinking", "--ranks", "2", "-p", "hi")
     program = begin("chat", str(endless_model), *options, code=SLOW_CLOSE)
@@ -144,7 +145,7 @@ def test_a_second_ctrl_c_while_the_ring_ends(begin: Start, endless_model: Path, 
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [None, pytest.param(signal.SIGTERM, marks=pytest.mark.sweep), signal.SIGHUP])
 @pytest.mark.parametrize("is_conversation", [False, True])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(number, marks=pytest.mark.sweep) for number in (1, 2))])
 def test_ctrl_c_at_any_time_of_a_ring(

@@ -38,7 +38,10 @@ def front(hosts: Hosts) -> Iterator[dict[str, str]]:
     assert left == []
 
 
-@pytest.mark.parametrize("stage", ["contacting", "loading", "answering", 0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage",
+    ["loading", *(pytest.param(stage, marks=pytest.mark.sweep) for stage in ("contacting", "answering", 0, 1, 2, 3))],
+)
 def test_ctrl_c_leaves_nothing_on_any_host(
     hosts: Hosts, front: dict[str, str], model: Path, stage: str | int, tmp_path: Path
 ) -> None:

@@ -84,7 +84,7 @@ def tokens_of(events: Iterator[Event]) -> list[int]:
     [  # most of them are left to the sweep
         pytest.param("hybrid", 0, is_first_part, marks=pytest.mark.sweep),
         pytest.param("pipeline", 1, is_first_part, marks=pytest.mark.slow),
-        pytest.param("hybrid", 1, is_inside_an_image, marks=pytest.mark.slow),
+        pytest.param("hybrid", 1, is_inside_an_image, marks=pytest.mark.sweep),
         pytest.param("pipeline", 0, is_inside_an_image, marks=pytest.mark.sweep),
         pytest.param("tensor", 0, is_token, marks=pytest.mark.sweep),
     ],

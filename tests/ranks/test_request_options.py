@@ -169,7 +169,7 @@ def _picture(color: str) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_schemas_samples_and_drafts_with_images(with_images: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
     tokenizer = ChatTokenizer.load(KIMI_MINI_VL)

@@ -82,7 +82,7 @@ def model_tokenizer():
     return Tokenizer.load(TEXT_MODEL)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_few_steps_of_both_parts_lower_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(vision_batches, "PICTURES_PER_STEP", 4)
     monkeypatch.setattr(vision_batches, "TOKENS_PER_STEP", 512)
