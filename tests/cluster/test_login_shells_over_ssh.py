@@ -58,6 +58,7 @@ def test_login_shell_does_not_disturb_the_doctor(hosts: Hosts, name: str) -> Non
     assert report.document["self_test"]["timings"]
 
 
+@pytest.mark.sweep
 def test_banner_that_appears_during_an_answer_does_not_prevent_the_restart(hosts: Hosts, tmp_path: Path) -> None:
     def inflict(front: faults.Front) -> None:
         hosts.set_login_shell("mac-b", "/bin/bash", NOISY["bash"])
@@ -77,6 +78,7 @@ def test_background_job_does_not_disturb_the_doctor(hosts: Hosts, start_up: str)
     assert report.document["self_test"]["timings"]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("start_up", JOBS)
 def test_background_job_does_not_prevent_the_restart(hosts: Hosts, tmp_path: Path, start_up: str) -> None:
     def inflict(front: faults.Front) -> None:

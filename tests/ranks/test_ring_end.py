@@ -107,7 +107,7 @@ def test_an_end_while_16_384_patches_are_encoded_kills_nobody(strategy: str, kil
         pytest.param(signal.SIGKILL, "pipeline", 1, 2, marks=pytest.mark.sweep),
         (signal.SIGKILL, "pipeline", 2, 3),
         pytest.param(signal.SIGSTOP, "hybrid", 1, 2, marks=pytest.mark.sweep),
-        (signal.SIGSTOP, "pipeline", 0, 2),
+        pytest.param(signal.SIGSTOP, "pipeline", 0, 2, marks=pytest.mark.sweep),
         (signal.SIGTERM, "hybrid", 0, 2),
         pytest.param(signal.SIGTERM, "pipeline", 1, 3, marks=pytest.mark.sweep),
     ],
