@@ -108,7 +108,7 @@ def open_models(
         context = load_config(prepared.folder).max_position_embeddings
         _with_preprocessing(plan, prepared.folder).check_context(context)
     cluster = _delayed_cluster(run.ranks, measurement.link_delay_ms, run.fast_sync, stack)
-    options = replace(session_options(run, has_sampling=False), cluster=cluster)
+    options = replace(session_options(run), cluster=cluster)
     opened = open_session(prepared, options, run.ranks, is_quiet)
     session = stack.enter_context(closing_with_status(opened.session, is_quiet))
     config = load_config(opened.tokenizer_folder)

@@ -43,7 +43,7 @@ def check(
     begin = time.monotonic()
     is_quiet = hides_messages(json)
     prepared = prepare_model(launch, target, run, is_quiet=is_quiet)
-    opened = open_session(prepared, session_options(run, has_sampling=False), run.ranks, is_quiet)
+    opened = open_session(prepared, session_options(run), run.ranks, is_quiet)
     with closing_with_status(opened.session, is_quiet) as session, slow_status(is_quiet) as set_status:
         load_s = time.monotonic() - begin
         vocab_size = load_config(opened.tokenizer_folder).vocab_size

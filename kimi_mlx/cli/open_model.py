@@ -147,13 +147,12 @@ def prepare_model(
     return PreparedModel(target, target.name, choice, folder)
 
 
-def session_options(run: RunOptions, disk: DiskCacheOptions | None = None, *, has_sampling: bool) -> SessionOptions:
+def session_options(run: RunOptions, disk: DiskCacheOptions | None = None) -> SessionOptions:
     """Return the options of a session; open_session() adds the model and its placement.
 
     Args:
         run: options of the user.
         disk: options of the prompt cache on disk; None for none.
-        has_sampling: whether the session samples; False if all answers are greedy.
 
     Raises:
         UsageError: options that do not go together.
@@ -163,7 +162,6 @@ def session_options(run: RunOptions, disk: DiskCacheOptions | None = None, *, ha
     return SessionOptions(
         None,
         dtype=run.dtype,
-        has_sampling=has_sampling,
         speculate=run.speculate,
         check_every=run.check_every,
         fast_sync=run.fast_sync,

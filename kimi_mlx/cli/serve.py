@@ -163,7 +163,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
 
     target = resolve_model_name(run.model_name)
     serving = server.serving()
-    options = session_options(run, disk, has_sampling=True)
+    options = session_options(run, disk)
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # worker processes must not import modules of the current folder
     with ExitStack() as stack:
         server_socket = stack.enter_context(closing(ServerSocket(server.host, server.port)))  # before loading

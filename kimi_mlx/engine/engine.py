@@ -17,6 +17,7 @@ from kimi_mlx.engine.image_encoder import ImageEncoder
 from kimi_mlx.engine.kv_cache_pool import KVCachePool
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import ImageInput, Request
+from kimi_mlx.engine.sampling import GREEDY_BELOW
 from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.step_runner import StepRunner
 from kimi_mlx.engine.token_sampler import TokenSampler
@@ -140,7 +141,7 @@ class Engine:
                 constraint.start_compiling()
             else:
                 constraint = None
-        sampler = TokenSampler(request, self._model.config.vocab_size, self._seed(request), constraint)
+        sampler = TokenSampler(request, self._seed(request), constraint)
         self._waiting.append(Sequence(request_id, request, max_tokens, sampler, self._speculate))
 
     def cancel(self, request_id: int) -> None:
@@ -314,10 +315,12 @@ class Engine:
                     f"its {image.num_tokens} positions"
                 )
 
-    def _seed(self, request: Request) -> int | None:
-        """Return the seed, the same on every rank. The leader chooses one if the request has none."""
+    def _seed(self, request: Request) -> int:
+        """Return the seed, the same on every rank; 0 for a greedy request. The leader chooses one if there is none."""
         seed, communicator = request.sampling.seed, self._runner.communicator
-        if seed is None and request.sampling.temperature > 0:
+        if request.sampling.temperature < GREEDY_BELOW:
+            return 0
+        if seed is None:
             seed = random.getrandbits(24)
             if communicator is not None and self._runner.pipeline is None:  # in a pipeline only the leader samples
                 seed = int(gather_on_host(communicator.group, [seed])[0, 0])

@@ -70,9 +70,7 @@ def _sample(logits: mx.array, entry: BatchEntry) -> mx.array:
     rows = logits[entry.logits_rows]
     if sampler.is_greedy:
         return mx.argmax(rows, axis=-1)
-    rows = sampler.bias(rows, entry.draft)
-    tokens = [sampler.sample(rows[index : index + 1], entry.position + index) for index in range(entry.num_logits)]
-    return tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)
+    return sampler.sample(sampler.bias(rows, entry.draft), entry.position)
 
 
 def _logprobs(logits: mx.array, token: mx.array, top_logprobs: int) -> tuple[mx.array, mx.array, mx.array]:

@@ -1,65 +1,89 @@
-"""Samplers: mlx-lm's, and argmax for greedy decoding."""
+"""Samplers: temperature, top-p, top-k and min-p, with random numbers that depend only on the seed and the position.
+
+The filters are those of mlx-lm (`mlx_lm.sample_utils`, which takes 2 s to import; tests compare with it): each keeps
+tokens by their probabilities at temperature 1, and the temperature applies to what is left.
+"""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from types import ModuleType
+import math
 
 import mlx.core as mx
 
 from kimi_mlx.engine.request import Sampling
 
-Sampler = Callable[[mx.array], mx.array]
-"""Function from logits (B, vocab_size) to token ids (B)."""
-
-SeededSampler = Callable[[mx.array, int], mx.array]
-"""Function from logits (B, vocab_size) and the position of the token in its sequence to token ids (B)."""
-
-
 GREEDY_BELOW = 1e-6
 """Temperatures below this count as 0: dividing by them overflows, and the result is greedy anyway."""
 
 
-def make_sampler(sampling: Sampling, vocab_size: int) -> Sampler:
-    """Return the function from logits (B, vocab_size) to token ids (B).
+class Sampler:
+    """Samples the tokens of one sequence.
 
-    It uses MLX's global random state, which must be seeded with the same value on every rank.
+    A token depends only on its logits, the seed and its position. An answer that is restarted in the middle therefore
+    continues as before, and a token does not depend on whether it was sampled alone or to verify a draft.
+
+    Args:
+        sampling: sampling parameters; their seed is not used.
+        seed: seed of the random numbers, the same on every rank that samples.
     """
-    if sampling.temperature < GREEDY_BELOW:
-        return lambda logits: mx.argmax(logits, axis=-1)
-    sample = samplers().make_sampler(
-        temp=sampling.temperature,
-        top_p=sampling.top_p if sampling.top_p < 1 else 0.0,
-        min_p=sampling.min_p,
-        top_k=sampling.top_k if sampling.top_k < vocab_size else 0,
-    )
 
-    def from_logits(logits: mx.array) -> mx.array:
+    def __init__(self, sampling: Sampling, seed: int):
+        self._sampling, self._seed = sampling, seed
+
+    def __call__(self, logits: mx.array, position: int) -> mx.array:
+        """Sample a token from each row of logits.
+
+        Args:
+            logits: (n, vocab_size), of n consecutive positions; -inf for forbidden tokens.
+            position: position in the sequence of the first sampled token.
+
+        Returns:
+            (n,) integers.
+        """
+        temperature = self._sampling.temperature
+        if temperature < GREEDY_BELOW:
+            return mx.argmax(logits, axis=-1)
         logits = logits.astype(mx.float32)
-        return sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-
-    return from_logits
-
-
-def samplers() -> ModuleType:
-    """Return mlx-lm's samplers. Importing them takes 2 s, so greedy decoding does without."""
-    return importlib.import_module("mlx_lm.sample_utils")
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        kept = keep_likely(logprobs, self._sampling) * (1 / temperature)
+        # The largest sum of a logit and Gumbel noise is a sample of the softmax (Gumbel 1954).
+        keys = [mx.random.key(_mixed(self._seed, position + row)) for row in range(logits.shape[0])]
+        noise = [mx.random.gumbel(logits.shape[1:], key=key) for key in keys]
+        return mx.argmax(kept + mx.stack(noise), axis=-1)
 
 
-def seeded(sample: Sampler, seed: int | None) -> SeededSampler:
-    """Return a sampler whose random numbers depend only on the seed and the position of the token.
+def keep_likely(logprobs: mx.array, sampling: Sampling) -> mx.array:
+    """Return log probabilities with -inf for the tokens that top_p, top_k or min_p remove.
 
-    An answer that is restarted in the middle therefore continues as before, and a token does not depend on whether it
-    was sampled alone or to verify a draft.
+    Each of them keeps the tokens from a least probability up, so tokens of equal probability are kept together.
+
+    Args:
+        logprobs: (n, vocab_size) float32.
+        sampling: sampling parameters.
     """
+    vocab_size = logprobs.shape[-1]
+    has_top_k, has_top_p = 0 < sampling.top_k < vocab_size, sampling.top_p < 1
+    thresholds: list[mx.array] = []
+    if sampling.min_p:
+        thresholds.append(logprobs.max(axis=-1, keepdims=True) + math.log(sampling.min_p))
+    if has_top_k or has_top_p:
+        ascending = mx.sort(logprobs, axis=-1)
+        if has_top_k:
+            thresholds.append(ascending[:, vocab_size - sampling.top_k, None])
+        if has_top_p:
+            thresholds.append(_top_p_threshold(ascending, sampling.top_p))
+    for threshold in thresholds:
+        logprobs = mx.where(logprobs < threshold, -mx.inf, logprobs)
+    return logprobs
 
-    def sample_at(logits: mx.array, position: int) -> mx.array:
-        if seed is not None:
-            mx.random.seed(_mixed(seed, position))
-        return sample(logits)
 
-    return sample_at
+def _top_p_threshold(ascending: mx.array, top_p: float) -> mx.array:
+    """Return the smallest log probability, (n, 1), of the most likely tokens with a total probability of top_p."""
+    probabilities = mx.exp(ascending)
+    above = mx.cumsum(probabilities, axis=-1, reverse=True, inclusive=False)
+    total = above[:, :1] + probabilities[:, :1]
+    num_removed = (above >= top_p * total).sum(axis=-1, keepdims=True)
+    return mx.take_along_axis(ascending, num_removed, axis=-1)
 
 
 def _mixed(seed: int, position: int) -> int:

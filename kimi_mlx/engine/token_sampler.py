@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from kimi_mlx.engine.constraint import Constraint, masked
 from kimi_mlx.engine.request import Request
-from kimi_mlx.engine.sampling import GREEDY_BELOW, make_sampler, seeded
+from kimi_mlx.engine.sampling import GREEDY_BELOW, Sampler
 from kimi_mlx.errors import EngineError
 
 
@@ -20,16 +20,15 @@ class TokenSampler:
 
     Args:
         request: request of the sequence.
-        vocab_size: size of the model's vocabulary.
         seed: seed of the random numbers.
         constraint: constraint of the grammar, if any.
     """
 
-    def __init__(self, request: Request, vocab_size: int, seed: int | None, constraint: Constraint | None):
+    def __init__(self, request: Request, seed: int, constraint: Constraint | None):
         sampling = request.sampling
         self._bias, self._stop_ids = request.logit_bias, sorted(request.stop_ids)
         self._constraint = constraint
-        self.sample = seeded(make_sampler(sampling, vocab_size), seed)
+        self.sample = Sampler(sampling, seed)
         self.is_greedy = sampling.temperature < GREEDY_BELOW and not request.logit_bias and constraint is None
         """Whether the most likely token is taken, without bias or grammar."""
         self.failure: EngineError | None = None

@@ -18,7 +18,6 @@ from kimi_mlx.engine.events import Encoded, Event, Finished, Prefilled, Token
 from kimi_mlx.engine.free_memory import free_memory_bytes
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Request
-from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import KimiMlxError, MissingModelError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
@@ -45,7 +44,7 @@ def main() -> None:
 
 def serve(channel: Channel, start: Message) -> None:
     """Load the model, then execute commands and steps until the last command, the end."""
-    prepare_device(start["has_sampling"])
+    prepare_device()
     group = join_group(channel, start)
     engine = load_engine(channel, start, group)
     while True:
@@ -87,8 +86,6 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         cache_bytes=start["cache_memory_bytes"],
         blocks=_open_blocks(channel, start, group, folder, model),
     )
-    if start["has_sampling"]:
-        samplers()  # wait for the import that prepare_device started
     warm_up(model)
     barrier(group)
     channel.report_progress("idle")

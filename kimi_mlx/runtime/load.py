@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
-from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import find_entry
 from kimi_mlx.model.config import ModelConfig, load_config
@@ -227,18 +225,12 @@ def compute_dtype(dtype: str | None, config: ModelConfig) -> mx.Dtype:
     return DTYPES[dtype]
 
 
-def prepare_device(has_sampling: bool) -> None:
+def prepare_device() -> None:
     """Set up MLX for a process that serves one model.
 
     On Metal the weights are wired, so that macOS does not page them out. On the CPU, also on that of a Mac, mx.compile
-    is turned off (mlx-lm's samplers use it): it would run a C++ compiler, and several ranks would write the same files
-    at the same time.
-
-    Args:
-        has_sampling: True to import mlx-lm's samplers in the background.
+    is turned off: it would run a C++ compiler, and several ranks would write the same files at the same time.
     """
-    if has_sampling:
-        threading.Thread(target=samplers, daemon=True).start()
     kind = device_kind()
     if kind == "metal":
         mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))

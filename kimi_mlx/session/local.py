@@ -22,7 +22,6 @@ from kimi_mlx.engine.events import Event, Finished
 from kimi_mlx.engine.free_memory import free_memory_bytes
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Request
-from kimi_mlx.engine.sampling import samplers
 from kimi_mlx.engine.step_errors import step_error
 from kimi_mlx.errors import EngineError, KimiMlxError
 from kimi_mlx.model.config import load_config
@@ -212,7 +211,7 @@ class LocalSession:
 
     def _load(self, options: SessionOptions, progress: LoadProgress) -> Engine:
         os.environ[FAST_SYNC] = str(int(options.fast_sync))  # MLX reads it when it first computes
-        prepare_device(options.has_sampling)
+        prepare_device()
         folder, config = options.checkpoint, load_config(options.checkpoint)
         grammars = open_grammar_compiler(folder, config.vocab_size)
         model = load_share(folder, config, options.dtype, progress=progress, strategy=options.strategy)
@@ -220,8 +219,6 @@ class LocalSession:
             self._blocks = open_prompt_cache(
                 options.cache_dir, options.cache_disk_bytes, model, fingerprint(folder, config), warn=LOG.warning
             )
-        if options.has_sampling:
-            samplers()
         return Engine(
             model,
             speculate=options.speculate,

@@ -207,7 +207,6 @@ class RingSession:
             model=options.model,
             dtype=options.dtype,
             strategy=options.strategy,
-            has_sampling=options.has_sampling,
             speculate=options.speculate,
             check_every=options.check_every,
             needs_tokenizer_files=needs_tokenizer_files,

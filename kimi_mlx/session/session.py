@@ -45,7 +45,6 @@ class SessionOptions:
         ranks: number of processes on this machine; 1 runs the model in this process.
         dtype: type to compute in; None uses the default of kimi_mlx.runtime.load.compute_dtype.
         strategy: split of the model over the ranks.
-        has_sampling: True if answers may be sampled; mlx-lm's samplers are then imported while the weights load.
         model: name of the model, by which the hosts look it up.
         cluster: hosts of the ranks; None runs all ranks on this machine.
         max_restarts: maximum number of restarts of a lost ring without progress.
@@ -63,7 +62,6 @@ class SessionOptions:
     ranks: int = 1
     dtype: str | None = None
     strategy: str = "hybrid"
-    has_sampling: bool = False
     model: str | None = None
     cluster: Cluster | None = None
     max_restarts: int = 3

@@ -26,7 +26,7 @@ def main() -> None:
     """Join the ring and answer one request."""
     case = json.load(sys.stdin)
     rank = int(os.environ["MLX_RANK"])
-    prepare_device(has_sampling=False)
+    prepare_device()
     pin_to_cpu((rank, case["ranks"]))
     group = MlxGroup(mx.distributed.init(strict=True, backend="ring"))
     folder = Path(case["folder"])

@@ -39,7 +39,7 @@ class FaultyGroup(MlxGroup):
 def main() -> None:
     """Join the ring and run the cases."""
     cases = json.load(sys.stdin)
-    prepare_device(has_sampling=False)
+    prepare_device()
     mlx_group = mx.distributed.init(strict=True, backend="ring")
     for case in cases:
         is_faulty_link = case["fault"] == "link" and mlx_group.rank() == 0

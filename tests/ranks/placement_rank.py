@@ -36,7 +36,7 @@ Answers = list[list[int]]
 def main() -> None:
     """Join the ring and answer the cases."""
     cases = json.load(sys.stdin)
-    prepare_device(has_sampling=False)
+    prepare_device()
     pin_to_cpu((int(os.environ["MLX_RANK"]), int(sys.argv[1])))
     group = MlxGroup(mx.distributed.init(strict=True, backend="ring"))
     for case in cases:

@@ -28,7 +28,7 @@ from kimi_mlx.engine.events import Token
 from kimi_mlx.engine.request import Request
 from kimi_mlx.runtime.load import prepare_device
 
-prepare_device(has_sampling=False)
+prepare_device()
 group = mx.distributed.init(strict=True, backend="ring")
 assert group.size() == 2
 model, _ = kimi_mlx.load("kimi-mini", group=group)

@@ -279,7 +279,7 @@ def test_no_temporary_file_is_left(folder: Path, tmp_path: Path, monkeypatch: py
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     with Ring(local_cluster(2)) as ring:
-        ring.start(folder=str(folder), dtype=None, strategy="hybrid", has_sampling=False, needs_tokenizer_files=False)
+        ring.start(folder=str(folder), dtype=None, strategy="hybrid", needs_tokenizer_files=False)
         next(ring.messages())
         assert len(list(temporary.iterdir())) == 2
     assert not list(temporary.iterdir())

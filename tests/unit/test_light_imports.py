@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
         ("kimi_mlx.planner", ["mlx", "mlx_lm"]),
         ("kimi_mlx.sizing", ["mlx", "mlx_lm"]),
         ("kimi_mlx.cli", ["mlx_lm", "transformers"]),
+        ("kimi_mlx.engine", ["mlx_lm", "transformers"]),
+        ("kimi_mlx.session", ["mlx_lm", "transformers"]),
     ],
 )
 def test_light_packages_stay_light(package: str, banned: list[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_mlx.cli.chat.files.attachments import Attachment, PrepareMedia, read_attachment
@@ -22,7 +22,7 @@ from kimi_mlx.planner.choice import Choice
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.chat_model import ChatOptions
 from kimi_mlx.session.conversation import Conversation
-from kimi_mlx.session.local_chat_model import LocalChatModel, merge_sampling
+from kimi_mlx.session.local_chat_model import LocalChatModel
 from kimi_mlx.store.model_ref import ModelRef
 
 
@@ -108,17 +108,16 @@ def _open_here(
     answers, instant = chat_options(arguments.sampling, arguments.output.read_schema()), target.instant_sampling
     if prompt.media and target.folder is None:
         require_vision_in_catalogue(target)
-    options = session_options(run, arguments.disk, has_sampling=answers.sampling.get("temperature") != 0)
+    options = session_options(run, arguments.disk)
     model = prepare_model(launch, target, run, is_quiet=is_quiet or hides_messages(arguments.output.json))
     early = None
-    if model.folder is not None:  # before loading: its errors come early, and its defaults may be greedy
+    if model.folder is not None:  # before loading, so that its errors come early
         if prompt.media:
             require_vision(model.folder, target.name)
         with slow_status(is_quiet) as set_status:
             set_status("reading the tokenizer")
             early = _read_tokenizer(model.folder, target)
         check_prompt_size((system or "", text), early, load_config(model.folder).max_position_embeddings)
-        options = replace(options, has_sampling=merge_sampling(early.sampling, instant, answers).temperature > 0)
     files = _read_files(arguments, early.prepare_media if early else None)
     opened = open_session(model, options, run.ranks, is_quiet)
     with closing_with_status(opened.session, is_quiet) as session:

@@ -72,7 +72,7 @@ def define_service(context: typer.Context, name: str) -> tuple[Service, ServerOp
     run, server = build_group(RunOptions, serving.params), build_group(ServerOptions, serving.params)
     _check_secrets(server)
     server.serving()
-    session_options(run, build_group(DiskCacheOptions, serving.params), has_sampling=True)
+    session_options(run, build_group(DiskCacheOptions, serving.params))
     if server.port == 0:
         raise UsageError("a service needs a port that stays the same", hint="leave `--port 0` out, or choose a port")
     target = resolve_model_name(run.model_name)

@@ -124,7 +124,6 @@ def test_no_collective_of_the_start_is_consumed_by_the_compute_stream(
         "strategy": strategy,
         "dtype": "float32",
         "needs_tokenizer_files": False,
-        "has_sampling": False,
         "speculate": False,
         "check_every": 0,
         "cache_dir": str(tmp_path),
