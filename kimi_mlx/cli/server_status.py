@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -26,6 +26,9 @@ from kimi_mlx.units import format_bytes, format_count, format_duration, format_r
 
 INTERVAL_S = 1.0
 """Interval of `--watch`."""
+
+MAX_ANSWERS = 20
+"""Maximum number of answers that are shown; a screen has no room for more."""
 
 
 def print_status(url: str | None, key_file: Path | None, *, is_json: bool) -> None:
@@ -61,30 +64,62 @@ def watch_status(url: str | None, key_file: Path | None, *, is_json: bool) -> No
         KimiMlxError: there is no server, or it refuses, when this starts.
     """
     client = _client(url, key_file)
-    documents = _documents(client)
     if is_json:
-        for document in documents:
+        for document in _documents(client):
             print(json.dumps(document), flush=True)
         return
     if not is_terminal(stdout):
-        for document in documents:
-            stdout.print(_describe(client.address, document, stdout.width), Text(), soft_wrap=False)
+        for screen in _screens(client):
+            stdout.print(screen, Text(), soft_wrap=False)
         return
     with Live(console=stdout, auto_refresh=False, vertical_overflow="ellipsis") as live:
-        for document in documents:
-            live.update(_describe(client.address, document, stdout.width), refresh=True)
+        for screen in _screens(client):
+            live.update(screen, refresh=True)
 
 
 def _documents(client: HttpClient) -> Iterator[Mapping[str, Any]]:
     """Yield the document of a server every second, marked as down while the server cannot be reached."""
-    document = _read(client)
-    while True:
+    document: Mapping[str, Any] = {}
+    for result in _results(client):
+        document = _as_down(document, result) if isinstance(result, ServerError) else result
         yield document
+
+
+def _screens(client: HttpClient) -> Iterator[RenderableType]:
+    """Yield the status for people every second: the last one that could be read, marked as down after an error."""
+    readable: Mapping[str, Any] | None = None
+    for result in _results(client):
+        try:
+            if isinstance(result, ServerError):
+                raise result
+            screen = _describe(client.address, result, stdout.width)
+            readable = result
+        except ServerError as error:
+            if readable is None:
+                screen = Text(to_line(f"{error.message}; {error.hint}"), style="red")
+            else:
+                screen = _describe(client.address, _as_down(readable, error), stdout.width)
+        yield screen
+
+
+def _as_down(document: Mapping[str, Any], error: ServerError) -> Mapping[str, Any]:
+    return {**document, "is_up": False, "reason": error.message}
+
+
+def _results(client: HttpClient) -> Iterator[Mapping[str, Any] | ServerError]:
+    """Yield the document of a server, or why there is none, every second.
+
+    Raises:
+        ServerError: the first attempt fails.
+    """
+    result: Mapping[str, Any] | ServerError = _read(client)
+    while True:
+        yield result
         time.sleep(INTERVAL_S)
         try:
-            document = _read(client)
+            result = _read(client)
         except ServerError as error:
-            document = {**document, "is_up": False, "reason": error.message}
+            result = error
 
 
 def _client(url: str | None, key_file: Path | None) -> HttpClient:
@@ -107,9 +142,15 @@ def _read(client: HttpClient) -> Mapping[str, Any]:
     except MissingPathError:
         hint = "`kimi-mlx status` shows servers of kimi-mlx only"
         raise ServerError(f"{url} does not report the status of a cluster", hint=hint) from None
-    if not isinstance(document, dict):
+    if not _is_status(document):
         raise ServerError(f"{url} answers with something else than a status", hint="check the address")
-    return cast("dict[str, Any]", document)
+    return document
+
+
+def _is_status(document: Any) -> TypeGuard[dict[str, Any]]:
+    """Return whether a document comes from a server of kimi-mlx, of whatever version."""
+    versions = cast("dict[str, Any]", document).get("versions") if isinstance(document, dict) else None
+    return isinstance(versions, dict) and "kimi-mlx" in versions
 
 
 def _describe(address: ServerAddress, document: Mapping[str, Any], width: int) -> RenderableType:
@@ -125,7 +166,7 @@ def _describe(address: ServerAddress, document: Mapping[str, Any], width: int) -
             parts += [Text(), describe_ranks(status.ranks, width, shows_activity=True)]
         parts += _answers(document.get("answers") or ())
         return Group(*parts, *_findings(status))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         hint = "install the same version of kimi-mlx on both machines"
         raise ServerError(f"the status of {address.url} cannot be read", hint=hint) from error
 
@@ -159,13 +200,15 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
     """Yield the answers in progress, one line each."""
     if answers:
         yield Text()
-    for answer in answers:
+    for answer in answers[:MAX_ANSWERS]:
         text = {
             "waiting": "waiting",
             "prefill": f"reading {answer['processed_tokens']:,} of {answer['prompt_tokens']:,} tokens",
             "decode": f"prompt {answer['prompt_tokens']:,}, {format_count(answer['generated_tokens'], 'new token')}",
         }[answer["state"]]
         yield Text(f"answer since {format_duration(answer['age_s'])}: {text}")
+    if len(answers) > MAX_ANSWERS:
+        yield Text(f"and {len(answers) - MAX_ANSWERS} more")
 
 
 def _findings(status: ModelStatus) -> Iterator[RenderableType]:

@@ -41,11 +41,6 @@ class StatusFeed:
         self._published = asyncio.Event()
         self._newest = b""
 
-    @property
-    def num_listeners(self) -> int:
-        """Number of open streams."""
-        return self._num_listeners
-
     def check_capacity(self) -> None:
         """Refuse another listener if there are too many.
 

@@ -6,7 +6,9 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,76 @@ def test_a_server_with_a_key_wants_it(tmp_path: Path) -> None:
     with serving(FixedSession([5]), ServingOptions(Security(keys=("secret",)))) as running:
         assert run(running.url).returncode == 1
         assert run(running.url, "--api-key-file", str(keys)).returncode == 0
+
+
+class _Answering:
+    """A server that is not ours, or of another version: all paths return the current document."""
+
+    def __init__(self, document: object):
+        self.document = document
+        answering = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = json.dumps(answering.document).encode()
+                self.send_response(200)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> _Answering:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+OURS = {"model": "m", "versions": {"kimi-mlx": "9"}}
+ANSWER = {"state": "decode", "age_s": 1, "prompt_tokens": 2, "processed_tokens": 2, "generated_tokens": 3}
+
+
+@pytest.mark.parametrize("option", ["--watch", "--json"])
+def test_foreign_documents_are_refused(option: str) -> None:
+    with _Answering({"model": "other", "answers": [ANSWER] * 500}) as foreign:
+        done = run(foreign.url, option)
+    assert done.returncode == 1
+    output = done.stdout + done.stderr
+    assert "something else than a status" in output
+    assert len(output.splitlines()) < 5
+
+
+def test_many_answers_do_not_fill_the_screen() -> None:
+    with _Answering(OURS | {"answers": [ANSWER] * 500}) as busy:
+        lines = run(busy.url).stdout.splitlines()
+    assert len(lines) < 40
+    assert lines[-1] == "and 480 more"
+
+
+@pytest.mark.slow
+def test_watch_continues_after_an_unreadable_document() -> None:
+    with _Answering(OURS) as other:
+        terminal = Terminal(COMMAND, "status", other.url, "--watch")
+        try:
+            terminal.expect("running")
+            other.document = OURS | {"answers": [{"state": "new"}]}
+            terminal.expect("not answering")
+            terminal.expect("cannot be read")
+            other.document = {"object": "list"}
+            terminal.expect("something else than a status")
+            other.document = OURS | {"model": "newer"}
+            terminal.expect("newer")
+            terminal.send(CTRL_C)
+            assert terminal.wait() == 130
+        finally:
+            terminal.close()
 
 
 def _unused_port() -> int:
