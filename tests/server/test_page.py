@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -50,6 +51,13 @@ def test_files_name_no_other_host() -> None:
         text = file.data.decode().replace("http://www.w3.org/2000/svg", "")
         assert "http://" not in text, name
         assert "https://" not in text, name
+
+
+def test_the_page_preloads_all_of_its_modules() -> None:
+    """Otherwise a browser finds them one after the other, by their imports."""
+    page_files = load_page_files()
+    links = re.findall(r'<link rel="modulepreload" href="page/(.+?)">', page_files["index.html"].data.decode())
+    assert sorted(links) == sorted(name for name in page_files if name.endswith(".js") and name != "app.js")
 
 
 def test_files_need_no_key_but_rendering_does(with_key: RunningServer) -> None:

@@ -4,7 +4,7 @@ import { getJson, key } from "./api.js";
 import { Chat } from "./chat.js";
 import { ClusterView } from "./cluster.js";
 import { Composer } from "./composer.js";
-import { ask, askKey, cancelButton } from "./dialog.js";
+import { ask, askKey, cancelButton, isDialogOpen } from "./dialog.js";
 import { byId, download } from "./dom.js";
 import * as exchange from "./exchange.js";
 import { text, translate } from "./i18n.js";
@@ -216,7 +216,7 @@ function main() {
     if (form === "json") download(`${name}.json`, "application/json", await exchange.toJson([chat.conversation]));
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || event.isComposing || byId("dialog").open) return;
+    if (event.key !== "Escape" || event.isComposing || isDialogOpen()) return;
     if (document.body.classList.contains("with-sidebar")) showSidebar(false);
     else chat.stop();
   });

@@ -1,16 +1,34 @@
 // Dialogs: a title, fields, buttons. They keep the focus inside, and Escape closes them.
 
-import { byId, element } from "./dom.js";
+import { element } from "./dom.js";
 import { text } from "./i18n.js";
 
-// Show a dialog; resolves with the value of the pressed button, or null if it was closed.
+let finishOpen = null; // ends the dialog that is open, if any
+
+// Return whether a dialog is open.
+export const isDialogOpen = () => finishOpen !== null;
+
+// Show a dialog; resolves with the value of the pressed button, or null if it was closed, also by another dialog.
 export function ask(title, content, buttons) {
-  const dialog = byId("dialog");
-  if (dialog.open) dialog.close("");
+  finishOpen?.(null);
   return new Promise((resolve) => {
+    // An element of its own: a browser reports the end of a dialog late, when another one may be open.
+    const dialog = element("dialog", { id: "dialog", "aria-labelledby": "dialog-title" });
+    const finish = (value) => {
+      if (finishOpen === finish) finishOpen = null;
+      dialog.close();
+      dialog.remove();
+      resolve(value || null);
+    };
     const form = element(
       "form",
-      { method: "dialog" },
+      {
+        method: "dialog",
+        onsubmit: (event) => {
+          event.preventDefault();
+          finish(event.submitter?.value);
+        },
+      },
       element("h2", { id: "dialog-title" }, title),
       ...content,
       element(
@@ -24,7 +42,7 @@ export function ask(title, content, buttons) {
               class: kind ?? "",
               value,
               onclick: (event) => {
-                if (!kind) dialog.close(value);
+                if (!kind) finish(value);
                 else if (check && !check()) event.preventDefault();
               },
             },
@@ -33,12 +51,10 @@ export function ask(title, content, buttons) {
         ),
       ),
     );
-    dialog.replaceChildren(form);
-    dialog.returnValue = "";
-    dialog.onclose = () => {
-      dialog.replaceChildren();
-      resolve(dialog.returnValue || null);
-    };
+    dialog.append(form);
+    dialog.addEventListener("close", () => finish(null)); // by Escape
+    document.body.append(dialog);
+    finishOpen = finish;
     dialog.showModal();
     (form.querySelector("[autofocus]") ?? form.querySelector("input, textarea, button"))?.focus();
   });
