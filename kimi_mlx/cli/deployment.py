@@ -1,4 +1,4 @@
-"""Where a model was opened: its hosts, their network, and what the checks before the start have found."""
+"""The deployment of a model: its hosts, their network, and the findings of the checks before the start."""
 
 from __future__ import annotations
 

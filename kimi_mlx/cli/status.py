@@ -1,4 +1,4 @@
-"""`kimi-mlx status`: what a running server does, on which hosts, and what is wrong."""
+"""`kimi-mlx status`: the state of a running server and its hosts, and problems."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def status(
             show_default=False,
         ),
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show it again every second, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Update every second, until Ctrl-C.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Show what a server does, and on which hosts.
+    """Show the state of a server and its hosts.
 
-    The same as the page's view of the cluster, and as GET /v1/cluster. With --json and --watch, one line a second.
+    The web page and GET /v1/cluster have the same facts. With --json and --watch, one line a second.
     """
     from kimi_mlx.cli.server_status import print_status, watch_status  # HTTP: not for `--help`
 

@@ -23,11 +23,11 @@ class ClusterStatus(ModelStatus):
     Args:
         names: names of the model in requests, beginning with that of ModelStatus.model.
         media: kinds of media that requests may have besides text.
-        preprocessing: settings by which images become tokens, by name in `media_proc_cfg`; empty if the model does not
-            see images.
+        preprocessing: settings of the image preprocessing, by name in `media_proc_cfg`; empty if the model does not see
+            images.
         sampling: sampling parameters, by name, of requests that set none; `max_tokens` if the model has a limit of its
             own.
-        instant_sampling: those that differ without thinking.
+        instant_sampling: sampling parameters that differ when thinking is off.
         queue_capacity: maximum number of answers that wait; further ones are refused.
         answers: answers in progress and in the queue, the oldest first.
         rates: token rates of the last minutes.
@@ -47,7 +47,7 @@ class ClusterStatus(ModelStatus):
     reused_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the document. The client knows the address of the server."""
+        """Return the document, without the address of the server, which the client knows."""
         document = super().to_dict()
         del document["url"]
         return document
@@ -65,9 +65,9 @@ def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDep
     tokenizer = service.prompt_builder.tokenizer
     prompt_tokens, reused_tokens = service.metrics.prompt_totals
     reason = health_problem(service, service.status())
-    known: dict[str, Any] = {item.name: getattr(status, item.name) for item in fields(status)}
+    values: dict[str, Any] = {item.name: getattr(status, item.name) for item in fields(status)}
     return replace(
-        ClusterStatus(**known),
+        ClusterStatus(**values),
         model=model_info.name,
         context_tokens=model_info.context_tokens,
         is_up=reason is None,

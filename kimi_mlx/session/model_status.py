@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -26,7 +27,7 @@ from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.units import format_count
 from kimi_mlx.version import __version__
 
-TOTALS = {
+AXIS_FIELDS = {
     "layers": "num_hidden_layers",
     "heads": "num_attention_heads",
     "experts": "n_routed_experts",
@@ -34,12 +35,12 @@ TOTALS = {
     "dense_rows": "intermediate_size",
     "vocab_rows": "vocab_size",
 }
-"""Axes of a placement that a status has, with the field of the configuration that is the size of the axis."""
+"""Axes of a placement in a status, each with the field of the configuration that is its size."""
 
 
 @dataclass(frozen=True)
 class HostStatus:
-    """A host of the ranks, when it was last checked. Fields that are not known have their defaults.
+    """A host of the ranks when it was last checked. Unknown fields have their defaults.
 
     Args:
         name: name of the host.
@@ -60,7 +61,7 @@ class HostStatus:
 
 @dataclass(frozen=True)
 class ModelDeployment:
-    """A model and where it runs: what is fixed while a session is open.
+    """A model and where it runs: the facts that do not change while a session is open.
 
     Args:
         name: name of the model for people.
@@ -69,7 +70,7 @@ class ModelDeployment:
         config: dimensions of the model.
         machines: hosts of the ranks.
         link: network between the hosts, as text; empty if there is none or it is not known.
-        findings: what the checks before the start have found; None if there were none.
+        findings: findings of the checks before the start; None if there were no checks.
         started_at: Unix time in seconds at which the model was ready.
     """
 
@@ -101,15 +102,14 @@ class RankStatus:
         rank: number of the rank, from 0.
         host: name of its host.
         share: its share in words, such as `layers 0-30 of 61`.
-        holds: start and stop of each axis of which it holds a range: layers, heads, experts, rows of each expert, rows
-            of dense layers, rows of the head. The sizes of the axes are ModelStatus.dimensions.
+        holds: start and stop of its range of each axis in AXIS_FIELDS; the sizes are in ModelStatus.dimensions.
         has_vision: whether it holds the vision tower.
         weights_bytes: size of its weights, from the dimensions; 0 if it is not known.
         cache_bytes: size of the KV caches now, from the number of cached tokens.
         memory_bytes: memory that MLX used when the model was loaded; None if it is not known.
         free_bytes: memory that MLX could still use then; None if it is not known.
         peak_memory_bytes: peak memory at the end of the last answer; None before the first.
-        work: what it does, as its last heartbeat reported it: `idle`, `load`, `prefill` or `decode`; empty if it is
+        work: its work, as its last heartbeat reported it: `idle`, `load`, `prefill` or `decode`; empty if it is
             not a process of its own.
         step: number of its steps so far; None if it is not known.
         last_message_s: seconds since its last message; None if it is not known.
@@ -132,7 +132,7 @@ class RankStatus:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """Status of a model. Fields that are not known have their defaults: another server may report less.
+    """Status of a model. Unknown fields have their defaults: a server of another version may report less.
 
     Args:
         model: name of the model.
@@ -145,7 +145,7 @@ class ModelStatus:
         dimensions: size of each axis in RankStatus.holds.
         ranks: ranks in order.
         machines: hosts of the ranks.
-        findings: what the checks before the start have found; None if there were none.
+        findings: findings of the checks before the start; None if there were no checks.
         is_up: whether requests are answered.
         reason: reason for not being up.
         active: number of requests that are running.
@@ -191,7 +191,7 @@ class ModelStatus:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ModelStatus:
-        """Read the output of to_dict, also of another version: unknown fields are ignored.
+        """Return the status in the output of to_dict, also of another version: unknown fields are ignored.
 
         Raises:
             KeyError, TypeError, ValueError, AttributeError: the value has another form.
@@ -221,6 +221,11 @@ def model_status(deployment: ModelDeployment, session: Session) -> ModelStatus:
     except PlacementError:  # a checkpoint whose groups allow splits that the planner does not expect
         placement = None
     memory = status.memory or (RankMemory(),) * len(hosts)
+    has_vision = session.image_error is None
+    ranks = [
+        _rank_status(deployment, placement, rank, memory[rank], status.cached_tokens, has_vision)
+        for rank in range(len(hosts))
+    ]
     return ModelStatus(
         model=deployment.name,
         context_tokens=session.context,
@@ -229,16 +234,8 @@ def model_status(deployment: ModelDeployment, session: Session) -> ModelStatus:
         placement=describe_placement(deployment),
         link=deployment.link,
         all_reduce=status.all_reduce or "",
-        dimensions={axis: getattr(config, name) for axis, name in TOTALS.items()},
-        ranks=tuple(
-            _with_activity(
-                _rank_status(
-                    deployment, placement, rank, memory[rank], status.cached_tokens, session.image_error is None
-                ),
-                status.activity,
-            )
-            for rank in range(len(hosts))
-        ),
+        dimensions=_dimensions(config),
+        ranks=tuple(_with_activity(rank, status.activity) for rank in ranks),
         machines=deployment.machines,
         findings=deployment.findings,
         is_up=status.is_up,
@@ -263,7 +260,7 @@ def describe_placement(deployment: ModelDeployment) -> str:
 
 
 def describe_share(share: RankShare, placement: Placement, dimensions: Mapping[str, int]) -> str:
-    """Return what a rank holds, in words; only the large parts that the placement splits.
+    """Return the share of a rank in words: only the large parts that the placement splits.
 
     Args:
         share: share of the rank.
@@ -287,11 +284,13 @@ def describe_share(share: RankShare, placement: Placement, dimensions: Mapping[s
 def versions() -> dict[str, str]:
     """Return the versions of kimi-mlx, MLX and Python in this process."""
     found = {"kimi-mlx": __version__, "python": platform.python_version()}
-    try:
+    with suppress(PackageNotFoundError):  # a front on a machine without MLX
         found["mlx"] = version("mlx")
-    except PackageNotFoundError:  # a front on a machine without MLX
-        return found
     return found
+
+
+def _dimensions(config: ModelConfig) -> dict[str, int]:
+    return {axis: getattr(config, name) for axis, name in AXIS_FIELDS.items()}
 
 
 def _rank_status(
@@ -313,13 +312,11 @@ def _rank_status(
         return measured
     config, share = deployment.config, placement.shares[rank]
     shape = shape_of_config(deployment.name, config)
-    dimensions = {axis: getattr(config, name) for axis, name in TOTALS.items()}
+    ranges = {axis: share.range_of(axis) for axis in RANGE_FIELDS if axis in AXIS_FIELDS}
     return replace(
         measured,
-        share=describe_share(share, placement, dimensions),
-        holds={
-            axis: (share.range_of(axis).start, share.range_of(axis).stop) for axis in RANGE_FIELDS if axis in TOTALS
-        },
+        share=describe_share(share, placement, _dimensions(config)),
+        holds={axis: (span.start, span.stop) for axis, span in ranges.items()},
         has_vision=share.has_vision and has_vision,
         weights_bytes=round(portion_of(share, shape).held(shape.bytes, shape)),
         cache_bytes=cached_tokens * kv_bytes_per_token(config, len(share.layers)),
@@ -327,7 +324,7 @@ def _rank_status(
 
 
 def _with_activity(rank: RankStatus, activity: Sequence[RankActivity]) -> RankStatus:
-    """Add what a rank of a ring does now."""
+    """Add the work of a rank of a ring, as its last message reported it."""
     if not activity:
         return rank
     now = activity[rank.rank]

@@ -31,7 +31,7 @@ def test_a_wrong_key_then_the_right_one(session: Session, open_page: OpenPage) -
         chat.wait_text("needs an API key", "#dialog")
         chat.page.fill("#key-input", "wrong")
         chat.page.press("#key-input", "Enter")
-        chat.wait_text("refuses this key", "#dialog")
+        chat.wait_text("rejects this key", "#dialog")
         chat.page.fill("#key-input", "secret")
         chat.click("Use")
         chat.wait_model("kimi-mini")
@@ -154,7 +154,7 @@ def json_of(answer: str) -> list[str]:
 
 @pytest.mark.slow
 def test_a_broken_answer_of_the_server(running: RunningServer, open_page: OpenPage) -> None:
-    """What the server refuses is shown in its own words."""
+    """The reason of the server is shown."""
     chat = open_page(running.url)
     chat.allow("status of 400")
     chat.click("Settings")
@@ -162,5 +162,5 @@ def test_a_broken_answer_of_the_server(running: RunningServer, open_page: OpenPa
     chat.click("Save")
     chat.send("Hello")
     chat.wait_answer()
-    assert "The server refuses" in chat.remark
+    assert "The server rejected the request" in chat.remark
     assert "nonsense" in chat.remark

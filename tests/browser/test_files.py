@@ -159,7 +159,7 @@ def test_export_and_import(running: RunningServer, open_page: OpenPage) -> None:
     other.page.set_input_files(
         "#import-file", [{"name": name, "mimeType": "application/json", "buffer": exported.encode()}]
     )
-    other.wait_text("1 conversations imported", "#banner")
+    other.wait_text("Conversations imported: 1", "#banner")
     other.find("#conversations a").click()
     other.wait_messages(2)
     other.wait_answer()

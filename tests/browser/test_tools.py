@@ -55,8 +55,8 @@ def test_settings_that_are_wrong(running: RunningServer, open_page: OpenPage) ->
         ("JSON schema", "{", "Not valid JSON"),
         ("JSON schema", "[]", "must be an object"),
         ("Tools (JSON", "{}", "must be a list"),
-        ("Temperature", "3", "Between 0 and 2"),
-        ("Seed", "1.5", "Between 0 and"),
+        ("Temperature", "3", "number from 0 to 2"),
+        ("Seed", "1.5", "whole number from 0 to"),
     ]:
         field = chat.page.get_by_label(label)
         before = field.input_value()
@@ -75,7 +75,7 @@ def test_results_of_calls(open_page: OpenPage) -> None:
         set_up(chat, "Tools (JSON", [TOOL])
         chat.send("What is the weather?")
         chat.wait_answer()
-        chat.wait_text("Call of weather", ".call")
+        chat.wait_text("Call to weather", ".call")
         assert '"city": "Rome"' in chat.find(".call").nth(1).inner_text()
         areas = chat.page.get_by_label("Result: weather")
         assert areas.count() == 2

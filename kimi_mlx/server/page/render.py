@@ -1,8 +1,8 @@
 """Markdown to HTML for the web page, block by block.
 
-markdown-it-py and Pygments write its tags; no tag comes from the text. HTML in the text is shown as text, images become
-links, and only links with the schemes of SAFE_LINK stay links. So the text of a model can neither run a script, nor
-load a resource, nor restyle the page.
+All tags are written by markdown-it-py and Pygments; none comes from the text. HTML in the text is shown as text, images
+become links, and only links with the schemes of SAFE_LINK stay links. So the text of a model cannot run a script, load
+a resource, or restyle the page.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pygments.lexers import get_lexer_by_name  # pyright: ignore[reportUnknownVa
 from pygments.util import ClassNotFound
 
 MAX_HIGHLIGHTED_CHARS = 60_000
-"""Maximum length of a code block with colours; longer ones are plain, because a lexer may take seconds for them."""
+"""Maximum length of highlighted code; longer code is plain, because a lexer may take seconds for it."""
 
 LANGUAGE = re.compile(r"[\w+#.-]{1,30}")
 
@@ -41,17 +41,17 @@ LANGUAGES = {
     *("rs", "scala", "scheme", "scss", "sh", "shell", "sql", "svg", "swift", "tcl", "tex", "toml", "ts"),
     *("tsx", "typescript", "vim", "xml", "yaml", "yml", "zig", "zsh"),
 }
-"""Languages of code blocks with colours, as Pygments names them."""
+"""Names of the languages that are highlighted, as in Pygments."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of the page: a paragraph, list, table, code block and so on.
+    """A block of Markdown at the top level, such as a paragraph, list, table or code block.
 
     Args:
         html: its HTML.
         end: end of its source in the text, in UTF-16 code units, as JavaScript counts.
-        is_finished: whether text that is appended later cannot change it.
+        is_finished: whether appended text cannot change it.
     """
 
     html: str
@@ -109,7 +109,7 @@ def _top_level(tokens: Sequence[Token]) -> list[list[Token]]:
 
 
 class _PageRenderer(RendererHTML):
-    """Writes HTML without inline styles and without anything that loads: images are links."""
+    """Writes HTML without inline styles, and links instead of images."""
 
     def image(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
         token = tokens[idx]

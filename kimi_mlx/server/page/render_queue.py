@@ -1,4 +1,4 @@
-"""Rendering of Markdown outside of the event loop, so that no text and no client stalls others."""
+"""Rendering of Markdown outside of the event loop, so that no client stalls others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.page.render import Block, render_blocks
 
 SHORT_TEXT_CHARS = 4000
-"""Largest text that is rendered in a thread of this process: it takes some milliseconds, hostile ones 0.2 s.
+"""Maximum length of a text that is rendered in a thread of this process: milliseconds, 0.2 s for a hostile text.
 
 Python code in a thread delays the streams of the server, so longer texts go to worker processes."""
 
@@ -24,14 +24,14 @@ NUM_THREADS = 1
 NUM_PROCESSES = 2
 
 LIMIT_S = 5.0
-"""Time limit for a text in a worker process; a process that exceeds it is ended."""
+"""Time limit for a text in a worker process, which is killed after it."""
 
 MAX_WAITING = 64
-"""Maximum number of texts of one client, by address; further ones are refused."""
+"""Maximum number of texts of one client address in the queue; further ones are refused."""
 
 
 class RenderQueue:
-    """Renders texts: for each client one at a time, in order."""
+    """Renders texts: one at a time for each client, in order."""
 
     def __init__(self) -> None:
         self._num_waiting: Counter[str] = Counter()

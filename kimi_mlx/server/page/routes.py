@@ -113,7 +113,7 @@ class PageHeaders:
 
 
 def page_routes() -> list[Route]:
-    """Return the routes of the page: its files are read once."""
+    """Return the routes of the page. Its files are read once, now."""
     page_files = load_page_files()
 
     async def page(request: Request) -> Response:
@@ -139,7 +139,7 @@ def page_routes() -> list[Route]:
 
 
 def load_page_files() -> dict[str, PageFile]:
-    """Read the files of the page by name."""
+    """Return the files of the page by name."""
     loaded: dict[str, PageFile] = {}
     for file in files("kimi_mlx.server.page").joinpath("static").iterdir():
         suffix = f".{file.name.rpartition('.')[2]}"

@@ -39,8 +39,7 @@ function showState(kind, words, title = "") {
 
 function showStatus(status) {
   if (!status.is_up) {
-    const name = status.backend === "ring" ? "stateRestarting" : "stateDown";
-    showState("bad", text(name), status.reason ?? "");
+    showState("bad", status.backend === "ring" ? text("stateRestarting") : text("stateDown"), status.reason ?? "");
     return;
   }
   const parts = [];

@@ -76,7 +76,7 @@ export function chipOf(part, onRemove, size = null) {
   const shown = part.image_url
     ? element("img", { src: part.image_url.url, alt: part.name ?? "" })
     : element("span", { dir: "auto" }, size === null ? part.name : `${part.name} · ${bytes(size)}`);
-  const label = `${text("remove")} ${part.name ?? text("images")}`;
+  const label = text("remove", { name: part.name ?? text("image") });
   const button = element("button", { type: "button", class: "icon", "aria-label": label, onclick: onRemove }, "×");
   return element("span", { class: "attachment" }, shown, button);
 }

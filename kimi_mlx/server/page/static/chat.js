@@ -154,12 +154,11 @@ export class Chat {
   }
 
   emptyNode() {
-    const hint = store.isPersistent ? "emptyHint" : "privateStorage";
     return element(
       "div",
       { class: "empty" },
       element("p", { class: "large" }, text("empty", { model: this.model.name })),
-      element("p", {}, text(hint)),
+      element("p", {}, store.isPersistent ? text("emptyHint") : text("privateStorage")),
     );
   }
 

@@ -4,7 +4,17 @@ import { byId, element, svg } from "./dom.js";
 import { bytes, count, decimal, duration, text } from "./i18n.js";
 import { plot } from "./plot.js";
 
-const AXES = ["layers", "heads", "experts", "expert_rows"];
+// Axes of a placement that are shown, with their names.
+const AXES = { layers: text("layers"), heads: text("heads"), experts: text("experts"), expert_rows: text("expertRows") };
+
+// What a rank does, as its heartbeat reports it.
+const WORK = { idle: text("workIdle"), load: text("workLoad"), prefill: text("workPrefill"), decode: text("workDecode") };
+
+const ANSWER_STATES = { waiting: text("queued"), prefill: text("prefill"), decode: text("decode") };
+
+const FINDING_STATES = { problem: text("problem"), warning: text("warning") };
+
+const NUM_COLORS = 6; // of ranks
 
 export class ClusterView {
   constructor() {
@@ -21,29 +31,30 @@ export class ClusterView {
   update(status) {
     this.status = status;
     if (this.node.hidden) return;
-    if (status === null) this.node.replaceChildren(element("p", { class: "hint" }, text("loading")));
+    if (status === null) this.node.replaceChildren(hint(text("loading")));
     else if (!isSelecting(this.node)) this.draw(status);
   }
 
   draw(status) {
-    const places = [...this.node.querySelectorAll("[tabindex]")].map((node) => [node.scrollLeft, node === document.activeElement]);
-    const findings = section("findings", findingsOf(status));
-    const isWrong = status.findings?.some(({ state }) => state !== "ok"); // what is wrong comes first
+    const scrollable = () => [...this.node.querySelectorAll("[tabindex]")];
+    const before = scrollable().map((node) => [node.scrollLeft, node === document.activeElement]);
+    const findings = section(text("findings"), findingsOf(status));
+    const hasProblems = status.findings?.some(({ state }) => state !== "ok"); // problems come first
     const sections = [
       summaryOf(status),
-      isWrong && findings,
-      section("placement", placementOf(status)),
-      section("ranks", ranksOf(status)),
-      section("speed", speedOf(status)),
-      section("answersTitle", answersOf(status)),
-      section("promptCache", cacheOf(status)),
-      section("restarts", restartsOf(status)),
-      !isWrong && findings,
+      hasProblems && findings,
+      section(text("placement"), placementOf(status)),
+      section(text("ranks"), ranksOf(status)),
+      section(text("speed"), speedOf(status)),
+      section(text("answers"), answersOf(status)),
+      section(text("promptCache"), cacheOf(status)),
+      section(text("restarts"), restartsOf(status)),
+      !hasProblems && findings,
     ];
     this.node.replaceChildren(...sections.filter(Boolean));
-    for (const [index, node] of this.node.querySelectorAll("[tabindex]").entries()) {
-      const [left, isFocused] = places[index] ?? [0, false];
-      node.scrollLeft = left;
+    for (const [index, node] of scrollable().entries()) {
+      const [scrollLeft, isFocused] = before[index] ?? [0, false];
+      node.scrollLeft = scrollLeft;
       if (isFocused) node.focus({ preventScroll: true });
     }
   }
@@ -55,16 +66,18 @@ function isSelecting(node) {
   return !selection.isCollapsed && node.contains(selection.anchorNode);
 }
 
-const section = (name, content) => content && element("section", {}, element("h2", {}, text(name)), content);
+const section = (title, content) => content && element("section", {}, element("h2", {}, title), content);
 
-function pairs(entries) {
-  const known = entries.filter(([, value]) => value !== null && value !== undefined && value !== "");
-  return element("dl", {}, ...known.flatMap(([name, value]) => [element("dt", {}, text(name)), element("dd", {}, value)]));
+const hint = (...content) => element("p", { class: "hint" }, ...content);
+
+// Return a list of facts: names and values. Those without a value are left out.
+function factList(facts) {
+  const known = facts.filter(([, value]) => value !== null && value !== undefined && value !== "");
+  return element("dl", {}, ...known.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
 }
 
-// Return a table; where it does not fit, each row is a block with the names of its values.
-function table(names, rows, kind = "rows") {
-  const labels = names.map((name) => text(name));
+// Return a table; where it does not fit, each row is a block with the labels of its values.
+function table(labels, rows, kind = "rows") {
   const head = element("tr", {}, ...labels.map((label) => element("th", { scope: "col" }, label)));
   const cell = (value, index) => element("td", { "data-label": labels[index], class: value === null ? "unknown" : "" }, value ?? "–");
   const body = rows.map((row) => element("tr", {}, ...row.map(cell)));
@@ -72,68 +85,75 @@ function table(names, rows, kind = "rows") {
 }
 
 function summaryOf(status) {
-  const state = element("strong", { class: status.is_up ? "good" : "bad" }, text(status.is_up ? "up" : "down"));
+  const state = element("strong", { class: status.is_up ? "good" : "bad" }, status.is_up ? text("up") : text("down"));
   return element(
     "section",
     {},
     element("h2", {}, status.model),
     element("p", {}, state, status.reason ? ` · ${status.reason}` : ""),
-    pairs([
-      ["placement", status.placement],
-      ["link", status.link || null],
-      ["sums", status.all_reduce || null],
-      ["context", status.context_tokens ? `${count(status.context_tokens)} ${text("tokens")}` : null],
-      ["uptime", duration(status.uptime_s)],
-      ["queue", text("ofCapacity", { waiting: count(status.waiting), capacity: count(status.queue_capacity) })],
-      ["versions", Object.entries(status.versions).map(([name, version]) => `${name} ${version}`).join(", ")],
+    factList([
+      [text("placement"), status.placement],
+      [text("link"), status.link],
+      [text("allReduce"), status.all_reduce],
+      [text("context"), status.context_tokens ? text("numTokens", { count: count(status.context_tokens) }) : null],
+      [text("uptime"), duration(status.uptime_s)],
+      [text("queue"), text("ofCapacity", { waiting: count(status.waiting), capacity: count(status.queue_capacity) })],
+      [text("versions"), Object.entries(status.versions).map(([name, version]) => `${name} ${version}`).join(", ")],
     ]),
   );
 }
 
-// One bar per axis of the placement: each rank's range in its colour. Axes that all ranks hold whole are left out.
+const rankName = ({ rank }) => text("rankNumber", { rank });
+
+const rankColor = ({ rank }) => `rank-${rank % NUM_COLORS}`;
+
+// Return a bar per axis of the placement, with each rank's range in its colour. Axes that all ranks hold whole are left out.
 function placementOf(status) {
   if (status.ranks.length < 2) return null;
-  const axes = AXES.filter((axis) => {
+  const isSplit = (axis) => {
     const size = status.dimensions[axis];
     return size && status.ranks.some(({ holds }) => holds[axis] && holds[axis][1] - holds[axis][0] < size);
-  });
-  const bars = axes.map((axis) => {
-    const size = status.dimensions[axis];
-    const ranges = status.ranks.filter(({ holds }) => holds[axis]);
-    const description = ranges.map(({ rank, holds }) => `${text("rank")} ${rank}: ${holds[axis][0]}–${holds[axis][1] - 1}`).join(", ");
-    const parts = ranges.map(({ rank, holds }) =>
-      svg("rect", { class: `rank-${rank % 6}`, x: holds[axis][0], y: 0, width: holds[axis][1] - holds[axis][0], height: 1 }),
-    );
-    const label = `${text(axis)}: ${description}`;
-    const bar = svg("svg", { viewBox: `0 0 ${size} 1`, preserveAspectRatio: "none", role: "img", "aria-label": label }, ...parts);
-    return element("div", { class: "axis-row" }, element("span", {}, `${text(axis)} (${count(size)})`), bar);
-  });
-  const legend = status.ranks.map(({ rank, host, share }) =>
-    element("li", {}, element("span", { class: `swatch rank-${rank % 6}` }), `${text("rank")} ${rank} · ${host} · ${share}`),
+  };
+  const bars = Object.keys(AXES).filter(isSplit).map((axis) => axisBar(axis, status));
+  const legend = status.ranks.map((rank) =>
+    element("li", {}, element("span", { class: `swatch ${rankColor(rank)}` }), `${rankName(rank)} · ${rank.host} · ${rank.share}`),
   );
   return element("div", { class: "placement" }, ...bars, element("ul", {}, ...legend));
 }
 
+function axisBar(axis, { dimensions, ranks }) {
+  const size = dimensions[axis];
+  const ranges = ranks
+    .filter(({ holds }) => holds[axis])
+    .map((rank) => ({ rank, start: rank.holds[axis][0], stop: rank.holds[axis][1] }));
+  const description = ranges.map(({ rank, start, stop }) => `${rankName(rank)}: ${start}–${stop - 1}`).join(", ");
+  const bar = svg(
+    "svg",
+    { viewBox: `0 0 ${size} 1`, preserveAspectRatio: "none", role: "img", "aria-label": `${AXES[axis]}: ${description}` },
+    ...ranges.map(({ rank, start, stop }) => svg("rect", { class: rankColor(rank), x: start, y: 0, width: stop - start, height: 1 })),
+  );
+  return element("div", { class: "axis-row" }, element("span", {}, `${AXES[axis]} (${count(size)})`), bar);
+}
+
+const bytesIfKnown = (value) => (value === null || value === undefined ? null : bytes(value));
+
 function ranksOf(status) {
   const machines = new Map(status.machines.map((machine) => [machine.name, machine]));
-  const rows = status.ranks.map((rank) => {
-    const machine = machines.get(rank.host);
-    const free = rank.free_bytes === null ? null : bytes(rank.free_bytes);
-    return [
-      String(rank.rank),
-      [rank.host, machine?.chip, machine?.memory_bytes ? bytes(machine.memory_bytes) : ""].filter(Boolean).join(" · "),
-      rank.share + (rank.has_vision ? `, ${text("vision")}` : ""),
-      bytes(rank.weights_bytes),
-      bytes(rank.cache_bytes),
-      memoryBar(rank, machine) ?? (rank.memory_bytes === null ? null : bytes(rank.memory_bytes)),
-      rank.peak_memory_bytes === null ? null : bytes(rank.peak_memory_bytes),
-      free,
-      machine?.gpu_limit_bytes ? bytes(machine.gpu_limit_bytes) : null,
-      rank.step === null ? null : `${count(rank.step)} (${rank.work})`,
-      rank.last_message_s === null ? null : text("ago", { time: duration(rank.last_message_s) }),
-    ];
-  });
-  return table(["rank", "host", "holds", "weights", "cache", "used", "peak", "free", "wiredLimit", "step", "heartbeat"], rows, "wide");
+  const columns = [
+    [text("rank"), ({ rank }) => String(rank)],
+    [text("host"), ({ host }, machine) => [host, machine?.chip, bytesIfKnown(machine?.memory_bytes)].filter(Boolean).join(" · ")],
+    [text("holds"), (rank) => rank.share + (rank.has_vision ? `, ${text("vision")}` : "")],
+    [text("weights"), (rank) => bytes(rank.weights_bytes)],
+    [text("cache"), (rank) => bytes(rank.cache_bytes)],
+    [text("used"), (rank, machine) => memoryBar(rank, machine) ?? bytesIfKnown(rank.memory_bytes)],
+    [text("peak"), (rank) => bytesIfKnown(rank.peak_memory_bytes)],
+    [text("free"), (rank) => bytesIfKnown(rank.free_bytes)],
+    [text("gpuLimit"), (rank, machine) => bytesIfKnown(machine?.gpu_limit_bytes)],
+    [text("step"), ({ step, work }) => (step === null ? null : `${count(step)} (${WORK[work] ?? work})`)],
+    [text("lastMessage"), (rank) => (rank.last_message_s === null ? null : text("ago", { time: duration(rank.last_message_s) }))],
+  ];
+  const rows = status.ranks.map((rank) => columns.map(([, value]) => value(rank, machines.get(rank.host))));
+  return table(columns.map(([label]) => label), rows, "wide");
 }
 
 // Return a bar with the memory of a rank's host: what the rank uses, and what the GPU may wire.
@@ -142,14 +162,15 @@ function memoryBar(rank, machine) {
   const total = machine?.memory_bytes ?? (rank.free_bytes === null ? 0 : used + rank.free_bytes);
   if (!total) return null;
   const limit = machine?.gpu_limit_bytes;
-  const label = text("memoryText", { used: bytes(used), total: bytes(total) });
+  const label = text("usedOf", { used: bytes(used), total: bytes(total) });
+  const width = Math.min(100, (100 * used) / total);
   return element(
     "span",
     { class: "memory" },
     svg(
       "svg",
       { viewBox: "0 0 100 1", preserveAspectRatio: "none", role: "img", "aria-label": label },
-      svg("rect", { class: `rank-${rank.rank % 6}`, x: 0, y: 0, width: Math.min(100, (100 * used) / total), height: 1 }),
+      svg("rect", { class: rankColor(rank), x: 0, y: 0, width, height: 1 }),
       ...(limit ? [svg("line", { class: "limit", x1: (100 * limit) / total, x2: (100 * limit) / total, y1: 0, y2: 1 })] : []),
     ),
     label,
@@ -157,43 +178,40 @@ function memoryBar(rank, machine) {
 }
 
 function speedOf({ rates }) {
-  const now = element(
-    "p",
-    {},
-    `${decimal(rates.completion_tok_per_s)} ${text("tokPerS")} ${text("generated")} · ${decimal(rates.prompt_tok_per_s)} ${text("tokPerS")} ${text("read")}`,
-  );
   const perSecond = (values) => values.map((value) => value / rates.interval_s);
+  const now = text("rate", { generated: decimal(rates.completion_tok_per_s), read: decimal(rates.prompt_tok_per_s) });
   const series = [
-    { name: "generated", values: perSecond(rates.completion_tokens) },
-    { name: "read", values: perSecond(rates.prompt_tokens) },
+    { name: "generated", label: text("generated"), values: perSecond(rates.completion_tokens) },
+    { name: "read", label: text("read"), values: perSecond(rates.prompt_tokens) },
   ];
-  return element("div", {}, now, plot(series, rates.interval_s));
+  return element("div", {}, element("p", {}, now), plot(series, rates.interval_s));
 }
 
 function answersOf({ answers }) {
-  if (!answers.length) return element("p", { class: "hint" }, text("noAnswers"));
+  if (!answers.length) return hint(text("noAnswers"));
   const rows = answers.map((answer) => [
-    text({ waiting: "queued", prefill: "prefill", decode: "decode" }[answer.state]),
+    ANSWER_STATES[answer.state],
     duration(answer.age_s),
-    answer.state === "prefill" && answer.prompt_tokens
-      ? element("progress", { max: answer.prompt_tokens, value: answer.processed_tokens, "aria-label": `${answer.processed_tokens} / ${answer.prompt_tokens}` })
-      : count(answer.prompt_tokens),
+    answer.state === "prefill" && answer.prompt_tokens ? prefillBar(answer) : count(answer.prompt_tokens),
     count(answer.generated_tokens),
   ]);
-  return table(["state", "uptime", "read", "generated"], rows);
+  return table([text("state"), text("age"), text("promptTokens"), text("newTokens")], rows);
 }
 
-function cacheOf(status) {
-  const { prompt_tokens: read, reused_tokens: reused } = status;
+function prefillBar({ processed_tokens: value, prompt_tokens: max }) {
+  return element("progress", { max, value, "aria-label": text("reading", { done: count(value), total: count(max) }) });
+}
+
+function cacheOf({ cached_tokens: cached, prompt_tokens: read, reused_tokens: reused }) {
   const share = Math.round((100 * reused) / read);
-  return pairs([
-    ["memory", `${count(status.cached_tokens)} ${text("tokens")}`],
-    ["hitRate", read ? text("reusedOf", { reused: count(reused), read: count(read), share }) : null],
+  return factList([
+    [text("inMemory"), text("numTokens", { count: count(cached) })],
+    [text("reused"), read ? text("reusedOf", { reused: count(reused), read: count(read), share }) : null],
   ]);
 }
 
 function restartsOf({ restarts }) {
-  if (!restarts.length) return element("p", { class: "hint" }, text("noRestarts"));
+  if (!restarts.length) return hint(text("noRestarts"));
   const items = restarts.map(({ at, reason }) =>
     element("li", {}, `${text("ago", { time: duration(Math.max(0, Date.now() / 1000 - at)) })}: ${reason}`),
   );
@@ -201,15 +219,15 @@ function restartsOf({ restarts }) {
 }
 
 function findingsOf({ findings }) {
-  if (!findings) return element("p", { class: "hint" }, `${text("notChecked")} `, element("code", {}, "kimi-mlx doctor"));
-  if (findings.every(({ state }) => state === "ok")) return element("p", { class: "hint" }, text("noFindings"));
-  const wrong = findings.filter(({ state }) => state !== "ok");
-  const items = wrong.map(({ host, message, remedy, state }) =>
+  if (!findings) return hint(`${text("notChecked")} `, element("code", {}, "kimi-mlx doctor"));
+  const problems = findings.filter(({ state }) => state !== "ok");
+  if (!problems.length) return hint(text("noFindings"));
+  const items = problems.map(({ host, message, remedy, state }) =>
     element(
       "li",
-      { class: state },
-      element("strong", {}, host ? `${host}: ` : ""),
-      message,
+      {},
+      element("strong", { class: state === "problem" ? "bad" : "" }, FINDING_STATES[state]),
+      ` · ${host ? `${host}: ` : ""}${message}`,
       remedy ? element("p", {}, `${text("remedy")}: `, element("code", {}, remedy)) : null,
     ),
   );

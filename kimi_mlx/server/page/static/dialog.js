@@ -86,7 +86,7 @@ export async function askKey(isWrong) {
   const answer = await ask(
     text("keyTitle"),
     [
-      element("p", {}, text(isWrong ? "keyWrong" : "keyNeeded")),
+      element("p", {}, isWrong ? text("keyWrong") : text("keyNeeded")),
       element("label", { for: "key-input" }, text("key")),
       input,
     ],

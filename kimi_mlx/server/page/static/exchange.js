@@ -1,6 +1,6 @@
 // Export and import of conversations. An imported file is not trusted: each known field is checked, all others are dropped.
 
-import { text } from "./i18n.js";
+import { bytes, text } from "./i18n.js";
 import { fenced } from "./markdown.js";
 import { NUMBERS } from "./settings.js";
 import * as store from "./store.js";
@@ -27,7 +27,7 @@ export async function toJson(conversations) {
 // Return the branch of a conversation that is shown as Markdown.
 export function toMarkdown(conversation, path) {
   const parts = [`# ${conversation.title.replaceAll("\n", " ")}`];
-  if (conversation.settings.system) parts.push(`## ${text("system")}`, conversation.settings.system);
+  if (conversation.settings.system) parts.push(`## ${text("instructions")}`, conversation.settings.system);
   for (const message of path) {
     const names = { user: text("you"), assistant: conversation.model || "Kimi", tool: text("tool") };
     parts.push(`## ${names[message.role]}`);
@@ -43,7 +43,9 @@ const partText = (part) => (part.type === "text" ? part.text : `*(${part.type.re
 
 // Save the conversations of a file; return how many. The file is ours, or {"messages": [...]} or a list in OpenAI's format.
 export async function importFile(file) {
-  if (file.size > MAX_BYTES) throw new Error(`${file.size} > ${MAX_BYTES} bytes`);
+  if (file.size > MAX_BYTES) {
+    throw new Error(text("tooLarge", { name: file.name, size: bytes(file.size), limit: bytes(MAX_BYTES) }));
+  }
   const value = JSON.parse(await file.text());
   const name = file.name.replace(/\.json$/i, "");
   const items = value?.format === FORMAT ? value.conversations : [fromOpenAI(value, name)];

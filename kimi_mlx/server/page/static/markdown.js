@@ -174,7 +174,7 @@ export async function copy(value, button) {
   } catch {
     isCopied = copyBySelection(value); // without HTTPS there is no clipboard API
   }
-  button.textContent = text(isCopied ? "copied" : "notCopied");
+  button.textContent = isCopied ? text("copied") : text("notCopied");
   setTimeout(() => {
     button.textContent = label;
   }, 1500);

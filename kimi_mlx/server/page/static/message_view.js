@@ -37,15 +37,15 @@ export class MessageView {
     if (role === "tool" && name) this.node.firstChild.textContent = `${text("tool")}: ${name}`;
     for (const part of parts) {
       if (part.image_url) {
-        this.content.append(element("img", { class: "picture", src: part.image_url.url, alt: part.name ?? text("images") }));
+        this.content.append(element("img", { class: "picture", src: part.image_url.url, alt: part.name ?? text("image") }));
       } else if (part.name) this.content.append(fileNode(part));
       else if (role === "tool") this.content.append(element("pre", { class: "result", tabindex: "0" }, part.text));
       else this.content.append(element("p", { class: "plain", dir: "auto" }, part.text));
     }
     if (role !== "user") return this.showFooter([]);
     const copied = store.textOf(content, false);
-    const copyButton = copied ? this.button("copy", (event) => copy(copied, event.target)) : null;
-    this.showFooter([copyButton, this.button("edit", () => this.edit())]);
+    const copyButton = copied ? button(text("copy"), (event) => copy(copied, event.target)) : null;
+    this.showFooter([copyButton, button(text("edit"), () => this.edit())]);
   }
 
   // Show a form with the text and the files of the message.
@@ -93,7 +93,7 @@ export class MessageView {
         "div",
         { class: "row end" },
         element("button", { type: "button", onclick: leave }, text("cancel")),
-        element("button", { type: "submit", class: "primary" }, text("sendAgain")),
+        element("button", { type: "submit", class: "primary" }, text("send")),
       ),
     );
     this.isEdited = true;
@@ -131,11 +131,11 @@ export class MessageView {
     if (this.markdown) await this.markdown.finish(this.markdownText);
     this.isFinished = true;
     if (this.details) this.details.open = false;
-    const buttons = [this.button("retry", () => this.actions.retry(message))];
+    const buttons = [button(text("retry"), () => this.actions.retry(message))];
     if (message.content) {
-      buttons.unshift(this.button("copy", (event) => copy(message.content, event.target)));
+      buttons.unshift(button(text("copy"), (event) => copy(message.content, event.target)));
       if (message.finish !== "stop" && !message.toolCalls?.length) {
-        buttons.push(this.button("continueAnswer", () => this.actions.continueAnswer(message)));
+        buttons.push(button(text("continueAnswer"), () => this.actions.continueAnswer(message)));
       }
     }
     this.showFooter(buttons);
@@ -169,7 +169,7 @@ export class MessageView {
     const areas = [];
     const nodes = calls.flatMap((call) => {
       if (!needsResults || call.broken) return [callNode(call)];
-      const label = { "aria-label": `${text("toolResult")}: ${call.name}`, placeholder: text("enterResult") };
+      const label = { "aria-label": text("toolResult", { name: call.name }), placeholder: text("enterResult") };
       areas.push(element("textarea", { rows: "2", ...label }));
       return [callNode(call), areas.at(-1)];
     });
@@ -226,26 +226,25 @@ export class MessageView {
 
   versionSwitch() {
     const index = this.versions.indexOf(this.message);
-    const go = (offset, name, label) =>
+    const go = (offset, sign, label) =>
       element(
         "button",
         {
           type: "button",
           class: "small",
-          "aria-label": text(name),
+          "aria-label": label,
           disabled: index + offset < 0 || index + offset >= this.versions.length,
           onclick: () => this.actions.select(this.versions[index + offset]),
         },
-        label,
+        sign,
       );
     const position = text("versionOf", { number: index + 1, count: this.versions.length });
-    return element("span", { class: "versions" }, go(-1, "previousVersion", "‹"), ` ${position} `, go(1, "nextVersion", "›"));
-  }
-
-  button(name, onclick) {
-    return element("button", { type: "button", class: "small", onclick }, text(name));
+    const previous = go(-1, "‹", text("previousVersion"));
+    return element("span", { class: "versions" }, previous, ` ${position} `, go(1, "›", text("nextVersion")));
   }
 }
+
+const button = (label, onclick) => element("button", { type: "button", class: "small", onclick }, label);
 
 // Return a file of a message, folded.
 function fileNode(part) {

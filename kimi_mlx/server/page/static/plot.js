@@ -6,7 +6,7 @@ import { decimal, text } from "./i18n.js";
 const WIDTH = 600;
 const HEIGHT = 120;
 
-// Return a figure; `series` has {name, values}, the newest value last, all of one length.
+// Return a figure; `series` has {name, label, values}, the newest value last, all of one length.
 export function plot(series, intervalSeconds) {
   const length = Math.max(2, ...series.map(({ values }) => values.length));
   const highest = Math.max(1, ...series.flatMap(({ values }) => values));
@@ -18,8 +18,8 @@ export function plot(series, intervalSeconds) {
     });
     return svg("polyline", { class: name, points: points.join(" "), fill: "none" });
   });
-  const last = Object.fromEntries(series.map(({ name, values }) => [name, decimal(values.at(-1) ?? 0)]));
-  const label = text("plotText", { ...last, highest: decimal(highest) });
+  const [generated, read] = series.map(({ values }) => decimal(values.at(-1) ?? 0));
+  const label = text("plot", { generated, read, highest: decimal(highest) });
   const minutes = Math.max(1, Math.round((length * intervalSeconds) / 60));
   const picture = svg(
     "svg",
@@ -27,6 +27,6 @@ export function plot(series, intervalSeconds) {
     svg("line", { class: "axis", x1: 0, x2: WIDTH, y1: HEIGHT - 1, y2: HEIGHT - 1 }),
     ...lines,
   );
-  const legend = series.map(({ name }) => element("span", { class: `key ${name}` }, text(name)));
+  const legend = series.map(({ name, label }) => element("span", { class: `key ${name}` }, label));
   return element("figure", { class: "plot" }, picture, element("figcaption", {}, ...legend, ` ${text("lastMinutes", { minutes })}`));
 }

@@ -2,111 +2,35 @@
 
 import { ask, cancelButton } from "./dialog.js";
 import { element } from "./dom.js";
-import { text } from "./i18n.js";
+import { count, text } from "./i18n.js";
 
-// Settings of the request that are numbers, by their names there.
+// Settings that are numbers, by their names in a request.
 export const NUMBERS = [
-  { name: "temperature", label: "temperature", low: 0, high: 2, step: "any" },
-  { name: "top_p", label: "topP", low: 0, high: 1, step: "any" },
-  { name: "top_k", label: "topK", low: 0, high: 2 ** 31, step: 1 },
-  { name: "min_p", label: "minP", low: 0, high: 1, step: "any" },
-  { name: "seed", label: "seed", low: 0, high: Number.MAX_SAFE_INTEGER, step: 1 },
-  { name: "max_tokens", label: "maxTokens", low: 1, high: 2 ** 31, step: 1 },
+  { name: "temperature", label: text("temperature"), low: 0, high: 2 },
+  { name: "top_p", label: text("topP"), low: 0, high: 1 },
+  { name: "top_k", label: text("topK"), low: 0, high: 2 ** 31, isWhole: true },
+  { name: "min_p", label: text("minP"), low: 0, high: 1 },
+  { name: "seed", label: text("seed"), low: 0, high: Number.MAX_SAFE_INTEGER, isWhole: true },
+  { name: "max_tokens", label: text("maxTokens"), low: 1, high: 2 ** 31, isWhole: true },
 ];
 
-function field(label, input, hint = null) {
-  input.id = `setting-${label}`;
-  const error = element("p", { class: "error", id: `${input.id}-error`, role: "alert" });
-  input.setAttribute("aria-describedby", error.id);
-  const parts = [element("label", { for: input.id }, text(label)), input, hint && element("p", { class: "hint" }, hint), error];
-  return { node: element("div", { class: "field" }, ...parts), input, error };
-}
-
-function area(value, rows) {
-  return element("textarea", { rows: String(rows), value, spellcheck: "false" });
-}
-
-const jsonText = (value) => (value === undefined ? "" : JSON.stringify(value, null, 2));
-
-// Parse the JSON of a field; undefined if it is empty.
-function parse(content, check, message) {
-  if (!content.trim()) return undefined;
-  let value;
-  try {
-    value = JSON.parse(content);
-  } catch (error) {
-    throw new Error(text("invalidJson", { message: error.message }));
-  }
-  if (!check(value)) throw new Error(text(message));
-  return value;
-}
-
-const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
-
-function readNumber({ name, low, high, step }, input) {
-  if (input.value === "" && !input.validity.badInput) return undefined;
-  const value = Number(input.value);
-  const isRight = input.validity.valid && value >= low && value <= high && (step !== 1 || Number.isInteger(value));
-  if (!isRight) throw new Error(text("outOfRange", { low, high: name === "top_k" || name === "max_tokens" ? "2³¹" : high }));
-  return value;
-}
-
-// Edit the settings of a conversation; resolves with the new ones, or null.
+// Edit the settings of a conversation; resolves with the new ones, or null. `defaults` has the model's sampling parameters.
 export async function editSettings(settings, defaults) {
-  const system = field("systemPrompt", area(settings.system ?? "", 4));
-  const numbers = NUMBERS.map((number) => {
-    const input = element("input", {
-      type: "number",
-      min: String(number.low),
-      max: String(number.high),
-      step: String(number.step),
-      value: settings[number.name] === undefined ? "" : String(settings[number.name]),
-      placeholder: defaults[number.name] === undefined ? "" : String(defaults[number.name]),
-    });
-    return { number, ...field(number.label, input) };
-  });
-  const thinking = field(
-    "thinkingMode",
-    element(
-      "select",
-      {},
-      ...[["", "modelDefault"], ["on", "on"], ["off", "off"]].map(([value, label]) => element("option", { value }, text(label))),
-    ),
-  );
-  thinking.input.value = settings.thinking === undefined ? "" : settings.thinking ? "on" : "off";
-  const schema = field("schema", area(jsonText(settings.schema), 3));
-  const tools = field("tools", area(jsonText(settings.tools), 3), text("toolsHint"));
-  let result = null;
-
-  const read = (part, reader) => {
-    part.error.textContent = "";
-    part.input.removeAttribute("aria-invalid");
-    try {
-      return reader();
-    } catch (error) {
-      part.error.textContent = error.message;
-      part.input.setAttribute("aria-invalid", "true");
-      part.input.focus();
-      result = null;
-      return undefined;
-    }
-  };
+  const system = textField("system", text("systemPrompt"), settings.system ?? "", 4);
+  const numbers = NUMBERS.map((number) => numberField(number, settings[number.name], defaults[number.name]));
+  const thinking = thinkingField(settings.thinking);
+  const schema = jsonField("schema", text("schema"), settings.schema, isObject, text("notAnObject"));
+  const tools = jsonField("tools", text("tools"), settings.tools, Array.isArray, text("notAList"), text("toolsHint"));
+  const fields = [system, ...numbers, thinking, schema, tools];
+  const grid = element("div", { class: "grid" }, ...[...numbers, thinking].map(({ node }) => node));
+  let edited = null;
   const check = () => {
-    result = {};
-    const values = {
-      tools: read(tools, () => parse(tools.input.value, Array.isArray, "notAList")),
-      schema: read(schema, () => parse(schema.input.value, isObject, "notAnObject")),
-    };
-    for (const part of numbers) values[part.number.name] = read(part, () => readNumber(part.number, part.input));
-    if (result === null) return false;
-    values.system = system.input.value.trim() || undefined;
-    values.thinking = thinking.input.value ? thinking.input.value === "on" : undefined;
-    result = Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined));
-    return true;
+    edited = readFields(fields);
+    return edited !== null;
   };
   const answer = await ask(
     text("settings"),
-    [system.node, element("div", { class: "grid" }, ...numbers.map(({ node }) => node), thinking.node), schema.node, tools.node],
+    [system.node, grid, schema.node, tools.node],
     [
       { label: text("defaults"), value: "defaults" },
       cancelButton(),
@@ -114,5 +38,88 @@ export async function editSettings(settings, defaults) {
     ],
   );
   if (answer === "defaults") return {};
-  return answer === "save" ? result : null;
+  return answer === "save" ? edited : null;
 }
+
+// Return the values of all fields by name; null if one is wrong, which then shows why.
+function readFields(fields) {
+  const values = {};
+  let firstWrong = null;
+  for (const { name, input, error, read } of fields) {
+    error.textContent = "";
+    input.removeAttribute("aria-invalid");
+    try {
+      const value = read();
+      if (value !== undefined) values[name] = value;
+    } catch (problem) {
+      error.textContent = problem.message;
+      input.setAttribute("aria-invalid", "true");
+      firstWrong ??= input;
+    }
+  }
+  firstWrong?.focus();
+  return firstWrong ? null : values;
+}
+
+// Return a field with a label and a place for an error. `read` returns the value, or undefined if the field is empty.
+function field(name, label, input, read, hint = null) {
+  input.id = `setting-${name}`;
+  const error = element("p", { class: "error", id: `${input.id}-error`, role: "alert" });
+  input.setAttribute("aria-describedby", error.id);
+  const parts = [element("label", { for: input.id }, label), input, hint && element("p", { class: "hint" }, hint), error];
+  return { name, node: element("div", { class: "field" }, ...parts), input, error, read };
+}
+
+const textArea = (value, rows) => element("textarea", { rows: String(rows), value, spellcheck: "false" });
+
+function textField(name, label, value, rows) {
+  const input = textArea(value, rows);
+  return field(name, label, input, () => input.value.trim() || undefined);
+}
+
+function numberField({ name, label, low, high, isWhole = false }, value, placeholder) {
+  const input = element("input", {
+    type: "number",
+    min: String(low),
+    max: String(high),
+    step: isWhole ? "1" : "any",
+    value: value === undefined ? "" : String(value),
+    placeholder: placeholder === undefined ? "" : String(placeholder),
+  });
+  const read = () => {
+    if (input.value === "" && !input.validity.badInput) return undefined;
+    const number = Number(input.value);
+    if (input.validity.valid && number >= low && number <= high && (!isWhole || Number.isInteger(number))) return number;
+    throw new Error(isWhole ? text("notWhole", { low, high: count(high) }) : text("outOfRange", { low, high }));
+  };
+  return field(name, label, input, read);
+}
+
+function thinkingField(value) {
+  const options = [["", text("modelDefault")], ["on", text("on")], ["off", text("off")]];
+  const input = element("select", {}, ...options.map(([option, label]) => element("option", { value: option }, label)));
+  input.value = value === undefined ? "" : value ? "on" : "off";
+  return field("thinking", text("thinkingMode"), input, () => (input.value ? input.value === "on" : undefined));
+}
+
+// Return a field with JSON for which `isValid` must be true.
+function jsonField(name, label, value, isValid, message, hint = null) {
+  const input = textArea(value === undefined ? "" : JSON.stringify(value, null, 2), 3);
+  const read = () => {
+    if (!input.value.trim()) return undefined;
+    const json = parseJson(input.value);
+    if (!isValid(json)) throw new Error(message);
+    return json;
+  };
+  return field(name, label, input, read, hint);
+}
+
+function parseJson(content) {
+  try {
+    return JSON.parse(content);
+  } catch (error) {
+    throw new Error(text("invalidJson", { message: error.message }));
+  }
+}
+
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);

@@ -59,9 +59,10 @@ export class Sidebar {
       await store.deleteConversation(item.id);
       this.onDeleted(item.id);
     };
-    const button = (name, sign, onclick) =>
-      element("button", { type: "button", class: "icon", title: text(name), "aria-label": `${text(name)}: ${title}`, onclick }, sign);
-    return element("li", { class: isCurrent ? "current" : "" }, link, button("rename", "✎", rename), button("delete", "×", remove));
+    const button = (label, sign, onclick) =>
+      element("button", { type: "button", class: "icon", title: label, "aria-label": `${label}: ${title}`, onclick }, sign);
+    const buttons = [button(text("rename"), "✎", rename), button(text("delete"), "×", remove)];
+    return element("li", { class: isCurrent ? "current" : "" }, link, ...buttons);
   }
 
   async exportAll() {

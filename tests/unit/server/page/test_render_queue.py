@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import anyio
 import pytest
 
@@ -9,8 +12,16 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.page import render_queue
 from kimi_mlx.server.page.render_queue import MAX_WAITING, SHORT_TEXT_CHARS, RenderQueue
 
-# the pipes of a worker process that is ended are closed with its object
+# the pipes of a killed worker process are closed with its object
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def _collect_processes() -> Iterator[None]:
+    """Delete the objects of killed processes here, where their warnings are expected, and not in a later test."""
+    yield
+    gc.collect()
+
 
 HOSTILE = "![" * 4 * SHORT_TEXT_CHARS
 
