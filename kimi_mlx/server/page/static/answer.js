@@ -1,64 +1,20 @@
 // An answer of the model while it streams: from events to a message record.
 
 import { pause, readEvents, request, ServerError } from "./api.js";
-import { NUMBERS } from "./settings.js";
 import * as store from "./store.js";
 
 const SAVE_EVERY_MS = 500;
 const MAX_ATTEMPTS = 6; // while the server's queue is full
-const BUSY_SECONDS = 5; // between two of them, where the server does not say
+const BUSY_SECONDS = 5; // between attempts, if the server does not say
 
-// Return a message in OpenAI's format.
-function toOpenAI(message) {
-  const value = { role: message.role, content: message.content };
-  if (typeof message.content !== "string") value.content = message.content.map(({ name, ...part }) => part);
-  if (message.reasoning) value.reasoning_content = message.reasoning;
-  const calls = (message.toolCalls ?? []).filter((call) => !call.broken);
-  if (calls.length) {
-    value.tool_calls = calls.map(({ id, name, arguments: json }) => ({
-      id,
-      type: "function",
-      function: { name, arguments: json },
-    }));
-  }
-  if (message.toolCallId) value.tool_call_id = message.toolCallId;
-  return value;
-}
-
-function isJsonObject(json) {
-  try {
-    const value = JSON.parse(json);
-    return typeof value === "object" && value !== null && !Array.isArray(value);
-  } catch {
-    return false;
-  }
-}
-
-// Return the body of a request: the messages of a branch, and the settings of the conversation.
-export function requestBody(path, settings, partial) {
-  const messages = path.map(toOpenAI);
-  if (settings.system) messages.unshift({ role: "system", content: settings.system });
-  if (partial) messages.push({ role: "assistant", content: partial, partial: true });
-  const body = { messages, stream: true, return_progress: true, stream_options: { include_usage: true } };
-  for (const { name } of NUMBERS) {
-    if (settings[name] !== undefined) body[name] = settings[name];
-  }
-  if (settings.thinking !== undefined) body.thinking = { type: settings.thinking ? "enabled" : "disabled" };
-  if (settings.tools?.length) body.tools = settings.tools;
-  if (settings.schema) {
-    body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: settings.schema } };
-  }
-  return body;
-}
-
-// Streams one answer into a message record; `onUpdate(answer)` is called after each change.
+// Receives one answer into a message record; `onUpdate` is called with it after each change.
 export class Answer {
   constructor(message, onUpdate) {
     this.message = message;
     this.onUpdate = onUpdate;
     this.progress = null; // {processed, total, seconds} of the prompt
-    this.notice = null; // what happens to the ring
-    this.busySeconds = null; // until the request is sent again, because the server's queue is full
+    this.notice = null; // of the ring: it was lost, or is back
+    this.busySeconds = null; // seconds until the next attempt, while the server's queue is full
     this.startedAt = performance.now();
     this.chunks = 0;
     this.controller = new AbortController();
@@ -66,13 +22,12 @@ export class Answer {
   }
 
   stop() {
-    this.isStopped = true;
     this.controller.abort();
   }
 
   async run(body) {
     const { message } = this;
-    message.finish = null; // as long as this is null, the answer is unfinished, also after a reload
+    message.finish = null; // null marks an unfinished answer, also after a reload
     delete message.error;
     await store.saveMessage(message);
     try {
@@ -97,7 +52,7 @@ export class Answer {
     this.onUpdate(this);
   }
 
-  // Send the request; again while the server's queue is full.
+  // Send the request, several times if the server's queue is full.
   async send(body) {
     const { signal } = this.controller;
     for (let attempt = 1; ; attempt += 1) {
@@ -115,7 +70,7 @@ export class Answer {
   }
 
   add(chunk) {
-    if (chunk.error) throw new ServerError(chunk.error.status ?? 500, chunk.error.message, chunk.error.code);
+    if (chunk.error) throw new ServerError(chunk.error.status ?? 500, chunk.error.message);
     if (chunk.prompt_progress) {
       const { processed, total, cache, time_ms: time } = chunk.prompt_progress;
       this.progress = { processed, total, cache, seconds: time / 1000 };
@@ -146,10 +101,10 @@ export class Answer {
     }
     for (const call of delta.tool_calls ?? []) {
       message.toolCalls ??= [];
-      const known = (message.toolCalls[call.index] ??= { id: "", name: "", arguments: "" });
-      if (call.id) known.id = call.id;
-      known.name += call.function?.name ?? "";
-      known.arguments += call.function?.arguments ?? "";
+      const whole = (message.toolCalls[call.index] ??= { id: "", name: "", arguments: "" });
+      if (call.id) whole.id = call.id;
+      whole.name += call.function?.name ?? "";
+      whole.arguments += call.function?.arguments ?? "";
     }
     if (reason) message.finish = reason;
   }
@@ -159,7 +114,7 @@ export class Answer {
     this.message.thoughtSeconds = (performance.now() - this.thinkingSince) / 1000;
   }
 
-  // Tokens per second so far: about one token a chunk.
+  // Tokens per second so far, or null at the beginning. A chunk has about one token.
   get rate() {
     const seconds = (performance.now() - (this.firstAt ?? performance.now())) / 1000;
     return seconds > 0.5 ? (this.chunks - 1) / seconds : null;
@@ -174,5 +129,14 @@ export class Answer {
   async save() {
     this.savedAt = performance.now();
     await store.saveMessage(this.message);
+  }
+}
+
+function isJsonObject(json) {
+  try {
+    const value = JSON.parse(json);
+    return typeof value === "object" && value !== null && !Array.isArray(value);
+  } catch {
+    return false;
   }
 }

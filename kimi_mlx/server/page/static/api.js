@@ -1,31 +1,31 @@
 // Requests to the server: the key, errors, and streams of server-sent events.
 
 const KEY = "kimi-mlx-key";
-const memory = new Map();
+let keyInMemory = "";
 
-// The key is kept for the session of this tab only.
+// The API key, which is kept until this tab is closed.
 export const key = {
   get: () => {
     try {
       return sessionStorage.getItem(KEY) ?? "";
     } catch {
-      return memory.get(KEY) ?? "";
+      return keyInMemory; // the browser stores nothing
     }
   },
   set: (value) => {
     try {
       sessionStorage.setItem(KEY, value);
     } catch {
-      memory.set(KEY, value);
+      keyInMemory = value;
     }
   },
 };
 
 // An error response, or no response at all (status 0).
 export class ServerError extends Error {
-  constructor(status, message, code = null, retryAfter = null) {
+  constructor(status, message, retryAfter = null) {
     super(message);
-    Object.assign(this, { status, code, retryAfter });
+    Object.assign(this, { status, retryAfter });
   }
 }
 
@@ -55,18 +55,16 @@ export async function request(path, { body = null, signal = null } = {}) {
 
 async function errorOf(response) {
   let message = response.statusText || `status ${response.status}`;
-  let code = null;
   try {
     const { error } = await response.json();
     message = error.message ?? message;
-    code = error.code ?? null;
   } catch {
-    // not an error of ours: the status says enough
+    // no error in JSON: the status is enough
   }
-  return new ServerError(response.status, message, code, Number(response.headers.get("retry-after")) || null);
+  return new ServerError(response.status, message, Number(response.headers.get("retry-after")) || null);
 }
 
-// Wait; fails as a request does if the signal comes first.
+// Wait; rejects as a request does if it is aborted first.
 export function pause(milliseconds, signal = null) {
   return new Promise((resolve, reject) => {
     const timer = setTimeout(resolve, milliseconds);

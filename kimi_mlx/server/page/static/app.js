@@ -4,9 +4,9 @@ import { getJson, key } from "./api.js";
 import { Chat } from "./chat.js";
 import { ClusterView } from "./cluster.js";
 import { Composer } from "./composer.js";
+import { download, toJson, toMarkdown } from "./conversation_files.js";
 import { ask, askKey, cancelButton, isDialogOpen } from "./dialog.js";
-import { byId, download } from "./dom.js";
-import * as exchange from "./exchange.js";
+import { byId } from "./dom.js";
 import { text, translate } from "./i18n.js";
 import { errorText } from "./message_view.js";
 import { editSettings } from "./settings.js";
@@ -211,8 +211,8 @@ function main() {
     ];
     const form = await ask(text("exportTitle"), [], buttons);
     const name = (chat.conversation.title || text("untitled")).replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60);
-    if (form === "md") download(`${name}.md`, "text/markdown", exchange.toMarkdown(chat.conversation, chat.path));
-    if (form === "json") download(`${name}.json`, "application/json", await exchange.toJson([chat.conversation]));
+    if (form === "md") download(`${name}.md`, "text/markdown", toMarkdown(chat.conversation, chat.path));
+    if (form === "json") download(`${name}.json`, "application/json", await toJson([chat.conversation]));
   });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing || isDialogOpen()) return;

@@ -1,9 +1,11 @@
 // The conversation that is shown: its branch of messages, new messages, and the answers in progress.
 
-import { Answer, requestBody } from "./answer.js";
+import { Answer } from "./answer.js";
 import { byId, element } from "./dom.js";
 import { count, decimal, text } from "./i18n.js";
 import { MessageView } from "./message_view.js";
+import { branch, newestLeaf, siblings, textOf } from "./messages.js";
+import { requestBody } from "./request_body.js";
 import * as store from "./store.js";
 
 const AT_END_PIXELS = 60;
@@ -105,7 +107,7 @@ export class Chat {
   }
 
   get path() {
-    return store.branch(this.messages, this.conversation.leaf);
+    return branch(this.messages, this.conversation.leaf);
   }
 
   // Show the branch; `keepsPlace` is whether to stay where the user has scrolled to. Messages that are shown already keep
@@ -118,7 +120,7 @@ export class Chat {
     const nodes = [];
     const isDrawing = [];
     for (const message of this.path.reverse()) { // the newest first: they are seen
-      const versions = store.siblings(this.messages, message);
+      const versions = siblings(this.messages, message);
       const running = this.running(message);
       let view = shown.get(message.id);
       if (running || !view?.isCurrent(message, versions)) {
@@ -169,7 +171,7 @@ export class Chat {
       retry: (message) => this.generate(message.parent),
       continueAnswer: (message) => this.continueAnswer(message),
       select: async (message) => {
-        this.conversation.leaf = store.newestLeaf(this.messages, message);
+        this.conversation.leaf = newestLeaf(this.messages, message);
         await this.save();
         await this.draw(true);
       },
@@ -208,13 +210,13 @@ export class Chat {
     await this.stopAndWait();
     const { settings } = this.conversation;
     const message = this.addMessage("assistant", "", parent, settings.schema ? { isJson: true } : {});
-    await this.run(message, requestBody(store.branch(this.messages, parent), settings));
+    await this.run(message, requestBody(branch(this.messages, parent), settings));
   }
 
   // Let the model continue an answer that was cut.
   async continueAnswer(message) {
     await this.stopAndWait();
-    const path = store.branch(this.messages, message.parent);
+    const path = branch(this.messages, message.parent);
     await this.run(message, requestBody(path, this.conversation.settings, message.content));
   }
 
@@ -349,6 +351,6 @@ export class Chat {
 
 // Return a title for a conversation that begins with a message.
 function titleOf(content) {
-  const written = store.textOf(content, false).trim() || (typeof content === "string" ? "" : content[0]?.name);
+  const written = textOf(content, { withFiles: false }).trim() || (typeof content === "string" ? "" : content[0]?.name);
   return (written ?? "").split("\n")[0].slice(0, MAX_TITLE) || text("untitled");
 }

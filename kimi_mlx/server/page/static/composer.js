@@ -1,7 +1,8 @@
 // The form below the conversation: text, files, images. Enter sends the message, Shift-Enter begins a new line.
 
 import { Attachments } from "./attachments.js";
-import { byId, isSendKey } from "./dom.js";
+import { byId } from "./dom.js";
+import { isSendKey } from "./keyboard.js";
 
 const MAX_ROWS = 12;
 

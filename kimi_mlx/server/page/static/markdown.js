@@ -1,6 +1,7 @@
-// Markdown as the server renders it. This is the only place where HTML enters the document, through one Trusted Types policy.
+// Markdown, which the server renders. This is the only place where HTML enters the document, through one Trusted Types policy.
 
 import { request } from "./api.js";
+import { copy } from "./clipboard.js";
 import { element } from "./dom.js";
 import { text } from "./i18n.js";
 
@@ -12,8 +13,8 @@ const MIN_INTERVAL_MS = 60;
 const PAUSE_FACTOR = 4; // pause after a rendering, as a multiple of its duration: rendering takes a fifth of the time
 const SLICE_CHARS = 16_000; // per request: a long text appears from its beginning
 const MAX_CHARS = 100_000; // of one block; a longer one is plain
-const REFERENCE = /^ {0,3}\[[^\]\n]+\]:/m; // the target of links anywhere in the text
-const MAX_REQUESTS = 2;
+const REFERENCE = /^ {0,3}\[[^\]\n]+\]:/m; // defines links of the whole text
+const MAX_REQUESTS = 2; // for complete texts, at the same time
 
 // Shows a text that grows, block by block. Blocks that are finished are never touched again.
 export class MarkdownView {
@@ -21,14 +22,14 @@ export class MarkdownView {
     this.node = element("div", { class: "markdown" });
     this.text = "";
     this.finishedEnd = 0;
-    this.size = SLICE_CHARS;
+    this.sliceChars = SLICE_CHARS;
     this.tail = []; // elements of the blocks that may still change
     this.isRendering = false;
     this.isFinal = false;
-    this.waiting = null;
+    this.timer = null;
   }
 
-  // Show more of a text, which begins with what was shown.
+  // Show a longer version of the text.
   update(value) {
     this.text = value;
     this.schedule();
@@ -46,18 +47,18 @@ export class MarkdownView {
     });
   }
 
-  // Render the text from its beginning: references link all of it. What is shown stays until then.
+  // Render the text again from its beginning, for its links by reference. What is shown stays until that is done.
   restart() {
     this.finishedEnd = 0;
-    this.size = MAX_CHARS;
+    this.sliceChars = MAX_CHARS;
     this.tail = [...this.node.childNodes];
   }
 
   schedule() {
-    if (this.isRendering || this.waiting !== null) {
-      if (this.isFinal && this.waiting !== null) {
-        clearTimeout(this.waiting);
-        this.waiting = null;
+    if (this.isRendering || this.timer !== null) {
+      if (this.isFinal && this.timer !== null) {
+        clearTimeout(this.timer);
+        this.timer = null;
       } else return;
     }
     this.render();
@@ -66,10 +67,9 @@ export class MarkdownView {
   async render() {
     this.isRendering = true;
     const { finishedEnd: begin, text: rendered, isFinal } = this;
-    const isLive = !isFinal;
-    if (!isLive) await turn();
+    if (isFinal) await acquireSlot();
     const start = performance.now();
-    const rest = rendered.slice(begin, begin + this.size);
+    const rest = rendered.slice(begin, begin + this.sliceChars);
     const isAll = begin + rest.length === rendered.length;
     let isMore = !isAll;
     try {
@@ -80,13 +80,13 @@ export class MarkdownView {
       this.showPlain();
       isMore = false;
     }
-    if (!isLive) nextTurn();
+    if (isFinal) releaseSlot();
     this.isRendering = false;
     if (isMore) this.render();
     else if (this.text !== rendered || this.isFinal !== isFinal || this.finishedEnd < begin) {
       const pause = this.isFinal ? 0 : Math.max(MIN_INTERVAL_MS, PAUSE_FACTOR * (performance.now() - start));
-      this.waiting = setTimeout(() => {
-        this.waiting = null;
+      this.timer = setTimeout(() => {
+        this.timer = null;
         this.render();
       }, pause);
     } else if (isFinal) this.onShown?.();
@@ -107,9 +107,9 @@ export class MarkdownView {
     this.finishedEnd += end;
     if (isAll) return false;
     if (end) return true;
-    this.size *= 2;
-    if (this.size <= MAX_CHARS) return true;
-    this.size = MAX_CHARS;
+    this.sliceChars *= 2;
+    if (this.sliceChars <= MAX_CHARS) return true;
+    this.sliceChars = MAX_CHARS;
     this.showPlain();
     return false;
   }
@@ -122,18 +122,18 @@ export class MarkdownView {
   }
 }
 
-// Texts that are complete are rendered in turn, a few at a time: a long conversation does not block an answer.
-const turns = [];
-let requests = 0;
+// Complete texts are rendered a few at a time, so that a long conversation does not delay the answer in progress.
+const waiting = [];
+let numRequests = 0;
 
-function turn() {
-  requests += 1;
-  return requests <= MAX_REQUESTS ? null : new Promise((resolve) => turns.push(resolve));
+function acquireSlot() {
+  numRequests += 1;
+  return numRequests <= MAX_REQUESTS ? null : new Promise((resolve) => waiting.push(resolve));
 }
 
-function nextTurn() {
-  requests -= 1;
-  turns.shift()?.();
+function releaseSlot() {
+  numRequests -= 1;
+  waiting.shift()?.();
 }
 
 const PARAGRAPHS = "p, h1, h2, h3, h4, h5, h6, ul, ol, blockquote, table";
@@ -158,37 +158,9 @@ function addCodeHeader(block) {
   block.prepend(element("div", { class: "code-header" }, element("span", {}, block.dataset.language), button));
 }
 
-// Return a text as a code block of Markdown, with a fence longer than any in the text.
+// Return code as a code block of Markdown, with a fence longer than any in the code.
 export function fenced(code, language = "") {
   const longest = (code.match(/`{3,}/g) ?? []).reduce((most, run) => Math.max(most, run.length), 2);
   const fence = "`".repeat(longest + 1);
   return `${fence}${language}\n${code}${code.endsWith("\n") ? "" : "\n"}${fence}`;
-}
-
-// Copy a text, and say on the button whether that worked.
-export async function copy(value, button) {
-  const label = (button.dataset.label ??= button.textContent);
-  let isCopied = true;
-  try {
-    await navigator.clipboard.writeText(value);
-  } catch {
-    isCopied = copyBySelection(value); // without HTTPS there is no clipboard API
-  }
-  button.textContent = isCopied ? text("copied") : text("notCopied");
-  setTimeout(() => {
-    button.textContent = label;
-  }, 1500);
-}
-
-function copyBySelection(value) {
-  const focused = document.activeElement;
-  const area = element("textarea", { class: "hidden-text", readonly: "" }); // no keyboard on a phone
-  area.value = value;
-  document.body.append(area);
-  area.focus();
-  area.setSelectionRange(0, value.length);
-  const isCopied = document.execCommand("copy");
-  area.remove();
-  focused?.focus({ preventScroll: true });
-  return isCopied;
 }

@@ -1,10 +1,12 @@
 // One message of a conversation: its parts, its footer, and its buttons.
 
 import { chipOf } from "./attachments.js";
-import { element, isSendKey } from "./dom.js";
+import { copy } from "./clipboard.js";
+import { element } from "./dom.js";
 import { bytes, count, decimal, duration, text } from "./i18n.js";
-import { copy, fenced, MarkdownView } from "./markdown.js";
-import * as store from "./store.js";
+import { isSendKey } from "./keyboard.js";
+import { fenced, MarkdownView } from "./markdown.js";
+import { textOf } from "./messages.js";
 
 // Shows a message. `actions` has functions: edit, retry, continueAnswer, select (another version), sendResults.
 export class MessageView {
@@ -43,7 +45,7 @@ export class MessageView {
       else this.content.append(element("p", { class: "plain", dir: "auto" }, part.text));
     }
     if (role !== "user") return this.showFooter([]);
-    const copied = store.textOf(content, false);
+    const copied = textOf(content, { withFiles: false });
     const copyButton = copied ? button(text("copy"), (event) => copy(copied, event.target)) : null;
     this.showFooter([copyButton, button(text("edit"), () => this.edit())]);
   }
@@ -51,7 +53,7 @@ export class MessageView {
   // Show a form with the text and the files of the message.
   edit() {
     const { content } = this.message;
-    const area = element("textarea", { rows: "4", dir: "auto", "aria-label": text("message"), value: store.textOf(content, false) });
+    const area = element("textarea", { rows: "4", dir: "auto", "aria-label": text("message"), value: textOf(content, { withFiles: false }) });
     let files = typeof content === "string" ? [] : content.filter((part) => part.name || part.image_url);
     const chips = element("div", { class: "row wrap" });
     const showChips = () => chips.replaceChildren(...files.map((part) => chipOf(part, () => {

@@ -1,8 +1,8 @@
 // The list of conversations: open, search, rename, delete, import and export.
 
+import { download, importFile, toJson } from "./conversation_files.js";
 import { askTitle, confirmDelete } from "./dialog.js";
-import { byId, download, element } from "./dom.js";
-import * as exchange from "./exchange.js";
+import { byId, element } from "./dom.js";
 import { text } from "./i18n.js";
 import * as store from "./store.js";
 
@@ -67,7 +67,7 @@ export class Sidebar {
 
   async exportAll() {
     const items = await store.conversations();
-    download("kimi-mlx-conversations.json", "application/json", await exchange.toJson(items));
+    download("kimi-mlx-conversations.json", "application/json", await toJson(items));
   }
 
   async importFile() {
@@ -76,7 +76,7 @@ export class Sidebar {
     input.value = "";
     if (!file) return;
     try {
-      this.onMessage(text("imported", { count: await exchange.importFile(file) }));
+      this.onMessage(text("imported", { count: await importFile(file) }));
     } catch (error) {
       this.onMessage(text("importFailed", { message: error.message }));
     }

@@ -1,10 +1,11 @@
 // Conversations in IndexedDB. A conversation is a tree: each message has a parent, and `leaf` is the end of the branch that
 // is shown. Messages are records of their own, so that two tabs do not overwrite each other's.
 
-const NAME = "kimi-mlx";
-const STORES = { conversations: "conversations", messages: "messages" };
+import { textOf } from "./messages.js";
 
-let database = null; // a promise; null in memory only
+const NAME = "kimi-mlx";
+
+let database = null; // a promise of it; null if conversations are in memory only
 const inMemory = { conversations: new Map(), messages: new Map() };
 export let isPersistent = true;
 
@@ -29,8 +30,8 @@ export async function open() {
   database = new Promise((resolve, reject) => {
     const opening = indexedDB.open(NAME, 1);
     opening.onupgradeneeded = () => {
-      opening.result.createObjectStore(STORES.conversations, { keyPath: "id" });
-      opening.result.createObjectStore(STORES.messages, { keyPath: "id" }).createIndex("conversation", "conversation");
+      opening.result.createObjectStore("conversations", { keyPath: "id" });
+      opening.result.createObjectStore("messages", { keyPath: "id" }).createIndex("conversation", "conversation");
     };
     opening.onsuccess = () => resolve(opening.result);
     opening.onerror = () => reject(opening.error);
@@ -44,7 +45,7 @@ export async function open() {
   }
 }
 
-const done = (operation) =>
+const completion = (operation) =>
   new Promise((resolve, reject) => {
     operation.onsuccess = () => resolve(operation.result);
     operation.onerror = () => reject(operation.error);
@@ -52,54 +53,54 @@ const done = (operation) =>
 
 async function put(store, value) {
   if (database === null) inMemory[store].set(value.id, structuredClone(value));
-  else await done((await database).transaction(store, "readwrite").objectStore(store).put(value));
+  else await completion((await database).transaction(store, "readwrite").objectStore(store).put(value));
 }
 
 async function remove(store, id) {
   if (database === null) inMemory[store].delete(id);
-  else await done((await database).transaction(store, "readwrite").objectStore(store).delete(id));
+  else await completion((await database).transaction(store, "readwrite").objectStore(store).delete(id));
 }
 
 async function all(store) {
   if (database === null) return structuredClone([...inMemory[store].values()]);
-  return done((await database).transaction(store).objectStore(store).getAll());
+  return completion((await database).transaction(store).objectStore(store).getAll());
 }
 
 export async function conversations() {
-  return (await all(STORES.conversations)).sort((a, b) => b.updated - a.updated);
+  return (await all("conversations")).sort((a, b) => b.updated - a.updated);
 }
 
 export async function conversation(id) {
   if (database === null) return structuredClone(inMemory.conversations.get(id));
-  return done((await database).transaction(STORES.conversations).objectStore(STORES.conversations).get(id));
+  return completion((await database).transaction("conversations").objectStore("conversations").get(id));
 }
 
 export async function messages(id) {
   if (database === null) return structuredClone([...inMemory.messages.values()].filter((item) => item.conversation === id));
-  const index = (await database).transaction(STORES.messages).objectStore(STORES.messages).index("conversation");
-  return done(index.getAll(id));
+  const index = (await database).transaction("messages").objectStore("messages").index("conversation");
+  return completion(index.getAll(id));
 }
 
 export async function saveConversation(value) {
   if (deleted.has(value.id)) return;
-  await put(STORES.conversations, value);
+  await put("conversations", value);
   channel?.postMessage({ id: value.id });
 }
 
 // Save a message. One that is not complete is shown by other tabs, but they do not read the conversation again.
 export async function saveMessage(value, isPart = false) {
   if (deleted.has(value.conversation)) return;
-  await put(STORES.messages, value);
+  await put("messages", value);
   channel?.postMessage(isPart ? { id: value.conversation, message: value } : { id: value.conversation });
 }
 
 // Save a message of a conversation that is not listed yet.
-export const importMessage = (value) => put(STORES.messages, value);
+export const importMessage = (value) => put("messages", value);
 
 export async function deleteConversation(id) {
   deleted.add(id);
-  for (const message of await messages(id)) await remove(STORES.messages, message.id);
-  await remove(STORES.conversations, id);
+  for (const message of await messages(id)) await remove("messages", message.id);
+  await remove("conversations", id);
   channel?.postMessage({ id, isDeleted: true });
 }
 
@@ -107,38 +108,10 @@ export async function deleteConversation(id) {
 export async function search(query) {
   const words = query.toLowerCase().split(/\s+/).filter(Boolean);
   const texts = new Map();
-  for (const item of await all(STORES.conversations)) texts.set(item.id, item.title);
-  for (const item of await all(STORES.messages)) {
+  for (const item of await all("conversations")) texts.set(item.id, item.title);
+  for (const item of await all("messages")) {
     texts.set(item.conversation, `${texts.get(item.conversation) ?? ""}\n${textOf(item.content)}\n${item.reasoning ?? ""}`);
   }
   const matches = ([, content]) => words.every((word) => content.toLowerCase().includes(word));
   return new Set([...texts].filter(matches).map(([id]) => id));
-}
-
-// Return the text of a message's content, which may have parts; parts with a `name` are files.
-export function textOf(content, hasFiles = true) {
-  if (typeof content === "string") return content;
-  const texts = (content ?? []).filter((part) => part.type === "text" && (hasFiles || !part.name));
-  return texts.map((part) => part.text).join("\n");
-}
-
-// Return the messages from the first to a leaf.
-export function branch(byId, leaf) {
-  const path = [];
-  for (let message = byId.get(leaf); message; message = byId.get(message.parent)) path.unshift(message);
-  return path;
-}
-
-// Return the messages with the same parent, the oldest first.
-export function siblings(byId, message) {
-  return [...byId.values()].filter((item) => item.parent === message.parent).sort((a, b) => a.created - b.created);
-}
-
-// Return the end of the newest branch below a message.
-export function newestLeaf(byId, message) {
-  for (;;) {
-    const children = [...byId.values()].filter((item) => item.parent === message.id);
-    if (children.length === 0) return message.id;
-    message = children.reduce((newest, item) => (item.created > newest.created ? item : newest));
-  }
 }

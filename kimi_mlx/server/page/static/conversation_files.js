@@ -1,18 +1,27 @@
 // Export and import of conversations. An imported file is not trusted: each known field is checked, all others are dropped.
 
+import { element } from "./dom.js";
 import { bytes, text } from "./i18n.js";
 import { fenced } from "./markdown.js";
+import { textOf } from "./messages.js";
 import { NUMBERS } from "./settings.js";
 import * as store from "./store.js";
 
 const FORMAT = "kimi-mlx-conversations";
 const MAX_BYTES = 200_000_000;
 const ROLES = ["user", "assistant", "tool"];
-const FINISHES = ["stop", "length", "tool_calls", "stopped", "error", null];
+const FINISH_REASONS = ["stop", "length", "tool_calls", "stopped", "error", null];
 const SETTINGS = {
   ...Object.fromEntries(NUMBERS.map(({ name }) => [name, "number"])),
   ...{ system: "string", thinking: "boolean", schema: "object", tools: "object" },
 };
+
+// Save text as a file of the user.
+export function download(name, type, text) {
+  const url = URL.createObjectURL(new Blob([text], { type }));
+  element("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
 
 // Return conversations with all their branches as JSON.
 export async function toJson(conversations) {
@@ -41,7 +50,8 @@ export function toMarkdown(conversation, path) {
 
 const partText = (part) => (part.type === "text" ? part.text : `*(${part.type.replace("_url", "")})*`);
 
-// Save the conversations of a file; return how many. The file is ours, or {"messages": [...]} or a list in OpenAI's format.
+// Save the conversations of a file; return their number. The file is an export of this page, or has messages in OpenAI's
+// format: a list, or {"messages": [...]}.
 export async function importFile(file) {
   if (file.size > MAX_BYTES) {
     throw new Error(text("tooLarge", { name: file.name, size: bytes(file.size), limit: bytes(MAX_BYTES) }));
@@ -50,12 +60,12 @@ export async function importFile(file) {
   const name = file.name.replace(/\.json$/i, "");
   const items = value?.format === FORMAT ? value.conversations : [fromOpenAI(value, name)];
   if (!Array.isArray(items)) throw new Error('"conversations" is not a list');
-  const read = items.map(readConversation); // all of them, before any is saved
-  for (const { conversation, messages } of read) {
+  const imported = items.map(readConversation); // all of them are checked before any is saved
+  for (const { conversation, messages } of imported) {
     for (const message of messages) await store.importMessage(message);
     await store.saveConversation(conversation);
   }
-  return read.length;
+  return imported.length;
 }
 
 function fromOpenAI(value, title) {
@@ -64,7 +74,7 @@ function fromOpenAI(value, title) {
   const settings = {};
   const messages = [];
   for (const item of list) {
-    if (item?.role === "system" && messages.length === 0) settings.system = store.textOf(item.content);
+    if (item?.role === "system" && messages.length === 0) settings.system = textOf(item.content);
     else {
       messages.push({
         id: String(messages.length),
@@ -84,7 +94,7 @@ function fromOpenAI(value, title) {
 function readConversation(item) {
   if (typeof item !== "object" || item === null || !Array.isArray(item.messages)) throw new Error('"messages" is not a list');
   const id = store.newId();
-  const ids = new Map(); // of the messages so far: a parent comes before its children, so there are no circles
+  const ids = new Map(); // new ids of the messages so far, by their old ones: a parent comes first, so there are no cycles
   const created = Date.now();
   const messages = item.messages.map((message, index) => readMessage(message, ids, id, created + index));
   const settings = {};
@@ -116,7 +126,7 @@ function readMessage(message, ids, conversation, created) {
     role: message.role,
     content: readContent(message.content),
     created,
-    finish: FINISHES.includes(message.finish) ? message.finish : "stop",
+    finish: FINISH_REASONS.includes(message.finish) ? message.finish : "stop",
   };
   if (read.finish === "error") read.error = { status: Number(message.error?.status), message: String(message.error?.message ?? "") };
   if (typeof message.thoughtSeconds === "number") read.thoughtSeconds = message.thoughtSeconds;
