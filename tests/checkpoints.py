@@ -114,13 +114,13 @@ def write_checkpoint(folder: Path, config: Config, seed: int, dtype: str = "floa
     """
     prefix = "language_model." if "text_config" in config else ""
     tensors = {
-        prefix + name: _store(name, tensor_values(name, shape, seed), dtype)
+        prefix + name: store(name, tensor_values(name, shape, seed), dtype)
         for name, shape in tensor_shapes(text_config(config)).items()
     }
     if "vision_config" in config:
         shapes = vision_shapes(config["vision_config"])
-        tensors |= {name: _store(name, tensor_values(name, shape, seed), dtype) for name, shape in shapes.items()}
-    _write_folder(folder, {**config, "torch_dtype": dtype}, tensors)
+        tensors |= {name: store(name, tensor_values(name, shape, seed), dtype) for name, shape in shapes.items()}
+    write_shards(folder, {**config, "torch_dtype": dtype}, tensors, num_shards=2)
     return folder
 
 
@@ -151,8 +151,8 @@ def tensor_shapes(config: Config) -> Shapes:
         block = {
             "input_layernorm.weight": (hidden,),
             "post_attention_layernorm.weight": (hidden,),
-            **_attention_shapes(config),
-            **(_mlp_shapes("mlp", hidden, config["intermediate_size"]) if is_dense else _moe_shapes(config)),
+            **attention_shapes(config),
+            **(mlp_shapes("mlp", hidden, config["intermediate_size"]) if is_dense else _moe_shapes(config)),
         }
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
     return shapes
@@ -243,7 +243,7 @@ def quantize_checkpoint(
             stored |= dict(zip(names, parts, strict=True))
     block = {"group_size": group_size, "bits": bits, "mode": "affine", **overrides}
     config |= {"quantization": block, "quantization_config": block, "torch_dtype": dtype}
-    _write_folder(dst, config, stored)
+    write_shards(dst, config, stored, num_shards=2)
     return dst
 
 
@@ -263,24 +263,26 @@ def dequantize_checkpoint(src: Path, dst: Path) -> Path:
             scales, biases = (tensors[f"{path}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
             value = mx.dequantize(value, scales, biases, group_size=choice["group_size"], bits=choice["bits"])
         floats[name] = value.astype(mx.float32)
-    _write_folder(dst, {**config, "torch_dtype": "float32"}, floats)
+    write_shards(dst, {**config, "torch_dtype": "float32"}, floats, num_shards=2)
     return dst
 
 
-def _attention_shapes(config: Config) -> Shapes:
-    hidden, heads, q_rank = config["hidden_size"], config["num_attention_heads"], config["q_lora_rank"]
+def attention_shapes(config: Config, input_size: int | None = None) -> Shapes:
+    """Return the shape of each tensor of an attention by name; `input_size` is hidden_size if None."""
+    hidden, heads, q_rank = config["hidden_size"], config["num_attention_heads"], config.get("q_lora_rank")
+    inputs = input_size or hidden
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     kv_rank, q_out = config["kv_lora_rank"], heads * (nope + rope)
-    query: Shapes = {"q_proj.weight": (q_out, hidden)}
+    query: Shapes = {"q_proj.weight": (q_out, inputs)}
     if q_rank is not None:
         query = {
-            "q_a_proj.weight": (q_rank, hidden),
+            "q_a_proj.weight": (q_rank, inputs),
             "q_a_layernorm.weight": (q_rank,),
             "q_b_proj.weight": (q_out, q_rank),
         }
     shapes: Shapes = {
         **query,
-        "kv_a_proj_with_mqa.weight": (kv_rank + rope, hidden),
+        "kv_a_proj_with_mqa.weight": (kv_rank + rope, inputs),
         "kv_a_layernorm.weight": (kv_rank,),
         "kv_b_proj.weight": (heads * (nope + value), kv_rank),
         "o_proj.weight": (hidden, heads * value),
@@ -288,7 +290,8 @@ def _attention_shapes(config: Config) -> Shapes:
     return {f"self_attn.{name}": shape for name, shape in shapes.items()}
 
 
-def _mlp_shapes(path: str, hidden: int, intermediate: int) -> Shapes:
+def mlp_shapes(path: str, hidden: int, intermediate: int) -> Shapes:
+    """Return the shape of each tensor of a dense MLP by name."""
     return {
         f"{path}.gate_proj.weight": (intermediate, hidden),
         f"{path}.up_proj.weight": (intermediate, hidden),
@@ -301,9 +304,9 @@ def _moe_shapes(config: Config) -> Shapes:
     experts = config["n_routed_experts"]
     shapes: Shapes = {"mlp.gate.weight": (experts, hidden), BIAS: (experts,)}
     for expert in range(experts):
-        shapes |= _mlp_shapes(f"mlp.experts.{expert}", hidden, width)
+        shapes |= mlp_shapes(f"mlp.experts.{expert}", hidden, width)
     if config["n_shared_experts"]:
-        shapes |= _mlp_shapes("mlp.shared_experts", hidden, width * config["n_shared_experts"])
+        shapes |= mlp_shapes("mlp.shared_experts", hidden, width * config["n_shared_experts"])
     return shapes
 
 
@@ -335,23 +338,30 @@ def tensor_values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return uniform * np.float32(gain * (3.0 / inputs) ** 0.5)
 
 
-def _store(name: str, values: np.ndarray, dtype: str) -> mx.array:
+def store(name: str, values: np.ndarray, dtype: str) -> mx.array:
+    """Return values in the dtype of their tensor."""
     return mx.array(values).astype(mx.float32 if name.endswith(BIAS) else DTYPES[dtype])
 
 
-def _write_folder(folder: Path, config: Config, tensors: dict[str, mx.array]) -> None:
-    """Write config, index and two shards with about the same number of tensors, in the order of names."""
+def write_shards(folder: Path, config: Config, tensors: dict[str, mx.array], num_shards: int) -> None:
+    """Write config and shards with about the same number of tensors, in the order of names.
+
+    With one shard there is one file `model.safetensors`, and no index.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    if num_shards == 1:
+        mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+        return
     names = sorted(tensors)
-    half = (len(names) + 1) // 2
+    size = -(-len(names) // num_shards)
     weight_map: dict[str, str] = {}
-    for number, part in enumerate((names[:half], names[half:]), start=1):
-        file = f"model-{number:05}-of-000002.safetensors"
+    for number in range(num_shards):
+        part, file = names[number * size : (number + 1) * size], f"model-{number + 1:05}-of-{num_shards:06}.safetensors"
         mx.save_safetensors(str(folder / file), {name: tensors[name] for name in part}, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def _read_language_tensors(folder: Path) -> Iterator[tuple[str, mx.array]]:

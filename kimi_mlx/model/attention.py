@@ -15,7 +15,7 @@ import mlx.nn as nn
 from kimi_mlx.model.batch_layout import BatchLayout, DecodeGroup, Segment
 from kimi_mlx.model.blockwise import attend
 from kimi_mlx.model.cache import LatentCache
-from kimi_mlx.model.config import NORM_EPS_LATENT, ModelConfig
+from kimi_mlx.model.config import DecoderConfig
 from kimi_mlx.model.device import device_kind
 from kimi_mlx.model.device_traits import has_fused_attention
 from kimi_mlx.model.sizes import SCORES_MAX, expanded_width, heads_at_once, latent_key_block
@@ -46,7 +46,7 @@ class KeyProjection(Matrix):
 class Attention(nn.Module):
     """MLA attention of one layer. A rank with some of the heads returns its partial sum."""
 
-    def __init__(self, config: ModelConfig, weights: LayerWeights, layer: int):
+    def __init__(self, config: DecoderConfig, weights: LayerWeights, layer: int):
         super().__init__()
         self._keys_name, self._queries_name = f"cached keys of layer {layer}", f"compressed queries of layer {layer}"
         key = weights.matrix("self_attn.embed_q")
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.latent_dim = config.kv_lora_rank
         self.q_dim = config.q_lora_rank or self.num_heads * config.qk_head_dim
-        self.scale = config.attention_scale
+        self.scale, self.latent_eps = config.attention_scale, config.latent_norm_eps
         self.qkv_a_proj = linear(weights.matrices("self_attn.qkv_a_proj"))
         if config.q_lora_rank is not None:
             self.q_a_layernorm = weights.array("self_attn.q_a_layernorm")
@@ -90,14 +90,14 @@ class Attention(nn.Module):
         latent = qkv[..., self.q_dim : self.q_dim + self.latent_dim]
         k_rope = qkv[..., self.q_dim + self.latent_dim :]
         if "q_b_proj" in self:
-            q = mx.fast.rms_norm(q, self["q_a_layernorm"], NORM_EPS_LATENT)
+            q = mx.fast.rms_norm(q, self["q_a_layernorm"], self.latent_eps)
             check_same(self._queries_name, q)
             q = self.q_b_proj(q)
         q = q.reshape(B, M, self.num_heads, self.nope_dim + self.rope_dim).swapaxes(1, 2)  # (B, H, M, N + P)
         q_nope, q_rope = q[..., : self.nope_dim], q[..., self.nope_dim :]
         q_rope = query_layout.rotate(q_rope)
         k_rope = layout.rotate(k_rope[:, None])  # (B, 1, L, P)
-        latent = mx.fast.rms_norm(latent, self["kv_a_layernorm"], NORM_EPS_LATENT)[:, None]  # (B, 1, L, R)
+        latent = mx.fast.rms_norm(latent, self["kv_a_layernorm"], self.latent_eps)[:, None]  # (B, 1, L, R)
         rows = mx.concatenate([latent, k_rope], axis=-1)  # (B, 1, L, R + P)
         check_same(self._keys_name, rows)
         for segment, cache in zip(layout.segments, caches, strict=True):

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 import mlx.core as mx
 
 from kimi_mlx.model.device_traits import CPU_TUNING, Tuning
-from kimi_mlx.model.rope import Rope
+from kimi_mlx.model.rope import Rope, consecutive_ranges
 from kimi_mlx.model.sizes import QUERY_BLOCK
 
 GROUP_MAX_PADDING = 64
@@ -89,6 +89,8 @@ class BatchLayout:
         rope: rotary embedding of the model.
         lengths: (cached, new) token counts of each sequence; new may be 0.
         tuning: constants of the device.
+        positions: positions to which the new tokens are rotated, where the cache lacks earlier ones; None for those
+            after the cached tokens.
 
     Attributes:
         segments: segment of each sequence.
@@ -97,7 +99,13 @@ class BatchLayout:
         rotate: rotates queries and keys of the new tokens, (B, H, L, P), to their positions.
     """
 
-    def __init__(self, rope: Rope, lengths: Sequence[tuple[int, int]], tuning: Tuning = CPU_TUNING):
+    def __init__(
+        self,
+        rope: Rope,
+        lengths: Sequence[tuple[int, int]],
+        tuning: Tuning = CPU_TUNING,
+        positions: Sequence[int] | None = None,
+    ):
         self.segments: list[Segment] = []
         self.length = self.num_absorbed_tokens = 0
         for offset, length in lengths:
@@ -105,8 +113,9 @@ class BatchLayout:
                 self.num_absorbed_tokens += length
             self.segments.append(Segment(offset, length, self.length))
             self.length += length
-        self.rotate = rope.at([(offset, length) for offset, length in lengths if length])
-        self._rope, self._tuning = rope, tuning
+        ranges = [(offset, length) for offset, length in lengths if length]
+        self.rotate = rope.at(ranges if positions is None else consecutive_ranges(positions))
+        self._rope, self._tuning, self._positions = rope, tuning, positions
 
     @cached_property
     def decode_groups(self) -> list[DecodeGroup]:
@@ -124,7 +133,7 @@ class BatchLayout:
         Args:
             counts: number of final tokens of each sequence; at least one in total.
         """
-        return QueryLayout(self._rope, self.segments, counts, self._tuning)
+        return QueryLayout(self._rope, self.segments, counts, self._tuning, self._positions)
 
     def select(self, x: mx.array) -> mx.array:
         """Select the tokens of this layout from those of the whole step, (B, L, ...)."""
@@ -139,12 +148,21 @@ class QueryLayout(BatchLayout):
         segments: segments of the other layout.
         counts: number of final tokens of each segment.
         tuning: constants of the device.
+        positions: positions of all tokens of the other layout; None for those after the cached tokens.
     """
 
-    def __init__(self, rope: Rope, segments: Sequence[Segment], counts: Sequence[int], tuning: Tuning = CPU_TUNING):
+    def __init__(
+        self,
+        rope: Rope,
+        segments: Sequence[Segment],
+        counts: Sequence[int],
+        tuning: Tuning = CPU_TUNING,
+        positions: Sequence[int] | None = None,
+    ):
         pairs = list(zip(segments, counts, strict=True))
-        super().__init__(rope, [(segment.total - count, count) for segment, count in pairs], tuning)
         rows = [row for segment, count in pairs for row in range(segment.stop - count, segment.stop)]
+        lengths = [(segment.total - count, count) for segment, count in pairs]
+        super().__init__(rope, lengths, tuning, None if positions is None else [positions[row] for row in rows])
         is_contiguous = rows[-1] - rows[0] == len(rows) - 1
         self._rows = slice(rows[0], rows[-1] + 1) if is_contiguous else mx.array(rows)
 

@@ -28,23 +28,19 @@ NORM_EPS_LATENT = 1e-6
 """Epsilon of q_a_layernorm and kv_a_layernorm, whatever `rms_norm_eps` is (DeepSeek-V3's published code)."""
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """Dimensions and constants of the text model, and of the vision tower if there is one; sizes in elements.
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Dimensions and constants that the layers of a model and of a draft model have in common; sizes in elements.
 
     `quantization` is MLX's layout, `compression` the format of published weights. Each applies to the matrices whose
     tensors have its form; a file may have both.
     """
 
-    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    moe_intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    n_routed_experts: int
-    num_experts_per_tok: int
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
@@ -53,19 +49,16 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     q_lora_rank: int | None = None
-    n_shared_experts: int = 0
-    n_group: int = 1
-    topk_group: int = 1
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    first_k_dense_replace: int = 0
-    moe_layer_freq: int = 1
     yarn: YarnScaling | None = None
     dtype: str = "bfloat16"
     quantization: Quantization | None = None
     quantization_overrides: Mapping[str, Quantization] = field(default_factory=dict)
     compression: Fp8Blocks | PackedInts | None = None
-    vision: VisionConfig | None = None
+
+    @property
+    def latent_norm_eps(self) -> float:
+        """Epsilon of q_a_layernorm and kv_a_layernorm."""
+        return NORM_EPS_LATENT
 
     @property
     def qk_head_dim(self) -> int:
@@ -80,13 +73,31 @@ class ModelConfig:
             scale *= yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
         return scale
 
-    def is_moe_layer(self, layer: int) -> bool:
-        """Return whether `layer` has experts instead of one dense MLP."""
-        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
-
     def quantization_of(self, path: str) -> Quantization | None:
         """Return the quantization of the weight at `path`, such as `model.layers.3.mlp.switch_mlp.up_proj`."""
         return self.quantization_overrides.get(path, self.quantization)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(DecoderConfig):
+    """Dimensions and constants of the text model, and of the vision tower if there is one; sizes in elements."""
+
+    model_type: str
+    moe_intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    n_shared_experts: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    vision: VisionConfig | None = None
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Return whether `layer` has experts instead of one dense MLP."""
+        return layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
 
 def load_config(folder: Path) -> ModelConfig:

@@ -41,6 +41,21 @@ class SequenceSlice:
     num_logits: int = 1
 
 
+class CapturedStates:
+    """The captured states of one call of Model.hidden: inputs of some layers, of all L tokens.
+
+    Args:
+        parts: (B, L, D) of each captured layer, in the order of the layers.
+    """
+
+    def __init__(self, parts: Sequence[mx.array]):
+        self._parts = parts
+
+    def array(self) -> mx.array:
+        """Return the states side by side, (B, L, layers * D)."""
+        return mx.concatenate(list(self._parts), axis=-1)
+
+
 class Communicator:
     """Communication of a rank with the others; this one is for a single rank.
 
@@ -83,6 +98,14 @@ class Communicator:
             num_logits: number of logits that will be computed.
         """
         return hidden[:, :num_logits]
+
+    def capture(self, states: Sequence[mx.array]) -> CapturedStates | None:
+        """Return the captured states of all ranks in the step that is sent next, on the leader.
+
+        Args:
+            states: (B, L, D), inputs of the captured layers of this rank.
+        """
+        return CapturedStates(states)
 
     def recv_last_hidden(self, hidden: mx.array) -> mx.array:
         """Return the output of the last layer for what send_to_next_stage returned."""
@@ -149,7 +172,10 @@ class Model(nn.Module):
         self.vision = vision
         self.config = config
         self.communicator = communicator or Communicator()
+        self.captured: CapturedStates | None = None
         self._rope = Rope(config)
+        self._captured_layers: frozenset[int] = frozenset()
+        self._first_layer = next((index for index, weights in enumerate(layers) if weights.entries), 0)
         if top.has("model.embed_tokens"):
             self.embed_tokens = Embedding(top.matrix("model.embed_tokens"))
         self.layers = [
@@ -176,6 +202,22 @@ class Model(nn.Module):
         self.communicator = communicator
         for layer in self.layers:
             layer.communicator = communicator
+
+    def capture(self, layers: Sequence[int]) -> None:
+        """Capture states for a draft model: the inputs of these layers, in each call of `hidden` from now on.
+
+        Call it on all ranks between two steps. After each call of `hidden`, `captured` has the states of its tokens on
+        the leader. On other ranks it is None.
+
+        Args:
+            layers: numbers of the layers, from 0; none switches it off.
+        """
+        self._captured_layers, self.captured = frozenset(layers), None
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Compute dtype."""
+        return self.layers[0]["input_layernorm"].dtype
 
     @property
     def has_head(self) -> bool:
@@ -253,8 +295,13 @@ class Model(nn.Module):
             x = self.communicator.recv_from_previous_stage(tokens)
         layout = BatchLayout(self._rope, [(slice_.cache[0].offset, slice_.length) for slice_ in slices], self.tuning)
         caches = list(zip(*(slice_.cache for slice_ in slices), strict=True))
+        inputs: list[mx.array] = []
         for layer, layer_caches in zip(self.layers[:-1], caches[:-1], strict=True):
+            inputs.append(x)
             x = layer(x, layer_caches, layout, layout)
+        if self._captured_layers:
+            numbered = enumerate([*inputs, x], self._first_layer)
+            self.captured = self.communicator.capture([h for number, h in numbered if number in self._captured_layers])
         counts = [slice_.num_logits for slice_ in slices]
         num_logits = sum(counts)
         query_layout = (

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.config import DecoderConfig, ModelConfig
 from kimi_mlx.model.config_quantization import Quantization
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -121,12 +121,12 @@ def layer_entries(
     prefix = f"model.layers.{layer}."
     norms = ("input_layernorm", "post_attention_layernorm")
     entries = [single_entry(name, prefix + name, (config.hidden_size,)) for name in norms]
-    entries += _attention_entries(config, prefix, layout)
+    entries += attention_entries(config, prefix, layout)
     if config.is_moe_layer(layer):
         fused = num_fused_shared(config, layer, layout) if fuses_shared else 0
         entries += _moe_entries(config, prefix, layout, fused)
     else:
-        entries += _mlp_entries(config, prefix, "mlp", config.intermediate_size, "dense_rows")
+        entries += mlp_entries(config, prefix, "mlp", config.intermediate_size, "dense_rows")
     return entries
 
 
@@ -154,17 +154,27 @@ def single_entry(
     return TreeEntry(name, ((SourceMatrix((path,), shape, sharded_axes, suffix=suffix),),))
 
 
-def _attention_entries(config: ModelConfig, prefix: str, layout: CheckpointLayout) -> list[TreeEntry]:
-    c, hidden = config, config.hidden_size
+def attention_entries(
+    config: DecoderConfig, prefix: str, layout: CheckpointLayout, input_size: int | None = None
+) -> list[TreeEntry]:
+    """Return the entries of the attention of the layer whose names begin with `prefix`.
+
+    Args:
+        config: dimensions of the model.
+        prefix: beginning of the layer's names, with a full stop.
+        layout: layout of the checkpoint.
+        input_size: size of the input; None for hidden_size.
+    """
+    c, hidden, inputs = config, config.hidden_size, input_size or config.hidden_size
     path = prefix + "self_attn."
     q_rows = c.num_attention_heads * c.qk_head_dim
     latent_rows = c.kv_lora_rank + c.qk_rope_head_dim
     by_head = ShardedAxis("heads", "rows", c.qk_head_dim)
-    kv_a = SourceMatrix((path + "kv_a_proj_with_mqa",), (latent_rows, hidden))
+    kv_a = SourceMatrix((path + "kv_a_proj_with_mqa",), (latent_rows, inputs))
     if c.q_lora_rank is None:
-        entries, q_a = [], SourceMatrix((path + "q_proj",), (q_rows, hidden), (by_head,))
+        entries, q_a = [], SourceMatrix((path + "q_proj",), (q_rows, inputs), (by_head,))
     else:
-        q_a = SourceMatrix((path + "q_a_proj",), (c.q_lora_rank, hidden))
+        q_a = SourceMatrix((path + "q_a_proj",), (c.q_lora_rank, inputs))
         entries = [
             single_entry("self_attn.q_a_layernorm", path + "q_a_layernorm", (c.q_lora_rank,)),
             single_entry("self_attn.q_b_proj", path + "q_b_proj", (q_rows, c.q_lora_rank), by_head),
@@ -183,7 +193,7 @@ def _attention_entries(config: ModelConfig, prefix: str, layout: CheckpointLayou
     ]
 
 
-def _kv_b_entries(config: ModelConfig, path: str, layout: CheckpointLayout) -> list[TreeEntry]:
+def _kv_b_entries(config: DecoderConfig, path: str, layout: CheckpointLayout) -> list[TreeEntry]:
     """Return the projections from latent to keys and values, stored separately (mlx-lm) or as rows of `kv_b_proj`."""
     heads, nope, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     latent = config.kv_lora_rank
@@ -199,7 +209,8 @@ def _kv_b_entries(config: ModelConfig, path: str, layout: CheckpointLayout) -> l
     return [TreeEntry("self_attn.embed_q", ((keys,),)), TreeEntry("self_attn.unembed_out", ((values,),))]
 
 
-def _mlp_entries(config: ModelConfig, prefix: str, name: str, width: int, share_field: str) -> list[TreeEntry]:
+def mlp_entries(config: DecoderConfig, prefix: str, name: str, width: int, share_field: str) -> list[TreeEntry]:
+    """Return the entries of a dense MLP, or of shared experts, of the layer whose names begin with `prefix`."""
     path, hidden = f"{prefix}{name}.", config.hidden_size
     rows = (ShardedAxis(share_field, "rows"),)
     gate, up = (SourceMatrix((path + projection,), (width, hidden), rows) for projection in ("gate_proj", "up_proj"))
@@ -224,7 +235,7 @@ def _moe_entries(config: ModelConfig, prefix: str, layout: CheckpointLayout, fus
     ]
     if config.n_shared_experts and not fused:
         width = config.n_shared_experts * config.moe_intermediate_size
-        entries += _mlp_entries(config, prefix, "mlp.shared_experts", width, "shared_rows")
+        entries += mlp_entries(config, prefix, "mlp.shared_experts", width, "shared_rows")
     return entries
 
 

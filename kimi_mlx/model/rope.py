@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.config import DecoderConfig
 from kimi_mlx.model.config_rope import YarnScaling, yarn_mscale
 from kimi_mlx.model.device import is_gpu
 
@@ -22,7 +22,7 @@ class Rope:
     Source: YaRN (https://arxiv.org/abs/2309.00071), with the correction range and mscale of DeepSeek-V3's code.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: DecoderConfig):
         self.dims = config.qk_rope_head_dim
         self.periods = wavelengths(self.dims, config.rope_theta, config.yarn)
         yarn = config.yarn
@@ -75,6 +75,18 @@ class ComplexRotation:
 
 
 Rotation = FastRotation | ComplexRotation
+
+
+def consecutive_ranges(positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Return positions as ranges of consecutive ones: (first position, length) of each."""
+    ranges: list[tuple[int, int]] = []
+    for position in positions:
+        first, length = ranges[-1] if ranges else (position, 0)
+        if position == first + length:
+            ranges[-1:] = [(first, length + 1)]
+        else:
+            ranges.append((position, 1))
+    return ranges
 
 
 def token_positions(ranges: Sequence[tuple[int, int]]) -> mx.array:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.errors import RingError
-from kimi_mlx.model.decoder import Communicator
+from kimi_mlx.model.decoder import CapturedStates, Communicator
 from kimi_mlx.parallel.group import Group
 
 SEQUENCE_MODULUS = 251
@@ -87,6 +87,10 @@ class RankCommunicator(Communicator, ABC):
             num_tokens: number of leading tokens that ranks without the head do not know yet.
         """
         self._num_commands, self._num_tokens = num_commands % SEQUENCE_MODULUS, num_tokens
+
+    def capture(self, states: Sequence[mx.array]) -> CapturedStates | None:
+        """Return the captured states on the leader: with parts of all layers, every rank has the same."""
+        return CapturedStates(states) if self.is_leader else None
 
     def expect_long_steps(self) -> None:
         """Announce that the next step contains a chunk of a prompt: ranks may wait long for each other."""

@@ -15,6 +15,8 @@ from kimi_mlx.model.config import ModelConfig, load_config
 from kimi_mlx.model.config_quantization import PackedInts
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.device import device_kind
+from kimi_mlx.model.draft_config import load_draft_config
+from kimi_mlx.model.draft_model import DraftModel
 from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks
 from kimi_mlx.parallel.communicator import RankCommunicator
 from kimi_mlx.parallel.group import Group, MlxGroup, barrier
@@ -26,6 +28,7 @@ from kimi_mlx.store.locate import ensure_downloaded
 from kimi_mlx.store.store_folders import stored_ranks
 from kimi_mlx.store.stores import load_store, open_manifest
 from kimi_mlx.weights.assemble import ProgressCallback, load_model
+from kimi_mlx.weights.draft import load_draft
 from kimi_mlx.weights.index import INDEX_NAME, read_weight_map, vision_only_files
 from kimi_mlx.weights.layer_plan import split_granularity_of
 from kimi_mlx.weights.reader import open_checkpoint
@@ -124,6 +127,23 @@ def load_share(
     model = load_model(folder, config, resolved_dtype, placement.shares[rank], communicator, progress)
     barrier(group)
     return model
+
+
+def load_draft_model(folder: Path, model: Model, dtype: mx.Dtype | None = None) -> DraftModel:
+    """Load a draft model for a loaded model, on the leader. Other ranks need only its `captured_layers`.
+
+    Args:
+        folder: folder of the draft model.
+        model: the model, or the leader's share of it.
+        dtype: compute dtype; None for that of the model.
+
+    Raises:
+        ConfigError: the draft model is not supported, or is made for another model.
+        WeightsError: its files are missing, broken or do not fit their `config.json`.
+    """
+    config = load_draft_config(folder)
+    layers = config.captured_layers(model.config)
+    return load_draft(folder, config, dtype or model.dtype, layers, model.get("embed_tokens"))
 
 
 def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> None:

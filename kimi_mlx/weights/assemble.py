@@ -21,7 +21,7 @@ from kimi_mlx.parallel.placement import RankShare
 from kimi_mlx.weights.dequantize import MLX_TYPES
 from kimi_mlx.weights.layer_plan import plan_layer, plan_top, plan_vision
 from kimi_mlx.weights.plan import ArrayPlan, LayerPlan
-from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
+from kimi_mlx.weights.reader import C, CheckpointReader, open_checkpoint
 
 ProgressCallback = Callable[[int, int], None]
 """Called with the number of layers loaded and the total."""
@@ -54,11 +54,11 @@ def load_model(
 
     def layers() -> Iterator[LayerWeights]:
         for layer in range(config.num_hidden_layers):
-            yield _load_layer(reader, plan_layer(reader.checkpoint, layer, share), dtype)
+            yield load_layer(reader, plan_layer(reader.checkpoint, layer, share), dtype)
             reader.close()  # pages of memory maps count as used memory
-        yield _load_layer(reader, plan_top(reader.checkpoint, share), dtype)
+        yield load_layer(reader, plan_top(reader.checkpoint, share), dtype)
 
-    vision = _load_layer(reader, plan_vision(reader.checkpoint, share), dtype)
+    vision = load_layer(reader, plan_vision(reader.checkpoint, share), dtype)
     return build_model(config, layers(), vision, communicator, progress)
 
 
@@ -113,7 +113,8 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     return cast
 
 
-def _load_layer(reader: CheckpointReader, plan: LayerPlan, dtype: mx.Dtype) -> LayerWeights:
+def load_layer(reader: CheckpointReader[C], plan: LayerPlan, dtype: mx.Dtype) -> LayerWeights:
+    """Read the weights of a plan, floats in the compute dtype."""
     entries = {
         entry: [
             make_weight([_read(reader, array) for array in part.arrays], part.quantization, entry, dtype)
@@ -124,7 +125,7 @@ def _load_layer(reader: CheckpointReader, plan: LayerPlan, dtype: mx.Dtype) -> L
     return LayerWeights(entries, plan.latent_first, plan.num_fused_shared, plan.first_expert)
 
 
-def _read(reader: CheckpointReader, plan: ArrayPlan) -> mx.array:
+def _read(reader: CheckpointReader[C], plan: ArrayPlan) -> mx.array:
     """Read an array directly into MLX's memory, so that there is no second copy of it."""
     dtype = MLX_TYPES[plan.dtype]
     array = mx.zeros(plan.shape, mx.uint16 if dtype == mx.bfloat16 else dtype)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.config import DecoderConfig, ModelConfig
 from kimi_mlx.model.names import IGNORED_SUFFIXES, TEXT_PREFIX, CheckpointLayout, TreeEntry, layer_entries, top_entries
 from kimi_mlx.model.vision_names import is_vision, vision_entries
 from kimi_mlx.weights.header import TensorInfo
@@ -14,29 +15,26 @@ from kimi_mlx.weights.index import read_index
 from kimi_mlx.weights.stored_matrices import StoredMatrices
 
 
-class Checkpoint:
-    """The tensors of a model, by their names without `language_model.`.
+class CheckpointTensors(ABC):
+    """The tensors of a model or of a draft model, by their canonical names.
 
     Args:
-        config: configuration of the model; tensors of a vision tower are ignored if it has no `vision`.
-        table: tensors of all files.
+        config: its configuration.
+        tensors: tensors of all files.
         location: folder or repository, for messages.
         fp8_dtype: type to which FP8 is decoded: `F32` is exact; stores use the compute dtype of the model.
     """
 
-    def __init__(self, config: ModelConfig, table: Mapping[str, TensorInfo], location: str, fp8_dtype: str = "F32"):
-        self.config = config
-        self.location = location
-        self.tensors = {name.removeprefix(TEXT_PREFIX): info for name, info in table.items()}
-        self.matrices = StoredMatrices(config, self.tensors, location, fp8_dtype)
+    def __init__(self, config: DecoderConfig, tensors: Mapping[str, TensorInfo], location: str, fp8_dtype: str = "F32"):
+        self.tensors, self.location, self.compression = tensors, location, config.compression
+        self.matrices = StoredMatrices(config, tensors, location, fp8_dtype)
         self.layout = CheckpointLayout(self.matrices.has, self.matrices.quantization)
-        self.has_vision = config.vision is not None and any(map(is_vision, self.tensors))
 
     def check_names(self) -> None:
         """Raise WeightsError if a tensor is missing or unknown."""
         expected = {
             name
-            for entry in self._entries()
+            for entry in self.entries()
             for part in entry.parts
             for source in part
             for name in self.matrices.tensor_names(source)
@@ -54,6 +52,31 @@ class Checkpoint:
                 hint="the checkpoint is of another architecture or layout",
             )
 
+    @abstractmethod
+    def is_ignored(self, name: str) -> bool:
+        """Return whether the model does not use a tensor."""
+
+    @abstractmethod
+    def entries(self) -> list[TreeEntry]:
+        """Return all entries of the model."""
+
+
+class Checkpoint(CheckpointTensors):
+    """The tensors of a model, by their names without `language_model.`.
+
+    Args:
+        config: configuration of the model; tensors of a vision tower are ignored if it has no `vision`.
+        table: tensors of all files.
+        location: see CheckpointTensors.
+        fp8_dtype: see there.
+    """
+
+    def __init__(self, config: ModelConfig, table: Mapping[str, TensorInfo], location: str, fp8_dtype: str = "F32"):
+        tensors = {name.removeprefix(TEXT_PREFIX): info for name, info in table.items()}
+        super().__init__(config, tensors, location, fp8_dtype)
+        self.config = config
+        self.has_vision = config.vision is not None and any(map(is_vision, self.tensors))
+
     def is_ignored(self, name: str) -> bool:
         """Return whether the model does not use a tensor.
 
@@ -65,7 +88,8 @@ class Checkpoint:
         is_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit()
         return is_layer and int(parts[2]) >= self.config.num_hidden_layers
 
-    def _entries(self) -> list[TreeEntry]:
+    def entries(self) -> list[TreeEntry]:
+        """Return the entries of the top, of the vision tower and of all layers."""
         entries = top_entries(self.config)
         if self.config.vision is not None and self.has_vision:
             entries += vision_entries(self.config.vision, self.layout)

@@ -15,7 +15,7 @@ from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.names import SourceMatrix, TreeEntry, is_latent_first, layer_entries, num_fused_shared, top_entries
 from kimi_mlx.model.vision_names import vision_entries
 from kimi_mlx.parallel.placement import SHARDED_AXES, Range, RankShare, SplitGranularity, parse_strategy
-from kimi_mlx.weights.checkpoint import Checkpoint, read_checkpoint
+from kimi_mlx.weights.checkpoint import Checkpoint, CheckpointTensors, read_checkpoint
 from kimi_mlx.weights.matrix_format import MatrixField, MatrixFormat
 from kimi_mlx.weights.plan import ArrayPlan, LayerPlan, SliceCopy, TensorSlice, WeightPlan
 
@@ -39,7 +39,7 @@ def plan_layer(checkpoint: Checkpoint, layer: int, share: RankShare | None) -> L
         return LayerPlan({})
     fuses_shared = share is None or len(share.experts) == config.n_routed_experts
     return LayerPlan(
-        _plan_entries(checkpoint, layer_entries(config, layer, layout, fuses_shared), share),
+        plan_entries(checkpoint, layer_entries(config, layer, layout, fuses_shared), share),
         latent_first=is_latent_first(layer, layout),
         num_fused_shared=num_fused_shared(config, layer, layout) if fuses_shared else 0,
         first_expert=0 if share is None else share.experts.start,
@@ -48,7 +48,7 @@ def plan_layer(checkpoint: Checkpoint, layer: int, share: RankShare | None) -> L
 
 def plan_top(checkpoint: Checkpoint, share: RankShare | None) -> LayerPlan:
     """Plan the embedding, the last norm and the head."""
-    plan = LayerPlan(_plan_entries(checkpoint, top_entries(checkpoint.config), share))
+    plan = LayerPlan(plan_entries(checkpoint, top_entries(checkpoint.config), share))
     if "lm_head" not in plan.entries:
         plan.entries.pop("model.norm")
     return plan
@@ -62,7 +62,7 @@ def plan_vision(checkpoint: Checkpoint, share: RankShare | None) -> LayerPlan:
     config = checkpoint.config.vision
     if config is None or not checkpoint.has_vision or (share is not None and not share.has_vision):
         return LayerPlan({})
-    return LayerPlan(_plan_entries(checkpoint, vision_entries(config, checkpoint.layout), share))
+    return LayerPlan(plan_entries(checkpoint, vision_entries(config, checkpoint.layout), share))
 
 
 def check_checkpoint(folder: Path, config: ModelConfig) -> None:
@@ -109,9 +109,14 @@ def split_granularity_of(checkpoint: Checkpoint, strategy: str) -> SplitGranular
     return SplitGranularity(*map(units.get, ("heads", "expert_rows", "shared_rows", "dense_rows")))
 
 
-def _plan_entries(
-    checkpoint: Checkpoint, entries: list[TreeEntry], share: RankShare | None
+def plan_entries(
+    checkpoint: CheckpointTensors, entries: list[TreeEntry], share: RankShare | None
 ) -> dict[str, tuple[WeightPlan, ...]]:
+    """Plan a rank's share of entries, without those that it does not hold.
+
+    Raises:
+        WeightsError: missing or wrongly stored tensors.
+    """
     return {entry.name: _plan_entry(checkpoint, entry, share) for entry in entries if _holds(share, entry)}
 
 
@@ -121,7 +126,7 @@ def _holds(share: RankShare | None, entry: TreeEntry) -> bool:
     return share is None or all(len(share.range_of(axis.share_field)) for axis in axes)
 
 
-def _plan_entry(checkpoint: Checkpoint, entry: TreeEntry, share: RankShare | None) -> tuple[WeightPlan, ...]:
+def _plan_entry(checkpoint: CheckpointTensors, entry: TreeEntry, share: RankShare | None) -> tuple[WeightPlan, ...]:
     """Plan an entry; fuse its parts into one weight if their types and quantizations are equal."""
     parts = [_members(checkpoint, part, share) for part in entry.parts]
     for members in parts:
@@ -137,7 +142,7 @@ def _plan_entry(checkpoint: Checkpoint, entry: TreeEntry, share: RankShare | Non
     return (_plan_weight(checkpoint, parts, share),)
 
 
-def _members(checkpoint: Checkpoint, sources: Sequence[SourceMatrix], share: RankShare | None) -> list[Member]:
+def _members(checkpoint: CheckpointTensors, sources: Sequence[SourceMatrix], share: RankShare | None) -> list[Member]:
     """Return the matrices that are stacked into one part, with their stored formats."""
     return [
         (source, checkpoint.matrices.format_of(path, source))
@@ -153,7 +158,7 @@ def _held_paths(source: SourceMatrix, share: RankShare | None) -> Sequence[str]:
 
 
 def _plan_weight(
-    checkpoint: Checkpoint, parts: list[list[Member]], share: RankShare | None, first_member: int = 0
+    checkpoint: CheckpointTensors, parts: list[list[Member]], share: RankShare | None, first_member: int = 0
 ) -> WeightPlan:
     """Plan the fusion of parts: concatenate their rows; each part is a stack of its members.
 
@@ -170,7 +175,7 @@ def _plan_weight(
 
 
 def _plan_array(
-    checkpoint: Checkpoint, parts: list[list[Member]], number: int, share: RankShare | None, first_member: int
+    checkpoint: CheckpointTensors, parts: list[list[Member]], number: int, share: RankShare | None, first_member: int
 ) -> ArrayPlan:
     """Plan one field of a weight: (members, sum of the parts' rows, columns), or without the first axis."""
     copies: list[SliceCopy] = []
@@ -193,7 +198,7 @@ def _plan_array(
     return ArrayPlan(field.name, field.dtype, shape3[3 - num_axes :], tuple(copies))
 
 
-def _decoded_shape(checkpoint: Checkpoint, source: SourceMatrix, field: MatrixField) -> tuple[int, ...]:
+def _decoded_shape(checkpoint: CheckpointTensors, source: SourceMatrix, field: MatrixField) -> tuple[int, ...]:
     """Return the shape of a whole field in the canonical form."""
     is_computed = field.decode == "dequantize" or source.kernel is not None
     return source.shape if is_computed else checkpoint.tensors[field.tensors[0]].shape

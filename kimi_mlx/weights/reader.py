@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.config_quantization import Fp8Blocks, PackedInts
 from kimi_mlx.parallel.placement import Range
-from kimi_mlx.weights.checkpoint import Checkpoint, read_checkpoint
+from kimi_mlx.weights.checkpoint import Checkpoint, CheckpointTensors, read_checkpoint
 from kimi_mlx.weights.dequantize import dequantize
 from kimi_mlx.weights.fp8 import decode as decode_fp8
 from kimi_mlx.weights.header import TensorInfo
@@ -27,6 +28,8 @@ NUMPY_TYPES = {
     "I32": np.uint32,
     "U8": np.uint8,
     "F8_E4M3": np.uint8,
+    "I64": np.int64,
+    "BOOL": np.bool_,
 }
 """numpy type for each stored type: bfloat16 as uint16, packed integers as unsigned."""
 
@@ -34,7 +37,10 @@ ReadRange = Callable[[TensorInfo], bytes]
 """Returns the bytes of a tensor."""
 
 
-class CheckpointReader:
+C = TypeVar("C", bound=CheckpointTensors)
+
+
+class CheckpointReader(Generic[C]):
     """Reader of tensors in files on this machine.
 
     Args:
@@ -46,7 +52,7 @@ class CheckpointReader:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: C,
         paths: Mapping[Path, Path] | None = None,
         read_range: ReadRange | None = None,
     ):
@@ -76,45 +82,14 @@ class CheckpointReader:
         elif field.decode == "dequantize":
             values = copy.tensor_slice.view(self._dequantize(field))
         else:
-            stored = self._stored(field.tensors[0])
+            stored = self.read(field.tensors[0])
             if copy.tensor_slice.source.kernel is not None:
                 stored = _as_matrix(stored, field)
             values = self._decode(field, copy.tensor_slice.view(stored))
             return values.reshape(copy.shape)
         return to_stored_type(values.reshape(copy.shape), field.dtype)
 
-    def close(self) -> None:
-        """Drop the memory maps."""
-        self._maps.clear()
-
-    def _decode(self, field: MatrixField, stored: np.ndarray) -> np.ndarray:
-        """Return stored values in the canonical form: unchanged, or biases made from scales."""
-        if field.decode != "biases":
-            return stored
-        packed = self.checkpoint.config.compression
-        assert isinstance(packed, PackedInts)
-        return affine_biases(stored, packed.bits)
-
-    def _dequantize(self, field: MatrixField) -> np.ndarray:
-        """Return a whole matrix or vector that is stored quantized, as float32."""
-        assert field.quantized is not None
-        arrays = [self._decode(part, self._stored(part.tensors[0])) for part in field.quantized.fields]
-        return np.array(dequantize(field.quantized, arrays))
-
-    def _read_fp8_slice(self, copy: SliceCopy) -> np.ndarray:
-        blocks = self.checkpoint.config.compression
-        assert isinstance(blocks, Fp8Blocks)
-        stored, factors = (self._stored(name) for name in copy.field.tensors)
-        block = (blocks.block_rows, blocks.block_columns)
-        part, source = copy.tensor_slice, copy.tensor_slice.source
-        if source.heads is not None or source.blocks:
-            return part.view(decode_fp8(stored, factors, block))
-        if part.stack is not None:
-            stack = _slice(part.stack)
-            stored, factors = stored[stack], factors[stack]
-        return decode_fp8(stored, factors, block, _slice(part.rows), _slice(part.columns))
-
-    def _stored(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray:
         """Return a whole tensor, as stored."""
         info = self.checkpoint.tensors[name]
         dtype = np.dtype(NUMPY_TYPES[info.dtype])
@@ -126,8 +101,39 @@ class CheckpointReader:
             self._maps[path] = _map(path)
         return self._maps[path][info.start : info.start + info.size_bytes].view(dtype).reshape(info.shape)
 
+    def close(self) -> None:
+        """Drop the memory maps."""
+        self._maps.clear()
 
-def open_checkpoint(folder: Path, config: ModelConfig) -> CheckpointReader:
+    def _decode(self, field: MatrixField, stored: np.ndarray) -> np.ndarray:
+        """Return stored values in the canonical form: unchanged, or biases made from scales."""
+        if field.decode != "biases":
+            return stored
+        packed = self.checkpoint.compression
+        assert isinstance(packed, PackedInts)
+        return affine_biases(stored, packed.bits)
+
+    def _dequantize(self, field: MatrixField) -> np.ndarray:
+        """Return a whole matrix or vector that is stored quantized, as float32."""
+        assert field.quantized is not None
+        arrays = [self._decode(part, self.read(part.tensors[0])) for part in field.quantized.fields]
+        return np.array(dequantize(field.quantized, arrays))
+
+    def _read_fp8_slice(self, copy: SliceCopy) -> np.ndarray:
+        blocks = self.checkpoint.compression
+        assert isinstance(blocks, Fp8Blocks)
+        stored, factors = (self.read(name) for name in copy.field.tensors)
+        block = (blocks.block_rows, blocks.block_columns)
+        part, source = copy.tensor_slice, copy.tensor_slice.source
+        if source.heads is not None or source.blocks:
+            return part.view(decode_fp8(stored, factors, block))
+        if part.stack is not None:
+            stack = _slice(part.stack)
+            stored, factors = stored[stack], factors[stack]
+        return decode_fp8(stored, factors, block, _slice(part.rows), _slice(part.columns))
+
+
+def open_checkpoint(folder: Path, config: ModelConfig) -> CheckpointReader[Checkpoint]:
     """Open the checkpoint in a folder; raises as read_checkpoint does."""
     return CheckpointReader(read_checkpoint(folder, config))
 

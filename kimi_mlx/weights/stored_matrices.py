@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.config import DecoderConfig
 from kimi_mlx.model.config_quantization import Fp8Blocks, PackedInts, Quantization
 from kimi_mlx.model.names import SourceMatrix
 from kimi_mlx.weights.header import TensorInfo
@@ -27,7 +27,7 @@ class StoredMatrices:
         fp8_dtype: type to which FP8 is decoded.
     """
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, TensorInfo], location: str, fp8_dtype: str):
+    def __init__(self, config: DecoderConfig, tensors: Mapping[str, TensorInfo], location: str, fp8_dtype: str):
         self._config, self._tensors = config, tensors
         self._location, self._fp8_dtype = location, fp8_dtype
 
