@@ -1,4 +1,4 @@
-"""The web page in a browser, as a user sees and operates it, and everything that went wrong in it."""
+"""The web page in a browser, as a user sees and operates it, and the errors that it reports."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 PATIENCE_MS = 30_000
 
 SERVER_GONE = r"net::ERR_(CONNECTION|INCOMPLETE|EMPTY)"
-"""What Chromium says of the page's requests when a server ends; that no other host is asked is checked elsewhere."""
+"""Chromium's message for requests to a server that has ended. Requests to other hosts are problems of their own."""
 
 FINISHED = ".message.assistant:last-child .footer button"
 
 
 @dataclass
 class Watcher:
-    """Records requests to other hosts, errors of scripts, and messages on the console such as violations of the CSP.
+    """Records requests to other hosts, errors of scripts, and console messages such as violations of the CSP.
 
     Args:
         origin: the only origin that may receive requests.

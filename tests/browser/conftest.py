@@ -40,7 +40,7 @@ def chromium_path() -> str | None:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """Start Chromium with a home of its own; for each module anew: playwright's loop must end before others run."""
+    """Start Chromium with a home of its own, once a module: playwright's event loop must end before others run."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing")
     path = chromium_path()
     if path is None:

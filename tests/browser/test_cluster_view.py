@@ -1,4 +1,4 @@
-"""The view of the cluster: it follows the server while it is shown, and costs nothing when it is not."""
+"""The view of the cluster: it follows the server while the page is visible, and costs nothing when it is hidden."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHOW = """(value) => {
 }"""
 
 
-def test_it_ends_when_it_is_not_shown(running: RunningServer, open_page: OpenPage) -> None:
+def test_it_disconnects_while_the_page_is_hidden(running: RunningServer, open_page: OpenPage) -> None:
     chat = open_page(running.url, "#/cluster")
     chat.find("#cluster-view .plot").wait_for()
     open_streams = 1

@@ -24,7 +24,7 @@ KIMI_MINI_VL = KIMI_MINI.with_name("kimi-mini-vl")
 
 
 @pytest.fixture(scope="module")
-def seeing() -> Iterator[RunningServer]:
+def vision_server() -> Iterator[RunningServer]:
     """The server with kimi-mini-vl."""
     with (
         closing(open_session(SessionOptions(KIMI_MINI_VL))) as session,
@@ -64,8 +64,8 @@ DROP = """(data) => {
 
 
 @pytest.mark.parametrize("way", ["file", "paste", "drop"])
-def test_images(seeing: RunningServer, open_page: OpenPage, way: str) -> None:
-    chat = open_page(seeing.url)
+def test_images(vision_server: RunningServer, open_page: OpenPage, way: str) -> None:
+    chat = open_page(vision_server.url)
     chat.wait_true("() => !document.querySelector('#camera').hidden")
     data = red_circle()
     if way == "file":
@@ -81,8 +81,8 @@ def test_images(seeing: RunningServer, open_page: OpenPage, way: str) -> None:
     chat.wait_true("() => document.querySelector('.message.user img').naturalWidth === 128")
 
 
-def test_images_of_other_formats(seeing: RunningServer, open_page: OpenPage) -> None:
-    chat = open_page(seeing.url)
+def test_images_of_other_formats(vision_server: RunningServer, open_page: OpenPage) -> None:
+    chat = open_page(vision_server.url)
     chat.wait_true("() => !document.querySelector('#camera').hidden")
     file = io.BytesIO()
     Image.open(io.BytesIO(red_circle())).save(file, "BMP")

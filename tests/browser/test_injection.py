@@ -1,7 +1,7 @@
-"""Hostile text in each place that shows text of others: answers, calls of tools, titles, imported files, file names.
+"""Hostile text in each place that shows foreign text: answers, tool calls, titles, imported files, file names.
 
-Nothing of it may run, load, restyle or leave the page; the fixture also fails for every violation of the page's CSP,
-so what is tested here is that the policy is not even needed.
+None of it may run, load anything, restyle the page or leave it. The fixture also fails for every violation of the CSP,
+so these tests show that the page does not depend on the policy.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ LOOK = """() => [...document.querySelectorAll('#log *')].map((node) => ({
 
 
 def check_harmless(chat: ChatPage) -> None:
-    """Check what the page shows and that nothing has run."""
+    """Check that the page shows formatted text only, and that no script has run."""
     for link in chat.find("#log a").all():
         href = link.get_attribute("href") or ""
         assert href.startswith(("https://", "http://", "mailto:")), href
@@ -103,7 +103,7 @@ def test_in_answers_and_reasoning(open_page: OpenPage) -> None:
 
 @pytest.mark.slow
 def test_while_an_answer_is_unfinished(open_page: OpenPage) -> None:
-    """Each prefix of an attack is rendered at some time."""
+    """Prefixes of the attacks are rendered while they stream."""
     with answering("\n\n".join(ATTACKS[:12]), tokens_per_s=100) as server:
         chat = open_page(server.url)
         chat.send("Go on.")

@@ -1,4 +1,4 @@
-"""Widths, colours, languages, keyboard and rules of accessibility."""
+"""Widths, colours, languages, keyboard and accessibility."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OUTSIDE = """() => [...document.querySelectorAll('body *')].filter((node) => {
 
 
 def check_fits(chat: ChatPage) -> None:
-    """Check that nothing lies beside the window, and that the window does not scroll sideways."""
+    """Check that nothing lies outside the window, and that the window does not scroll sideways."""
     chat.wait_true("() => !document.getAnimations().length")
     assert chat.run("() => document.scrollingElement.scrollWidth <= innerWidth")
     assert chat.run("() => document.querySelector('#log').scrollWidth <= document.querySelector('#log').clientWidth")
@@ -81,7 +81,7 @@ def test_everything_fits_the_window(open_page: OpenPage, width: int) -> None:
 
 
 def violations(chat: ChatPage) -> list[str]:
-    """Return the rules of WCAG 2.2 AA and of best practice that the page breaks now, with the elements."""
+    """Return the rules of axe (WCAG and best practice) that the page breaks now, with the elements."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is missing")
     response: dict[str, Any] = axe.Axe().run(chat.page).response
     return [
@@ -92,7 +92,7 @@ def violations(chat: ChatPage) -> list[str]:
 
 
 @pytest.mark.slow
-def test_rules_of_accessibility(open_page: OpenPage) -> None:
+def test_accessibility(open_page: OpenPage) -> None:
     with answering(MARKDOWN, "A thought.") as server:
         chat = open_page(server.url)
         for scheme in ("light", "dark"):
@@ -115,7 +115,7 @@ def test_rules_of_accessibility(open_page: OpenPage) -> None:
 
 
 @pytest.mark.slow
-def test_rules_of_accessibility_on_a_phone(open_page: OpenPage) -> None:
+def test_accessibility_on_a_phone(open_page: OpenPage) -> None:
     with answering("word ", tokens_per_s=20, is_endless=True) as server:
         chat = open_page(server.url, viewport={"width": 320, "height": 640}, has_touch=True)
         chat.send("Talk.")
@@ -178,7 +178,7 @@ def test_the_keyboard_alone(running: RunningServer, open_page: OpenPage) -> None
 
 
 def reach(chat: ChatPage, name: str) -> None:
-    """Press Tab until an element of this id or text has the focus, and check that all on the way show it."""
+    """Press Tab until an element with this id or text has the focus, and check that the focus is visible there."""
     for _ in range(60):
         chat.page.keyboard.press("Tab")
         if focused(chat) == name:

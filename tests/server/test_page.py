@@ -1,4 +1,4 @@
-"""The web page: its files and headers, who may fetch them, and rendered Markdown."""
+"""The web page: its files, headers and access, and the rendering of Markdown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_page_is_small() -> None:
     assert sum(len(file.data) for file in load_page_files().values()) <= MAX_PAGE_BYTES
 
 
-def test_files_have_headers_that_confine_them(running: RunningServer) -> None:
+def test_headers_of_files(running: RunningServer) -> None:
     for name, file in load_page_files().items():
         path = "/" if name == "index.html" else f"/page/{name}"
         response = httpx2.get(running.url + path)
@@ -84,7 +84,7 @@ def test_bad_bodies_are_refused(running: RunningServer, body: object) -> None:
     assert "`text`" in response.json()["error"]["message"] or "`final`" in response.json()["error"]["message"]
 
 
-def test_errors_have_the_headers_too(with_key: RunningServer) -> None:
+def test_headers_of_errors(with_key: RunningServer) -> None:
     answers = [
         httpx2.get(f"{with_key.url}/page/secret"),
         httpx2.post(f"{with_key.url}/page/render", json={"text": "x"}),
@@ -105,12 +105,12 @@ def test_head_requests(running: RunningServer) -> None:
 
 
 def test_long_texts_are_rendered(running: RunningServer) -> None:
-    text = "word **bold** `code`\n\n" * 500  # in a process of its own
+    text = "word **bold** `code`\n\n" * 500  # long enough for a worker process
     blocks = httpx2.post(f"{running.url}/page/render", json={"text": text, "final": True}, timeout=60).json()["blocks"]
     assert [block["end"] for block in blocks] == [22 * number + 21 for number in range(500)]
 
 
-def test_pages_of_other_sites_cannot_use_it(running: RunningServer) -> None:
+def test_other_sites_are_refused(running: RunningServer) -> None:
     assert httpx2.get(f"{running.url}/", headers={"origin": "https://evil.example"}).status_code == 403
     assert httpx2.get(f"{running.url}/", headers={"host": "evil.example"}).status_code == 403
 
@@ -130,7 +130,7 @@ def test_the_status_is_streamed(running: RunningServer) -> None:
     assert status.keys() == httpx2.get(f"{running.url}/v1/cluster").json().keys()
 
 
-def test_open_streams_do_not_hold_up_the_end_of_the_server(session: Session) -> None:
+def test_open_streams_do_not_delay_the_shutdown(session: Session) -> None:
     with ExitStack() as stack:
         with serving(session) as server:
             url = f"{server.url}/v1/cluster/events"

@@ -11,7 +11,7 @@ const FORMAT = "kimi-mlx-conversations";
 const MAX_BYTES = 200_000_000;
 const ROLES = ["user", "assistant", "tool"];
 const FINISH_REASONS = ["stop", "length", "tool_calls", "stopped", "error", null];
-const SETTINGS = {
+const SETTING_TYPES = {
   ...Object.fromEntries(NUMBERS.map(({ name }) => [name, "number"])),
   ...{ system: "string", thinking: "boolean", schema: "object", tools: "object" },
 };
@@ -33,7 +33,7 @@ export async function toJson(conversations) {
   return JSON.stringify({ format: FORMAT, version: 1, conversations: items }, null, 1);
 }
 
-// Return the branch of a conversation that is shown as Markdown.
+// Return a branch of a conversation as Markdown.
 export function toMarkdown(conversation, path) {
   const parts = [`# ${conversation.title.replaceAll("\n", " ")}`];
   if (conversation.settings.system) parts.push(`## ${text("instructions")}`, conversation.settings.system);
@@ -98,7 +98,7 @@ function readConversation(item) {
   const created = Date.now();
   const messages = item.messages.map((message, index) => readMessage(message, ids, id, created + index));
   const settings = {};
-  for (const [name, type] of Object.entries(SETTINGS)) {
+  for (const [name, type] of Object.entries(SETTING_TYPES)) {
     const value = item.settings?.[name];
     if (typeof value === type && value !== null) settings[name] = value;
   }
@@ -119,7 +119,7 @@ function readMessage(message, ids, conversation, created) {
   if (typeof message !== "object" || message === null || !ROLES.includes(message.role)) throw new Error('"role" is not user, assistant or tool');
   const isChild = message.parent !== null && message.parent !== undefined;
   if (isChild && !ids.has(message.parent)) throw new Error('"parent" is not an earlier message');
-  const read = {
+  const checked = {
     id: store.newId(),
     conversation,
     parent: isChild ? ids.get(message.parent) : null,
@@ -128,33 +128,33 @@ function readMessage(message, ids, conversation, created) {
     created,
     finish: FINISH_REASONS.includes(message.finish) ? message.finish : "stop",
   };
-  if (read.finish === "error") read.error = { status: Number(message.error?.status), message: String(message.error?.message ?? "") };
-  if (typeof message.thoughtSeconds === "number") read.thoughtSeconds = message.thoughtSeconds;
-  ids.set(message.id, read.id);
-  if (typeof message.reasoning === "string") read.reasoning = message.reasoning;
-  for (const name of ["usage", "timings"]) if (message[name]) read[name] = readNumbers(message[name]);
-  if (typeof message.toolCallId === "string") read.toolCallId = message.toolCallId;
-  if (typeof message.name === "string") read.name = message.name.slice(0, 200);
-  if (message.isJson === true) read.isJson = true;
+  if (checked.finish === "error") checked.error = { status: Number(message.error?.status), message: String(message.error?.message ?? "") };
+  if (typeof message.thoughtSeconds === "number") checked.thoughtSeconds = message.thoughtSeconds;
+  ids.set(message.id, checked.id);
+  if (typeof message.reasoning === "string") checked.reasoning = message.reasoning;
+  for (const name of ["usage", "timings"]) if (message[name]) checked[name] = readNumbers(message[name]);
+  if (typeof message.toolCallId === "string") checked.toolCallId = message.toolCallId;
+  if (typeof message.name === "string") checked.name = message.name.slice(0, 200);
+  if (message.isJson === true) checked.isJson = true;
   if (Array.isArray(message.toolCalls)) {
-    read.toolCalls = message.toolCalls.map((call) => ({
+    checked.toolCalls = message.toolCalls.map((call) => ({
       id: String(call?.id ?? ""),
       name: String(call?.name ?? ""),
       arguments: String(call?.arguments ?? ""),
       broken: call?.broken === true,
     }));
   }
-  return read;
+  return checked;
 }
 
-// Return the numbers of a record, at any depth.
+// Return a record with its numbers only, at any depth.
 function readNumbers(value) {
-  const read = {};
+  const numbers = {};
   for (const [name, item] of Object.entries(value)) {
-    if (typeof item === "number") read[name] = item;
-    else if (typeof item === "object" && item !== null) read[name] = readNumbers(item);
+    if (typeof item === "number") numbers[name] = item;
+    else if (typeof item === "object" && item !== null) numbers[name] = readNumbers(item);
   }
-  return read;
+  return numbers;
 }
 
 function readContent(content) {

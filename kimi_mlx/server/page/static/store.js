@@ -1,5 +1,5 @@
-// Conversations in IndexedDB. A conversation is a tree: each message has a parent, and `leaf` is the end of the branch that
-// is shown. Messages are records of their own, so that two tabs do not overwrite each other's.
+// Conversations in IndexedDB. The messages of a conversation form a tree: each has a parent, and `leaf` is the last message
+// of the branch that is shown. Each message is a record, so that two tabs do not overwrite each other's messages.
 
 import { textOf } from "./messages.js";
 
@@ -10,7 +10,7 @@ const inMemory = { conversations: new Map(), messages: new Map() };
 export let isPersistent = true;
 
 const channel = "BroadcastChannel" in globalThis ? new BroadcastChannel(NAME) : null;
-const deleted = new Set(); // conversations that late writes must not bring back
+const deleted = new Set(); // ids of conversations, which late writes must not restore
 
 // Call a function when another tab has changed a conversation: with its id, and `message` for a part of an answer that
 // streams there, or `isDeleted`.
@@ -87,14 +87,14 @@ export async function saveConversation(value) {
   channel?.postMessage({ id: value.id });
 }
 
-// Save a message. One that is not complete is shown by other tabs, but they do not read the conversation again.
+// Save a message. Other tabs show a part of an answer as it is; for other messages they read the conversation again.
 export async function saveMessage(value, isPart = false) {
   if (deleted.has(value.conversation)) return;
   await put("messages", value);
   channel?.postMessage(isPart ? { id: value.conversation, message: value } : { id: value.conversation });
 }
 
-// Save a message of a conversation that is not listed yet.
+// Save a message of a conversation that is saved later: other tabs do not know it yet.
 export const importMessage = (value) => put("messages", value);
 
 export async function deleteConversation(id) {
