@@ -70,7 +70,7 @@ export class Answer {
   }
 
   add(chunk) {
-    if (chunk.error) throw new ServerError(chunk.error.status ?? 500, chunk.error.message);
+    if (chunk.error) throw new ServerError(chunk.error.status ?? 500, chunk.error.message, chunk.error.code);
     if (chunk.prompt_progress) {
       const { processed, total, cache, time_ms: time } = chunk.prompt_progress;
       this.progress = { processed, total, cache, seconds: time / 1000 };

@@ -23,9 +23,9 @@ export const key = {
 
 // An error response, or no response at all (status 0).
 export class ServerError extends Error {
-  constructor(status, message, retryAfter = null) {
+  constructor(status, message, code = null, retryAfter = null) {
     super(message);
-    Object.assign(this, { status, retryAfter });
+    Object.assign(this, { status, code, retryAfter });
   }
 }
 
@@ -55,13 +55,15 @@ export async function request(path, { body = null, signal = null } = {}) {
 
 async function errorOf(response) {
   let message = response.statusText || `status ${response.status}`;
+  let code = null;
   try {
     const { error } = await response.json();
     message = error.message ?? message;
+    code = error.code ?? null;
   } catch {
     // no error in JSON: the status is enough
   }
-  return new ServerError(response.status, message, Number(response.headers.get("retry-after")) || null);
+  return new ServerError(response.status, message, code, Number(response.headers.get("retry-after")) || null);
 }
 
 // Wait; rejects as a request does if it is aborted first.
