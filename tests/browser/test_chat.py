@@ -108,6 +108,46 @@ def test_versions_and_branches(running: RunningServer, open_page: OpenPage) -> N
 
 
 @pytest.mark.slow
+def test_editing_does_not_scroll(running: RunningServer, open_page: OpenPage) -> None:
+    chat = open_page(running.url)
+    chat.ask("What are you?")
+    chat.ask("And you?")
+    height = chat.run("() => document.querySelector('#log').lastChild.getBoundingClientRect().bottom + 120 + 24")
+    chat.page.set_viewport_size({"width": 1000, "height": round(height)})  # the conversation just fits
+    chat.page.get_by_role("button", name="Edit").first.click()
+    chat.find("form.edit textarea").wait_for()
+    chat.page.wait_for_timeout(200)  # its height is known
+    top, bottom = chat.run(EDGES, "form.edit textarea")
+    log_top, log_bottom = chat.run(EDGES, "#log")
+    assert log_top <= top < bottom <= log_bottom
+    chat.page.press("form.edit textarea", "Enter")
+    chat.wait_answer()
+    assert chat.run("() => document.activeElement.id") == "input"  # one can go on typing
+
+
+EDGES = """(selector) => {
+  const {top, bottom} = document.querySelector(selector).getBoundingClientRect();
+  return [top, bottom];
+}"""
+
+
+@pytest.mark.slow
+def test_settings_are_cleared_only_when_saved(running: RunningServer, open_page: OpenPage) -> None:
+    chat = open_page(running.url)
+    chat.click("Settings")
+    chat.page.get_by_label("Instructions").fill("Be brief.")
+    chat.click("Save")
+    chat.find("#settings.changed").wait_for()
+    for last in ("Cancel", "Save"):
+        chat.click("Settings")
+        assert chat.page.get_by_label("Instructions").input_value() == "Be brief."
+        chat.click("Use defaults")
+        assert chat.page.get_by_label("Instructions").input_value() == ""
+        chat.click(last)
+    chat.find("#settings:not(.changed)").wait_for()
+
+
+@pytest.mark.slow
 def test_reload_in_mid_answer(
     running: RunningServer, session: Session, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,10 @@ def test_a_server_that_is_killed_and_back(open_page: OpenPage) -> None:
     chat.wait_messages(2)
     chat.wait_answer()
     assert "connection was lost" in chat.remark
+    chat.find("#to-cluster").click()
+    assert "Unreachable" in chat.find("#cluster-view section").first.inner_text()
+    chat.find("#to-chat").click()
+    chat.wait_messages(2)
     assert chat.find(".message.assistant .markdown").first.inner_text().strip() == answer
     start_server(port)
     chat.wait_text("The server is back", "#banner")

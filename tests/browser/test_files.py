@@ -159,8 +159,7 @@ def test_export_and_import(running: RunningServer, open_page: OpenPage) -> None:
     other.page.set_input_files(
         "#import-file", [{"name": name, "mimeType": "application/json", "buffer": exported.encode()}]
     )
-    other.wait_text("Conversations imported: 1", "#banner")
-    other.find("#conversations a").click()
+    other.wait_text("Conversations imported: 1", "#banner")  # and it is shown
     other.wait_messages(2)
     other.wait_answer()
     assert other.find("#log .content").all_inner_texts() == shown

@@ -209,8 +209,7 @@ def import_file(chat: ChatPage, text: str, name: str = "file.json") -> None:
 def test_in_imported_files(running: RunningServer, open_page: OpenPage, name: str) -> None:
     chat = open_page(running.url)
     import_file(chat, FILES[name])
-    chat.wait_text("imported", "#banner")
-    chat.find("#conversations a").click()
+    chat.wait_text("imported", "#banner")  # and it is shown
     chat.wait_messages(1, "user")
     if name == "attacks":
         chat.wait_answer()

@@ -6,8 +6,9 @@ import { ClusterView } from "./cluster.js";
 import { Composer } from "./composer.js";
 import { download, toJson, toMarkdown } from "./conversation_files.js";
 import { ask, askKey, cancelButton, isDialogOpen } from "./dialog.js";
-import { byId } from "./dom.js";
+import { byId, element } from "./dom.js";
 import { text, translate } from "./i18n.js";
+import { focusInput } from "./keyboard.js";
 import { errorText } from "./message_view.js";
 import { editSettings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -25,6 +26,7 @@ function showBanner(message, isLasting = false) {
   clearTimeout(bannerTimer);
   banner.textContent = message;
   banner.hidden = !message;
+  banner.classList.toggle("passing", !isLasting);
   if (message && !isLasting) bannerTimer = setTimeout(() => showBanner(""), BANNER_MS);
 }
 
@@ -120,6 +122,10 @@ function main() {
     onDelete: (id) => chat.forget(id),
     onDeleted: (id) => (id === chat.conversation.id ? goTo(null) : sidebar.refresh()),
     onRename: (id, title) => chat.rename(id, title),
+    onImported: (ids) => {
+      showBanner(text("imported", { count: ids.length }));
+      if (ids.length === 1) goTo(ids[0]);
+    },
     onMessage: showBanner,
     isAnswering: (id) => chat.answers.has(id),
   });
@@ -140,14 +146,19 @@ function main() {
       if (isBack) showBanner(text("serverBack"));
       if ((isBack || status.model !== model.id) && (await connect())) await showModel();
     },
-    onError: (error) => error.status === 0 && onServerError(error),
+    onError: (error) => {
+      if (error.status !== 0) return;
+      onServerError(error);
+      cluster.showGone();
+    },
     askKey: connect,
   });
 
   async function showModel() {
     composer.seesImages = model.seesImages;
     await isOpen;
-    if (!chat.answer && !isEditing()) await chat.drawAll();
+    if (chat.answer || isEditing()) chat.showName();
+    else await chat.drawAll();
   }
 
   const isEditing = () => byId("log").querySelector("form.edit") !== null;
@@ -176,7 +187,7 @@ function main() {
     if (id && id === chat.conversation?.id) await chat.draw(true);
     else if (!(await chat.open(id || null))) history.replaceState(null, "", "#/");
     await sidebar.refresh(chat.conversation.id);
-    if (matchMedia("(pointer: fine)").matches) byId("input").focus();
+    focusInput();
   }
 
   function showSidebar(isShown) {
@@ -202,6 +213,7 @@ function main() {
     if (settings === null) return;
     conversation.settings = settings;
     if (chat.path.length) await chat.save();
+    chat.showState();
   });
   byId("export").addEventListener("click", async () => {
     const buttons = [
@@ -209,7 +221,7 @@ function main() {
       { label: text("exportMarkdown"), value: "md" },
       { label: text("exportJson"), value: "json", kind: "primary" },
     ];
-    const form = await ask(text("exportTitle"), [], buttons);
+    const form = await ask(text("exportTitle"), [element("p", { class: "hint" }, text("exportHint"))], buttons);
     const name = (chat.conversation.title || text("untitled")).replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60);
     if (form === "md") download(`${name}.md`, "text/markdown", toMarkdown(chat.conversation, chat.path));
     if (form === "json") download(`${name}.json`, "application/json", await toJson([chat.conversation]));

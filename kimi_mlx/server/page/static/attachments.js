@@ -32,7 +32,7 @@ export class Attachments {
 
   async read(file) {
     if (file.type.startsWith("image/") && file.type !== "image/svg+xml") {
-      if (!this.seesImages) throw new Error(text("noImages"));
+      if (!this.seesImages) throw new Error(text("noImages", { name: file.name }));
       if (file.size > MAX_IMAGE_BYTES) throw tooLarge(file, MAX_IMAGE_BYTES);
       const url = await imageUrl(file);
       return { part: { type: "image_url", image_url: { url }, name: file.name } };

@@ -3,6 +3,7 @@
 import { Answer } from "./answer.js";
 import { byId, element } from "./dom.js";
 import { count, decimal, text } from "./i18n.js";
+import { focusInput } from "./keyboard.js";
 import { MessageView } from "./message_view.js";
 import { branch, newestLeaf, siblings, textOf } from "./messages.js";
 import { requestBody } from "./request_body.js";
@@ -65,6 +66,14 @@ export class Chat {
     this.conversation = conversation;
     this.messages = new Map(messages.map((message) => [message.id, message]));
     await this.draw(true);
+  }
+
+  // Show the name of the model, which is known late if the server needs a key, also above the answer in progress.
+  showName() {
+    for (const view of this.views.values()) view.showName(this.model.name);
+    const heading = this.log.querySelector(".empty .large");
+    if (heading) heading.textContent = text("empty", { model: this.model.name });
+    this.showState();
   }
 
   // Show a part of an answer that streams in another tab.
@@ -167,17 +176,27 @@ export class Chat {
   actions() {
     return {
       redraw: () => this.draw(true),
-      edit: (message, content) => this.send(content, message.parent),
-      retry: (message) => this.generate(message.parent),
-      continueAnswer: (message) => this.continueAnswer(message),
+      beginEdit: () => {
+        this.isFollowing = false; // the form stays where it is, although it changes the height
+      },
+      edit: (message, content) => this.ask(() => this.send(content, message.parent)),
+      retry: (message) => this.ask(() => this.generate(message.parent)),
+      continueAnswer: (message) => this.ask(() => this.continueAnswer(message)),
       select: async (message) => {
         this.conversation.leaf = newestLeaf(this.messages, message);
         await this.save();
         await this.draw(true);
       },
       needsResults: (message) => message.id === this.conversation.leaf,
-      sendResults: (message, results) => this.sendResults(message, results),
+      sendResults: (message, results) => this.ask(() => this.sendResults(message, results)),
     };
+  }
+
+  // Ask the model as a button in the conversation says. The button is drawn anew, so the focus goes to the next message.
+  ask(run) {
+    const ended = run();
+    focusInput();
+    return ended;
   }
 
   // Send a message of the user; resolves once the answer is complete.
@@ -302,6 +321,9 @@ export class Chat {
     const title = byId("title");
     if (document.activeElement !== title) title.value = this.conversation.title;
     title.placeholder = text("untitled");
+    const isChanged = Object.keys(this.conversation.settings).length > 0;
+    byId("settings").classList.toggle("changed", isChanged);
+    byId("settings").title = isChanged ? text("settingsChanged") : "";
     byId("export").disabled = this.path.length === 0;
     document.title = `${this.conversation.title || text("untitled")} · ${this.model.name}`;
     this.showUsage();

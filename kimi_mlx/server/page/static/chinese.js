@@ -29,7 +29,7 @@ export default {
   serverBack: "已重新连接到服务器。",
   keyTitle: "API 密钥",
   keyMissing: "输入 API 密钥",
-  keyNeeded: "此服务器需要 API 密钥。密钥只保留到此标签页关闭。",
+  keyNeeded: "此服务器需要启动时设定的 API 密钥。密钥只保留到此标签页关闭。",
   keyWrong: "密钥无效，服务器已拒绝。",
   key: "密钥",
   use: "使用",
@@ -69,9 +69,9 @@ export default {
   attach: "添加附件",
   camera: "拍照",
   image: "图片",
-  notText: "{name} 不是文本文件",
+  notText: "{name} 不是文本文件：只能添加 UTF-8 文本和图片",
   tooLarge: "{name} 大小为 {size}，上限为 {limit}",
-  noImages: "此模型不支持图片",
+  noImages: "{name}：此模型不支持图片",
   badImage: "无法读取图片 {name}",
   contextUsed: "{used} / {total} token",
 
@@ -83,7 +83,9 @@ export default {
   reading: "正在读取 {done} / {total} 个 token",
   left: "剩余 {time}",
   thinking: "思考中…",
-  thought: "思考了 {seconds} 秒",
+  thought: "思考了 {time}",
+  thoughtBriefly: "思考了片刻",
+  thoughts: "思考过程",
   busyRetry: "服务器队列已满，{seconds} 秒后自动重试。",
   ringNotice: "{reason}。集群恢复后会继续回答。",
   ringBack: "集群已恢复，继续回答。",
@@ -106,6 +108,7 @@ export default {
 
   // Settings of a conversation
   settings: "设置",
+  settingsChanged: "此对话有自己的设置",
   systemPrompt: "系统提示词",
   temperature: "温度",
   topP: "Top p",
@@ -129,7 +132,8 @@ export default {
 
   // Export and import
   exportConversation: "导出",
-  exportTitle: "导出",
+  exportTitle: "导出此对话",
+  exportHint: "JSON 包含所有版本，可再次导入；Markdown 只含当前显示的内容，便于阅读。",
   exportJson: "导出为 JSON",
   exportMarkdown: "导出为 Markdown",
   exportAll: "全部导出",
@@ -141,6 +145,7 @@ export default {
   loading: "加载中…",
   up: "运行中",
   down: "不可用",
+  lastKnown: "以下是最后收到的状态",
   placement: "模型切分",
   link: "网络链路",
   allReduce: "All-reduce",
@@ -175,6 +180,7 @@ export default {
   lastMessage: "最近消息",
   ago: "{time}前",
   speed: "速度",
+  tokPerS: "{rate} tok/s",
   rate: "生成 {generated} tok/s · 读取 {read} tok/s",
   generated: "生成",
   read: "读取",
@@ -192,7 +198,7 @@ export default {
   promptCache: "提示词缓存",
   inMemory: "内存中",
   reused: "复用",
-  reusedOf: "{read} 个提示词 token 中的 {reused} 个（{share} %）",
+  reusedOf: "{read} 个提示词 token 中的 {reused} 个（{share}%）",
   restarts: "重启",
   noRestarts: "没有重启",
   findings: "检查结果",
@@ -203,6 +209,7 @@ export default {
   remedy: "解决办法",
 
   // Durations
+  milliseconds: "{milliseconds} 毫秒",
   seconds: "{seconds} 秒",
   minutes: "{minutes} 分钟",
   hours: "{hours} 小时 {minutes} 分钟",

@@ -20,28 +20,41 @@ export class ClusterView {
   constructor() {
     this.node = byId("cluster-view");
     this.status = null;
+    this.isGone = false; // the server cannot be reached: the status is the last one that it sent
   }
 
   show(isShown) {
     this.node.hidden = !isShown;
-    if (isShown) this.update(this.status);
+    if (isShown) this.draw();
+  }
+
+  showGone() {
+    if (this.isGone) return;
+    this.isGone = true;
+    this.draw();
   }
 
   // Show a status; null if there is none yet.
   update(status) {
     this.status = status;
-    if (this.node.hidden) return;
-    if (status === null) this.node.replaceChildren(hint(text("loading")));
-    else if (!isSelecting(this.node)) this.draw(status);
+    this.isGone = false;
+    this.draw();
   }
 
-  draw(status) {
+  draw() {
+    const { status } = this;
+    if (this.node.hidden) return;
+    if (status === null) this.node.replaceChildren(hint(this.isGone ? text("stateGone") : text("loading")));
+    else if (!isSelecting(this.node)) this.drawStatus(status);
+  }
+
+  drawStatus(status) {
     const scrollable = () => [...this.node.querySelectorAll("[tabindex]")];
     const before = scrollable().map((node) => [node.scrollLeft, node === document.activeElement]);
     const findings = section(text("findings"), findingsOf(status));
     const hasProblems = status.findings?.some(({ state }) => state !== "ok"); // problems come first
     const sections = [
-      summaryOf(status),
+      summaryOf(status, this.isGone),
       hasProblems && findings,
       section(text("placement"), placementOf(status)),
       section(text("ranks"), ranksOf(status)),
@@ -84,13 +97,15 @@ function table(labels, rows, kind = "rows") {
   return element("div", { class: `table ${kind}`, tabindex: "0" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
 }
 
-function summaryOf(status) {
-  const state = element("strong", { class: status.is_up ? "good" : "bad" }, status.is_up ? text("up") : text("down"));
+function summaryOf(status, isGone) {
+  const isUp = status.is_up && !isGone;
+  const reason = isGone ? text("lastKnown") : status.reason;
+  const state = element("strong", { class: isUp ? "good" : "bad" }, isGone ? text("stateGone") : isUp ? text("up") : text("down"));
   return element(
     "section",
     {},
     element("h2", {}, status.model),
-    element("p", {}, state, status.reason ? ` · ${status.reason}` : ""),
+    element("p", {}, state, reason ? ` · ${reason}` : ""),
     factList([
       [text("placement"), status.placement],
       [text("link"), status.link],

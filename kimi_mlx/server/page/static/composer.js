@@ -18,6 +18,7 @@ export class Composer {
     });
     byId("stop").addEventListener("click", onStop);
     this.input.addEventListener("input", () => this.resize());
+    addEventListener("resize", () => this.resize()); // another width, or another size of the type
     this.input.addEventListener("keydown", (event) => this.onKey(event));
     this.input.addEventListener("paste", (event) => this.onPaste(event));
     this.connectPicker("attach", "files");

@@ -50,7 +50,7 @@ export function toMarkdown(conversation, path) {
 
 const partText = (part) => (part.type === "text" ? part.text : `*(${part.type.replace("_url", "")})*`);
 
-// Save the conversations of a file; return their number. The file is an export of this page, or has messages in OpenAI's
+// Save the conversations of a file; return their ids. The file is an export of this page, or has messages in OpenAI's
 // format: a list, or {"messages": [...]}.
 export async function importFile(file) {
   if (file.size > MAX_BYTES) {
@@ -65,7 +65,7 @@ export async function importFile(file) {
     for (const message of messages) await store.importMessage(message);
     await store.saveConversation(conversation);
   }
-  return imported.length;
+  return imported.map(({ conversation }) => conversation.id);
 }
 
 function fromOpenAI(value, title) {

@@ -8,7 +8,8 @@ let finishOpen = null; // ends the dialog that is open, if any
 // Return whether a dialog is open.
 export const isDialogOpen = () => finishOpen !== null;
 
-// Show a dialog; resolves with the value of the pressed button, or null if it was closed, also by another dialog.
+// Show a dialog; resolves with the value of the pressed button, or null if it was closed, also by another dialog. A
+// button with `run` does that, and the dialog stays open.
 export function ask(title, content, buttons) {
   finishOpen?.(null);
   return new Promise((resolve) => {
@@ -34,7 +35,7 @@ export function ask(title, content, buttons) {
       element(
         "div",
         { class: "row end" },
-        ...buttons.map(({ label, value, kind, check }) =>
+        ...buttons.map(({ label, value, kind, check, run }) =>
           element(
             "button",
             {
@@ -42,7 +43,8 @@ export function ask(title, content, buttons) {
               class: kind ?? "",
               value,
               onclick: (event) => {
-                if (!kind) finish(value);
+                if (run) run();
+                else if (!kind) finish(value);
                 else if (check && !check()) event.preventDefault();
               },
             },

@@ -8,7 +8,9 @@ import { isSendKey } from "./keyboard.js";
 import { fenced, MarkdownView } from "./markdown.js";
 import { textOf } from "./messages.js";
 
-// Shows a message. `actions` has functions: edit, retry, continueAnswer, select (another version), sendResults.
+const MAX_EDIT_ROWS = 15;
+
+// Shows a message. `actions` has functions: beginEdit, edit, retry, continueAnswer, select (another version), sendResults.
 export class MessageView {
   constructor(message, versions, actions, modelName) {
     this.message = message;
@@ -25,6 +27,10 @@ export class MessageView {
     );
     this.versions = versions;
     if (message.role !== "assistant") this.showUser();
+  }
+
+  showName(modelName) {
+    if (this.message.role === "assistant") this.node.firstChild.textContent = modelName;
   }
 
   // Return whether this view shows a message as it is now. Views with tool calls never do: the form for results depends on the branch.
@@ -53,7 +59,9 @@ export class MessageView {
   // Show a form with the text and the files of the message.
   edit() {
     const { content } = this.message;
-    const area = element("textarea", { rows: "4", dir: "auto", "aria-label": text("message"), value: textOf(content, { withFiles: false }) });
+    const value = textOf(content, { withFiles: false });
+    const rows = Math.min(MAX_EDIT_ROWS, Math.max(3, value.split("\n").length));
+    const area = element("textarea", { rows: String(rows), dir: "auto", "aria-label": text("message"), value });
     let files = typeof content === "string" ? [] : content.filter((part) => part.name || part.image_url);
     const chips = element("div", { class: "row wrap" });
     const showChips = () => chips.replaceChildren(...files.map((part) => chipOf(part, () => {
@@ -99,9 +107,11 @@ export class MessageView {
       ),
     );
     this.isEdited = true;
+    this.actions.beginEdit();
     this.content.replaceChildren(form);
     this.footer.replaceChildren();
     area.focus();
+    area.setSelectionRange(area.value.length, area.value.length);
   }
 
   // Show an answer as it is now; `answer` is set while it streams.
@@ -151,8 +161,7 @@ export class MessageView {
       this.content.prepend(this.details);
     }
     const isThinking = answer && !message.content && message.thoughtSeconds === undefined;
-    const seconds = decimal(message.thoughtSeconds ?? 0);
-    this.summary.textContent = isThinking ? text("thinking") : text("thought", { seconds });
+    this.summary.textContent = isThinking ? text("thinking") : thoughtOf(message.thoughtSeconds);
     const shown = this.reasoning.textContent.length;
     if (message.reasoning.length > shown) this.reasoning.append(message.reasoning.slice(shown));
   }
@@ -255,6 +264,12 @@ function fileNode(part) {
   return element("details", { class: "file" }, summary, element("pre", { class: "result", tabindex: "0" }, lines));
 }
 
+// Return how long the model thought. An imported answer does not say it.
+function thoughtOf(seconds) {
+  if (seconds === undefined) return text("thoughts");
+  return seconds < 1 ? text("thoughtBriefly") : text("thought", { time: duration(seconds) });
+}
+
 function callNode(call) {
   let json = call.arguments;
   try {
@@ -288,6 +303,8 @@ export function errorText({ status, message, retryAfter }) {
   return text("failed", { message });
 }
 
+const shortTime = (ms) => (ms < 1000 ? text("milliseconds", { milliseconds: Math.round(ms) }) : duration(ms / 1000));
+
 function statisticsOf({ usage, timings }) {
   const rate = timings?.predicted_per_second;
   return text("statistics", {
@@ -295,6 +312,6 @@ function statisticsOf({ usage, timings }) {
     rate: rate ? decimal(rate) : "–",
     prompt: count(usage.prompt_tokens ?? 0),
     cached: count(usage.prompt_tokens_details?.cached_tokens ?? 0),
-    first: timings?.prompt_ms === undefined ? "–" : duration(timings.prompt_ms / 1000),
+    first: timings?.prompt_ms === undefined ? "–" : shortTime(timings.prompt_ms),
   });
 }

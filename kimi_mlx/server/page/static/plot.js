@@ -27,6 +27,7 @@ export function plot(series, intervalSeconds) {
     svg("line", { class: "axis", x1: 0, x2: WIDTH, y1: HEIGHT - 1, y2: HEIGHT - 1 }),
     ...lines,
   );
+  const scale = element("p", { class: "scale", "aria-hidden": "true" }, text("tokPerS", { rate: decimal(highest) }));
   const legend = series.map(({ name, label }) => element("span", { class: `key ${name}` }, label));
-  return element("figure", { class: "plot" }, picture, element("figcaption", {}, ...legend, ` ${text("lastMinutes", { minutes })}`));
+  return element("figure", { class: "plot" }, scale, picture, element("figcaption", {}, ...legend, ` ${text("lastMinutes", { minutes })}`));
 }

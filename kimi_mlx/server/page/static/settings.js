@@ -28,16 +28,19 @@ export async function editSettings(settings, defaults) {
     edited = readFields(fields);
     return edited !== null;
   };
+  const clear = () => {
+    for (const { input } of fields) input.value = "";
+    system.input.focus();
+  };
   const answer = await ask(
     text("settings"),
     [system.node, grid, schema.node, tools.node],
     [
-      { label: text("defaults"), value: "defaults" },
+      { label: text("defaults"), run: clear },
       cancelButton(),
       { label: text("save"), value: "save", kind: "primary", check },
     ],
   );
-  if (answer === "defaults") return {};
   return answer === "save" ? edited : null;
 }
 

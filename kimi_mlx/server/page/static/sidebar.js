@@ -10,9 +10,9 @@ const SEARCH_AFTER_MS = 150;
 
 export class Sidebar {
   // `onOpen` receives the id of a conversation, or null for a new one; `onDelete` an id before it is deleted, `onDeleted`
-  // after that; `onRename` an id and a title; `onMessage` a text; `isAnswering` returns whether an id is being answered.
-  constructor({ onOpen, onDelete, onDeleted, onRename, onMessage, isAnswering }) {
-    Object.assign(this, { onOpen, onDelete, onDeleted, onRename, onMessage, isAnswering });
+  // after that; `onRename` an id and a title; `onImported` ids; `onMessage` a text; `isAnswering` returns whether an id is being answered.
+  constructor({ onOpen, onDelete, onDeleted, onRename, onImported, onMessage, isAnswering }) {
+    Object.assign(this, { onOpen, onDelete, onDeleted, onRename, onImported, onMessage, isAnswering });
     this.current = null;
     byId("new").addEventListener("click", () => onOpen(null));
     byId("search").addEventListener("input", () => {
@@ -76,7 +76,7 @@ export class Sidebar {
     input.value = "";
     if (!file) return;
     try {
-      this.onMessage(text("imported", { count: await importFile(file) }));
+      this.onImported(await importFile(file));
     } catch (error) {
       this.onMessage(text("importFailed", { message: error.message }));
     }
