@@ -14,8 +14,11 @@ INTERVAL_S = 5
 NUM_INTERVALS = 60
 """Number of intervals that are kept: five minutes."""
 
-RECENT_INTERVALS = 2
-"""Number of intervals that the current rate is the mean of."""
+RECENT_S = 10
+"""Time that the current rate is the mean of, at most."""
+
+SLOT_S = 0.5
+"""Precision of that time."""
 
 AnswerState = Literal["waiting", "prefill", "decode"]
 
@@ -98,7 +101,7 @@ class TokenRates:
         interval_s: length of an interval.
         prompt_tokens: prompt tokens computed in each complete interval, the newest last.
         completion_tokens: new tokens in each complete interval, the newest last.
-        prompt_tok_per_s: mean of the last intervals.
+        prompt_tok_per_s: mean of the last seconds, since the first tokens in them.
         completion_tok_per_s: the same for new tokens.
     """
 
@@ -120,25 +123,40 @@ class RateCounter:
     clock: Callable[[], float] = time.monotonic
     _intervals: deque[list[int]] = field(default_factory=lambda: deque(maxlen=NUM_INTERVALS + 1))
     _last: int | None = None
+    _slots: deque[list[float]] = field(default_factory=deque)
+    """Begin and counts of the recent half seconds with tokens."""
 
     def add(self, prompt: int = 0, completion: int = 0) -> None:
         """Count computed prompt tokens and new tokens now."""
         self._advance()
         self._intervals[-1][0] += prompt
         self._intervals[-1][1] += completion
+        now = self.clock()
+        if not self._slots or now - self._slots[-1][0] >= SLOT_S:
+            self._slots.append([now, 0, 0])
+        self._slots[-1][1] += prompt
+        self._slots[-1][2] += completion
+        self._forget(now)
 
     def rates(self) -> TokenRates:
-        """Return the counts of the complete intervals."""
+        """Return the counts of the complete intervals, and the rates now."""
         self._advance()
         complete = list(self._intervals)[:-1]
         prompt, completion = (tuple(counts[kind] for counts in complete) for kind in (0, 1))
-        recent_s = RECENT_INTERVALS * INTERVAL_S
+        now = self.clock()
+        self._forget(now)
+        recent_s = max(now - self._slots[0][0], SLOT_S) if self._slots else 1
         return TokenRates(
             prompt_tokens=prompt,
             completion_tokens=completion,
-            prompt_tok_per_s=sum(prompt[-RECENT_INTERVALS:]) / recent_s,
-            completion_tok_per_s=sum(completion[-RECENT_INTERVALS:]) / recent_s,
+            prompt_tok_per_s=sum(slot[1] for slot in self._slots) / recent_s,
+            completion_tok_per_s=sum(slot[2] for slot in self._slots) / recent_s,
         )
+
+    def _forget(self, now: float) -> None:
+        """Remove slots that are not recent."""
+        while self._slots and now - self._slots[0][0] > RECENT_S:
+            self._slots.popleft()
 
     def _advance(self) -> None:
         """Append intervals until the last one is the current one."""

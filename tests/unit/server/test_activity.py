@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kimi_mlx.server.activity import INTERVAL_S, NUM_INTERVALS, AnswerProgress, RateCounter
+import pytest
+
+from kimi_mlx.server.activity import INTERVAL_S, NUM_INTERVALS, RECENT_S, AnswerProgress, RateCounter
 
 
 def test_rates_are_those_of_complete_intervals() -> None:
@@ -14,8 +16,20 @@ def test_rates_are_those_of_complete_intervals() -> None:
         now += INTERVAL_S
     rates = counter.rates()
     assert (rates.prompt_tokens, rates.completion_tokens) == ((100,) * 4, (10,) * 4)
-    assert (rates.prompt_tok_per_s, rates.completion_tok_per_s) == (100 / INTERVAL_S, 10 / INTERVAL_S)
-    now += 2 * INTERVAL_S
+
+
+def test_the_current_rate_is_that_of_an_answer_that_has_just_begun() -> None:
+    now = 1000.0
+    counter = RateCounter(lambda: now)
+    for _ in range(200):  # 50 tokens/s for 4 s, after a pause
+        counter.add(completion=1)
+        now += 0.02
+    assert counter.rates().completion_tok_per_s == pytest.approx(50)
+    for _ in range(400):  # then 20 tokens/s, for longer than the rate looks back
+        counter.add(completion=1)
+        now += 0.05
+    assert counter.rates().completion_tok_per_s == pytest.approx(20, rel=0.05)
+    now += RECENT_S + 1
     assert counter.rates().completion_tok_per_s == 0
 
 
