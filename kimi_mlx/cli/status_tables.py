@@ -1,9 +1,10 @@
-"""The status of a model: facts by name, and its ranks as a table or, on a narrow terminal, as lines."""
+"""The status of a model: facts by name, and its ranks as a table or, where it does not fit, as lines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -12,8 +13,11 @@ from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.session.model_status import ModelStatus, RankStatus
 from kimi_mlx.units import format_bytes, format_duration
 
-TABLE_WIDTH = 66
-"""Number of columns from which ranks and hosts are shown as a table."""
+DISPENSABLE = ("peak", "cache", "step")
+"""Columns of the table of ranks that are left out, in this order, where it does not fit the terminal."""
+
+GAP = 2
+"""Spaces between two columns."""
 
 
 def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
@@ -37,17 +41,21 @@ def run_facts(status: ModelStatus) -> Iterator[tuple[str, str]]:
 
 
 def describe_ranks(ranks: Sequence[RankStatus], width: int, *, shows_activity: bool = False) -> RenderableType:
-    """Return the ranks; nothing that no rank knows is shown.
+    """Return the ranks as a table or, where that does not fit, as lines; nothing that no rank knows is shown.
 
     Args:
         ranks: ranks in order.
         width: width of the terminal.
         shows_activity: whether to show what each rank does now.
     """
-    return _table(ranks, shows_activity) if width >= TABLE_WIDTH else _lines(ranks, shows_activity)
+    columns = _columns(ranks, shows_activity)
+    for name in DISPENSABLE:
+        if _width(columns) > width:
+            columns.pop(name, None)
+    return _table(columns) if _width(columns) <= width else _lines(ranks, shows_activity)
 
 
-def _table(ranks: Sequence[RankStatus], shows_activity: bool) -> Table:
+def _columns(ranks: Sequence[RankStatus], shows_activity: bool) -> dict[str, list[str]]:
     columns = {
         "rank": [str(rank.rank) for rank in ranks],
         "host": [rank.host for rank in ranks],
@@ -63,13 +71,21 @@ def _table(ranks: Sequence[RankStatus], shows_activity: bool) -> Table:
             "step": ["" if rank.step is None else f"{rank.step:,}" for rank in ranks],
             "last message": [_age(rank.last_message_s) for rank in ranks],
         }
-    known = {name: values for name, values in columns.items() if any(values)}
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in known:
-        is_text = name in ("host", "holds", "does")
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
-    for row in zip(*known.values(), strict=True):
-        table.add_row(*(Text(to_line(value)) for value in row))
+    return {name: [to_line(value) for value in values] for name, values in columns.items() if any(values)}
+
+
+def _width(columns: dict[str, list[str]]) -> int:
+    """Return the number of cells of a terminal that a table needs."""
+    widths = [max(cell_len(cell) for cell in (name, *cells)) for name, cells in columns.items()]
+    return sum(widths) + GAP * (len(widths) - 1)
+
+
+def _table(columns: dict[str, list[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("host", "holds", "does") else "right", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -80,6 +96,8 @@ def _lines(ranks: Sequence[RankStatus], shows_activity: bool) -> Group:
         parts = [rank.share, *(f"{format_bytes(size)} {name}" for size, name in sizes if size)]
         if shows_activity and rank.step is not None:
             parts.append(f"{rank.work}, step {rank.step:,}")
+        if shows_activity and rank.last_message_s is not None:
+            parts.append(f"last message {_age(rank.last_message_s)}")
         lines.append(Text(to_line(f"rank {rank.rank} on {rank.host}: {', '.join(filter(None, parts))}")))
     return Group(*lines)
 

@@ -14,7 +14,7 @@ from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.cli.output import print_note, slow_status, stderr
 from kimi_mlx.cli.placement import ALONE
-from kimi_mlx.cli.status_tables import TABLE_WIDTH, describe_ranks, facts_table, run_facts
+from kimi_mlx.cli.status_tables import describe_ranks, facts_table, run_facts
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.memory import HostMemory
@@ -22,6 +22,9 @@ from kimi_mlx.planner.search import Option, make_plan
 from kimi_mlx.session.model_status import ModelStatus
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.units import format_bytes, format_rate
+
+TABLE_WIDTH = 66
+"""Number of columns from which the memory of hosts is shown as a table."""
 
 
 class StatusCommands:
