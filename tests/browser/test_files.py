@@ -114,6 +114,11 @@ def test_text_files(running: RunningServer, open_page: OpenPage) -> None:
     stored = chat.run("async () => (await import('/page/store.js')).messages(location.hash.slice(2))")
     (sent,) = [message["content"] for message in stored if message["role"] == "user"]
     assert sent[0]["text"] == "notes.txt:\n`````\nGrüße ```` 你好\n`````"
+    attach(chat, "alone.txt", "text/plain", b"x")
+    chat.send("")
+    chat.wait_messages(2)
+    chat.wait_answer()
+    assert chat.find(".message.user .footer").last.inner_text() == "Edit"  # there is no text to copy
     attach(chat, "large.txt", "text/plain", b"x" * 2_000_000)
     chat.wait_text("at most 1.0 MB", "#banner")
     assert chat.find(".attachment").count() == 0

@@ -1,5 +1,7 @@
 // Requests to the server: the key, errors, and streams of server-sent events.
 
+import { text } from "./i18n.js";
+
 const KEY = "kimi-mlx-key";
 let keyInMemory = "";
 
@@ -66,6 +68,15 @@ async function errorOf(response) {
   return new ServerError(response.status, message, code, Number(response.headers.get("retry-after")) || null);
 }
 
+// Return the message for an error of the server.
+export function errorText({ status, message, retryAfter }) {
+  if (status === 0) return text("lostConnection");
+  if (status === 401) return text("keyWrong");
+  if (status === 429) return text("busy", { seconds: retryAfter ?? 5 });
+  if (status === 503) return text("notUp", { reason: message });
+  return text("failed", { message });
+}
+
 // Wait; rejects as a request does if it is aborted first.
 export function pause(milliseconds, signal = null) {
   return new Promise((resolve, reject) => {
@@ -108,9 +119,9 @@ export async function* readEvents(response) {
   }
 }
 
-function parseEvent(text) {
+function parseEvent(lines) {
   const event = { event: "message", data: "" };
-  for (const line of text.split("\n")) {
+  for (const line of lines.split("\n")) {
     if (line.startsWith("data: ")) event.data += line.slice(6);
     else if (line.startsWith("event: ")) event.event = line.slice(7);
   }

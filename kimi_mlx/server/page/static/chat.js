@@ -96,8 +96,7 @@ export class Chat {
     }
   }
 
-  // Stop the answer of a conversation that is deleted.
-  forget(id) {
+  stopAnswer(id) {
     this.answers.get(id)?.stop();
   }
 

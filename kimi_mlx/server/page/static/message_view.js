@@ -1,14 +1,13 @@
 // One message of a conversation: its parts, its footer, and its buttons.
 
-import { chipOf } from "./attachments.js";
+import { errorText } from "./api.js";
 import { copy } from "./clipboard.js";
 import { element } from "./dom.js";
+import { showEditForm } from "./edit_form.js";
 import { bytes, count, decimal, duration, text } from "./i18n.js";
-import { isSendKey } from "./keyboard.js";
 import { fenced, MarkdownView } from "./markdown.js";
 import { textOf } from "./messages.js";
-
-const MAX_EDIT_ROWS = 15;
+import { callNode, resultsForm } from "./tool_calls.js";
 
 // Shows a message. `actions` has functions: beginEdit, edit, retry, continueAnswer, select (another version), sendResults.
 export class MessageView {
@@ -26,20 +25,22 @@ export class MessageView {
       this.footer,
     );
     this.versions = versions;
-    if (message.role !== "assistant") this.showUser();
+    if (message.role !== "assistant") this.showContent();
   }
 
   showName(modelName) {
     if (this.message.role === "assistant") this.node.firstChild.textContent = modelName;
   }
 
-  // Return whether this view shows a message as it is now. Views with tool calls never do: the form for results depends on the branch.
+  // Return whether this view shows a message as it is now. One with tool calls is always drawn again: its form depends on the
+  // branch.
   isCurrent(message, versions) {
     const isSame = this.message === message && this.versions.length === versions.length;
     return isSame && !this.isEdited && !message.toolCalls && (message.role !== "assistant" || this.isFinished);
   }
 
-  showUser() {
+  // Show a message of the user, or the result of a tool.
+  showContent() {
     const { content, role, name } = this.message;
     const parts = typeof content === "string" ? [{ type: "text", text: content }] : content;
     if (role === "tool" && name) this.node.firstChild.textContent = `${text("tool")}: ${name}`;
@@ -52,66 +53,22 @@ export class MessageView {
     }
     if (role !== "user") return this.showFooter([]);
     const copied = textOf(content, { withFiles: false });
-    const copyButton = copied ? button(text("copy"), (event) => copy(copied, event.target)) : null;
-    this.showFooter([copyButton, button(text("edit"), () => this.edit())]);
+    const copyButtons = copied ? [button(text("copy"), (event) => copy(copied, event.target))] : [];
+    this.showFooter([...copyButtons, button(text("edit"), () => this.edit())]);
   }
 
-  // Show a form with the text and the files of the message.
+  // Show a form that changes the message.
   edit() {
-    const { content } = this.message;
-    const value = textOf(content, { withFiles: false });
-    const rows = Math.min(MAX_EDIT_ROWS, Math.max(3, value.split("\n").length));
-    const area = element("textarea", { rows: String(rows), dir: "auto", "aria-label": text("message"), value });
-    let files = typeof content === "string" ? [] : content.filter((part) => part.name || part.image_url);
-    const chips = element("div", { class: "row wrap" });
-    const showChips = () => chips.replaceChildren(...files.map((part) => chipOf(part, () => {
-      files = files.filter((other) => other !== part);
-      showChips();
-      area.focus();
-    })));
-    showChips();
-    const send = () => {
-      const written = area.value.trim();
-      if (!written && !files.length) return;
-      this.actions.edit(this.message, files.length ? [...files, ...(written ? [{ type: "text", text: written }] : [])] : written);
-    };
-    const leave = async () => {
-      await this.actions.redraw();
-      document.querySelector(`[data-id="${this.message.id}"] button`)?.focus();
-    };
-    const form = element(
-      "form",
-      {
-        class: "edit",
-        onsubmit: (event) => {
-          event.preventDefault();
-          send();
-        },
-        onkeydown: (event) => {
-          if (event.key === "Escape") {
-            event.stopPropagation();
-            leave();
-          } else if (isSendKey(event) && event.target === area) {
-            event.preventDefault();
-            send();
-          }
-        },
-      },
-      chips,
-      area,
-      element(
-        "div",
-        { class: "row end" },
-        element("button", { type: "button", onclick: leave }, text("cancel")),
-        element("button", { type: "submit", class: "primary" }, text("send")),
-      ),
-    );
     this.isEdited = true;
-    this.actions.beginEdit();
-    this.content.replaceChildren(form);
     this.footer.replaceChildren();
-    area.focus();
-    area.setSelectionRange(area.value.length, area.value.length);
+    this.actions.beginEdit();
+    showEditForm(this.content, this.message.content, {
+      onSend: (content) => this.actions.edit(this.message, content),
+      onCancel: async () => {
+        await this.actions.redraw();
+        document.querySelector(`[data-id="${this.message.id}"] button`)?.focus();
+      },
+    });
   }
 
   // Show an answer as it is now; `answer` is set while it streams.
@@ -136,7 +93,7 @@ export class MessageView {
     return isJson ? fenced(content, "json") : content;
   }
 
-  // Show the end of an answer.
+  // Show the complete answer, with its buttons.
   async finish() {
     const { message } = this;
     this.update();
@@ -168,35 +125,12 @@ export class MessageView {
 
   showCalls(message, answer) {
     const calls = message.toolCalls ?? [];
-    if (!calls.length) return;
+    if (!calls.length || this.hasForm) return;
     this.calls ??= this.content.appendChild(element("div", { class: "calls" }));
-    if (answer) {
-      this.calls.replaceChildren(...calls.map((call) => callNode(call)));
-      return;
-    }
-    if (this.hasForm) return;
-    this.hasForm = true;
-    const needsResults = message.finish === "tool_calls" && this.actions.needsResults(message) && calls.some((call) => !call.broken);
-    const areas = [];
-    const nodes = calls.flatMap((call) => {
-      if (!needsResults || call.broken) return [callNode(call)];
-      const label = { "aria-label": text("toolResult", { name: call.name }), placeholder: text("enterResult") };
-      areas.push(element("textarea", { rows: "2", ...label }));
-      return [callNode(call), areas.at(-1)];
-    });
-    const send = element("button", { type: "submit", class: "primary" }, text("sendResults"));
-    const form = element(
-      "form",
-      {
-        onsubmit: (event) => {
-          event.preventDefault();
-          this.actions.sendResults(message, areas.map((area) => area.value));
-        },
-      },
-      ...nodes,
-      needsResults ? send : null,
-    );
-    this.calls.replaceChildren(form);
+    const isWaiting = !answer && message.finish === "tool_calls" && this.actions.needsResults(message);
+    this.hasForm = isWaiting && calls.some((call) => !call.broken); // which keeps what the user has entered
+    if (this.hasForm) this.calls.replaceChildren(resultsForm(calls, (results) => this.actions.sendResults(message, results)));
+    else this.calls.replaceChildren(...calls.map(callNode));
   }
 
   showProgress(answer) {
@@ -264,22 +198,10 @@ function fileNode(part) {
   return element("details", { class: "file" }, summary, element("pre", { class: "result", tabindex: "0" }, lines));
 }
 
-// Return how long the model thought. An imported answer does not say it.
+// Return the heading of the reasoning: how long the model thought, which an imported answer may not say.
 function thoughtOf(seconds) {
   if (seconds === undefined) return text("thoughts");
   return seconds < 1 ? text("thoughtBriefly") : text("thought", { time: duration(seconds) });
-}
-
-function callNode(call) {
-  let json = call.arguments;
-  try {
-    json = JSON.stringify(JSON.parse(json), null, 2);
-  } catch {
-    // still being written, or not JSON: shown as it is
-  }
-  const remark = call.broken ? ` (${text("brokenCall")})` : "";
-  const name = element("strong", {}, text("toolCall", { name: call.name }) + remark);
-  return element("div", { class: "call" }, name, element("pre", { tabindex: "0" }, json));
 }
 
 function remarkOf(message) {
@@ -292,15 +214,6 @@ function remarkOf(message) {
   if (message.finish === "length") return text("lengthLimit");
   if (message.finish === null) return text("cutOff");
   return message.content || message.toolCalls?.length ? "" : text("emptyAnswer");
-}
-
-// Return the message for an error of the server.
-export function errorText({ status, message, retryAfter }) {
-  if (status === 0) return text("lostConnection");
-  if (status === 401) return text("keyWrong");
-  if (status === 429) return text("busy", { seconds: retryAfter ?? 5 });
-  if (status === 503) return text("notUp", { reason: message });
-  return text("failed", { message });
 }
 
 const shortTime = (ms) => (ms < 1000 ? text("milliseconds", { milliseconds: Math.round(ms) }) : duration(ms / 1000));
