@@ -5,7 +5,7 @@ Letters: B batch, L length, D hidden_size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -44,15 +44,25 @@ class SequenceSlice:
 class CapturedStates:
     """The captured states of one call of Model.hidden: inputs of some layers, of all L tokens.
 
+    In a pipeline the last rank sends most of them back. Do not use those of a step without logits before the next step
+    was launched, or the ranks wait for each other; and use or `receive` those of every step.
+
     Args:
-        parts: (B, L, D) of each captured layer, in the order of the layers.
+        parts: (B, L, D) of each captured layer of this rank, in the order of the layers.
     """
 
     def __init__(self, parts: Sequence[mx.array]):
         self._parts = parts
 
+    def receive(self) -> None:
+        """Start to receive the states of other ranks, if there are any. Does not wait for them."""
+
     def array(self) -> mx.array:
-        """Return the states side by side, (B, L, layers * D)."""
+        """Return the states side by side, (B, L, layers * D). Waits on the CPU for those of a late rank.
+
+        Raises:
+            RingError: a rank is lost.
+        """
         return mx.concatenate(list(self._parts), axis=-1)
 
 
@@ -98,6 +108,9 @@ class Communicator:
             num_logits: number of logits that will be computed.
         """
         return hidden[:, :num_logits]
+
+    def set_captured_layers(self, layers: Collection[int]) -> None:
+        """Set the layers whose inputs are captured from the next step on, the same on all ranks."""
 
     def capture(self, states: Sequence[mx.array]) -> CapturedStates | None:
         """Return the captured states of all ranks in the step that is sent next, on the leader.
@@ -200,6 +213,7 @@ class Model(nn.Module):
     def set_communicator(self, communicator: Communicator) -> None:
         """Use another communicator from the next step on."""
         self.communicator = communicator
+        communicator.set_captured_layers(self._captured_layers)
         for layer in self.layers:
             layer.communicator = communicator
 
@@ -213,6 +227,7 @@ class Model(nn.Module):
             layers: numbers of the layers, from 0; none switches it off.
         """
         self._captured_layers, self.captured = frozenset(layers), None
+        self.communicator.set_captured_layers(self._captured_layers)
 
     @property
     def dtype(self) -> mx.Dtype:

@@ -209,7 +209,7 @@ def _communicator(group: Group, placement: Placement, config: ModelConfig, dtype
     if not placement.is_sharded("layers"):
         return SumCommunicator(group, placement)
     assert isinstance(group, MlxGroup)
-    return PipelineCommunicator(group, config.hidden_size, dtype)
+    return PipelineCommunicator(group, config.hidden_size, dtype, [share.layers for share in placement.shares])
 
 
 def _checkpoint_identity(folder: Path, placement: Placement) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from kimi_mlx.engine.events import Finished, Token
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import EngineError, RingError
 from kimi_mlx.model.config import load_config
+from kimi_mlx.model.decoder import CapturedStates, Model, SequenceSlice
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
 from kimi_mlx.parallel.placement import place
 from kimi_mlx.weights.assemble import load_model
@@ -63,6 +65,18 @@ class CountingLinks:
         return x[None]  # all are on this machine
 
 
+class UnbufferedLinks(CountingLinks):
+    """Links without buffers: a sender waits until the receiver takes the message."""
+
+    def send(self, x: mx.array, rank: int) -> mx.array:
+        super().send(x, rank)
+        deadline = time.monotonic() + PATIENCE_S
+        while not self._links[rank].empty():
+            assert time.monotonic() < deadline, "the ranks wait for each other"
+            time.sleep(0.001)
+        return x
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_divisible(tmp_path_factory.mktemp("pipeline"), "k2", layers=4)
@@ -72,33 +86,50 @@ Found = dict[int, list[int]]
 Work = Callable[[Engine, Found], None]
 
 
-def run_ranks(folder: Path, size: int, work: Work, **options: Any) -> tuple[list[Found], list[CountingLinks]]:
+def run_ranks(
+    folder: Path, size: int, work: Work, captured_layers: Sequence[int] = (), **options: Any
+) -> tuple[list[Found], list[CountingLinks]]:
     """Run the same function on each rank in a thread; return the tokens that each rank learned, and the links."""
-    config = load_config(folder)
-    placement = place(
-        config, "pipeline", size, split_granularity_of(open_checkpoint(folder, config).checkpoint, "pipeline")
-    )
-    queues: Links = [queue.SimpleQueue() for _ in range(size)]
-    links = [CountingLinks(rank, queues) for rank in range(size)]
     found: list[Found] = [{} for _ in range(size)]
+
+    def run(rank: int, model: Model) -> None:
+        model.capture(captured_layers)
+        work(Engine(model, prefill_chunk=16, **options), found[rank])
+
+    return found, run_models(folder, size, run)
+
+
+def run_models(
+    folder: Path,
+    size: int,
+    run: Callable[[int, Model], None],
+    strategy: str = "pipeline",
+    kind: type[CountingLinks] = CountingLinks,
+) -> list[CountingLinks]:
+    """Run a function of a rank and its share of the model on each rank in a thread; return the links."""
+    config = load_config(folder)
+    granularity = split_granularity_of(open_checkpoint(folder, config).checkpoint, "pipeline")
+    placement = place(config, strategy, size, granularity)
+    layers = [share.layers for share in placement.shares]
+    queues: Links = [queue.SimpleQueue() for _ in range(size)]
+    links = [kind(rank, queues) for rank in range(size)]
     failures: list[BaseException] = []
 
-    def run(rank: int) -> None:
+    def run_rank(rank: int) -> None:
         try:
-            communicator = PipelineCommunicator(links[rank], config.hidden_size, mx.float32)
-            model = load_model(folder, config, mx.float32, placement.shares[rank], communicator)
-            work(Engine(model, prefill_chunk=16, **options), found[rank])
+            communicator = PipelineCommunicator(links[rank], config.hidden_size, mx.float32, layers)
+            run(rank, load_model(folder, config, mx.float32, placement.shares[rank], communicator))
         except BaseException as error:  # raised again below
             failures.append(error)
 
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    threads = [threading.Thread(target=run_rank, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
     if failures:
         raise failures[0]
-    return found, links
+    return links
 
 
 def run_one(folder: Path, work: Work) -> Found:
@@ -179,6 +210,68 @@ def test_step_sends_one_message_per_rank(folder: Path, size: int) -> None:
     steps = 3 + 9  # chunks of the prompt, then tokens after the first; the last rank answers only steps with logits
     assert [(each.sent, each.received) for each in links[:-1]] == [(steps, 10), *[(steps, steps)] * (size - 2)]
     assert (links[-1].sent, links[-1].received) == (10, steps)
+
+
+STEPS = [[(16, 0)], [(16, 0)], [(16, 0)], [(8, 1)], [(1, 1), (4, 4)], [(4, 0), (1, 1)], [(16, 0)]]
+"""Steps as pairs of a length and a number of logits for each sequence; sequences are numbered in their order."""
+
+
+def run_steps(model: Model, tokens: mx.array) -> list[CapturedStates | None]:
+    """Run STEPS on a rank, and compute their logits one step later, as the engine does."""
+    caches, found, previous = [model.make_cache(), model.make_cache()], [], None
+    for parts in STEPS:
+        if isinstance(model.communicator, PipelineCommunicator):
+            model.communicator.set_header(0, 0)
+        if previous is not None:
+            mx.eval(model.logits(previous))
+        total = sum(length for length, _ in parts)
+        slices = [SequenceSlice(cache, *part) for cache, part in zip(caches, parts, strict=False)]
+        hidden = model.hidden(tokens[:, :total], slices)
+        mx.eval(hidden, [cache.state for each in caches for cache in each])
+        previous = hidden if model.has_head and sum(count for _, count in parts) else None
+        found.append(model.captured)
+    return found
+
+
+@pytest.mark.parametrize("kind", [CountingLinks, UnbufferedLinks])
+@pytest.mark.parametrize(
+    ("strategy", "layers"),
+    [
+        ("pipeline:1:1", (0, 2, 3)),
+        ("pipeline:3:1", (1, 2)),  # no other rank captures
+        ("pipeline:1:2:1", (1, 2, 3)),
+        ("pipeline:1:1:1:1", (0, 2, 3)),
+    ],
+)
+def test_captured_states_have_the_bits_of_a_single_rank(
+    folder: Path, strategy: str, layers: tuple[int, ...], kind: type[CountingLinks]
+) -> None:
+    config = load_config(folder)
+    tokens = mx.array(np.random.default_rng(1).integers(0, config.vocab_size, (1, 16)))
+    alone = load_model(folder, config, mx.float32)
+    alone.capture(layers)
+    expected = [np.array(states.array()) for states in run_steps(alone, tokens) if states is not None]
+    assert len(expected) == len(STEPS)
+    found: list[np.ndarray] = []
+
+    def run(rank: int, model: Model) -> None:
+        model.capture(layers)
+        states = run_steps(model, tokens)
+        if rank == 0:
+            found.extend(np.array(each.array()) for each in states if each is not None)
+        else:
+            assert states == [None] * len(STEPS)
+
+    run_models(folder, strategy.count(":"), run, strategy, kind)
+    for got, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_the_engine_generates_the_same_tokens_while_states_are_captured(folder: Path, speculate: int) -> None:
+    work = answering([LONG, MIDDLE, SHORT], late=[SAMPLED, MIDDLE])
+    found, _ = run_ranks(folder, 3, work, captured_layers=(0, 2, 3), speculate=speculate)
+    assert found[0] == run_one(folder, work)
 
 
 def test_data_of_another_step_raises_ring_error(folder: Path) -> None:

@@ -18,6 +18,7 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.all_reduce import tune_all_reduce
 from kimi_mlx.parallel.group import MlxGroup, gather_on_host
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
+from kimi_mlx.parallel.placement import Range
 from kimi_mlx.rank import main as rank
 from kimi_mlx.rank.channel import Channel
 from kimi_mlx.runtime.load import load_share
@@ -156,6 +157,9 @@ def test_the_host_only_group_refuses_what_a_gpu_would_wait_for() -> None:
         group.gather(mx.array([1, 2])).min(axis=0)
 
 
+LAYERS = [Range(0, 1), Range(1, 2)]
+
+
 class LazyLinks:
     """Neighbours whose messages are never there yet: a received array is a lazy sort of zeros."""
 
@@ -181,7 +185,7 @@ def graph_of(*arrays: mx.array, folder: Path) -> str:
 
 
 def test_what_a_prefill_step_receives_is_evaluated_before_layers_are_built_on_it(tmp_path: Path) -> None:
-    communicator = PipelineCommunicator(LazyLinks(), 8, mx.float32)
+    communicator = PipelineCommunicator(LazyLinks(), 8, mx.float32, LAYERS)
     tokens = mx.zeros((1, 4), mx.int32)
 
     def receives_lazily(has_prefill: bool) -> bool:
@@ -199,7 +203,7 @@ def test_what_a_prefill_step_receives_is_evaluated_before_layers_are_built_on_it
 def test_rank_0_evaluates_the_last_hidden_states_of_a_prefill(tmp_path: Path) -> None:
     links = LazyLinks()
     links.rank = 0
-    communicator = PipelineCommunicator(links, 8, mx.float32)
+    communicator = PipelineCommunicator(links, 8, mx.float32, LAYERS)
     communicator.set_header(0, 0)
     communicator.expect_long_steps()
     hidden = communicator.send_to_next_stage(mx.zeros((1, 4, 8)), mx.zeros((1, 4), mx.int32), 1)
