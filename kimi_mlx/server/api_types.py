@@ -50,6 +50,7 @@ class ChatRequest(GenerationParams, AnswerFormat):
         thinking: whether the model reasons first; None leaves it to the template.
         template_kwargs: other variables of the chat template, such as `preserve_thinking`.
         partial: beginning of the assistant's message, which the answer continues without repeating it.
+        partial_reasoning: reasoning before that beginning.
         call_id_prefix: prefix of the ids of new tool calls if the conversation has no calls yet; None uses Kimi's ids.
     """
 
@@ -60,6 +61,7 @@ class ChatRequest(GenerationParams, AnswerFormat):
     thinking: bool | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     partial: str | None = None
+    partial_reasoning: str = ""
     call_id_prefix: str | None = None
 
 

@@ -172,6 +172,7 @@ class PromptBuilder:
         if request.partial is not None:
             tokenizer = self.tokenizer.tokenizer
             if opens_reasoning(tokenizer, prompt.ids):  # text of the answer comes after the reasoning
+                prompt.ids.extend(tokenizer.encode(request.partial_reasoning))
                 prompt.ids.append(tokenizer.special_tokens[THINK_END])
             prompt.ids.extend(tokenizer.encode(request.partial))
         return prompt, ids
@@ -216,7 +217,7 @@ class PromptBuilder:
         calls = [call for message in request.messages for call in message.tool_calls]
         texts = [text for message in request.messages for text in texts_of(message.content)]
         texts += [call.arguments for call in calls]
-        texts.append(request.partial or "")
+        texts += [request.partial_reasoning, request.partial or ""]
         others = [text for message in request.messages for text in (message.reasoning_content, message.name) if text]
         others += [call.name for call in calls]
         return texts + [text for text in others if len(text) > USUAL_CHARS_PER_TOKEN * self.context_tokens]

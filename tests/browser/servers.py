@@ -92,9 +92,17 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_server(port: int) -> subprocess.Popen[str]:
+def start_server(port: int, *options: str) -> subprocess.Popen[str]:
     """Start `kimi-mlx serve` as a process."""
-    command = [sys.executable, "-m", "kimi_mlx", "serve", "--port", str(port)]
+    return _started([sys.executable, "-m", "kimi_mlx", "serve", "--port", str(port), *options])
+
+
+def start_slow_server(port: int, pause_s: float = 0.1) -> subprocess.Popen[str]:
+    """Start a server with a pause after each token as a process."""
+    return _started([sys.executable, "-m", "tests.browser.slow_server", str(port), str(pause_s)])
+
+
+def _started(command: list[str]) -> subprocess.Popen[str]:
     process = start(command, cwd=ROOT, text=True)
     assert process.stderr is not None
     while "try:" not in (line := process.stderr.readline()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from contextlib import closing
 
 import httpx2
@@ -17,7 +18,7 @@ from kimi_mlx.server.server import ServingOptions
 from kimi_mlx.session.ring import RingSession
 from kimi_mlx.session.session import EventCallback, Session, SessionOptions
 from tests.browser.conftest import OpenPage
-from tests.browser.servers import free_port, slow_down, start_server
+from tests.browser.servers import free_port, slow_down, start_server, start_slow_server
 from tests.fakes import KIMI_MINI
 from tests.server.running_server import RunningServer, serving
 
@@ -129,26 +130,97 @@ def test_a_server_that_is_killed_and_back(open_page: OpenPage) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_in_mid_answer(open_page: OpenPage) -> None:
-    """The part of the answer that came is kept."""
+def test_an_answer_continues_after_its_server_was_killed(open_page: OpenPage) -> None:
+    """Without a click, and with the same text as without the loss, because it is greedy."""
     port = free_port()
     process = start_server(port)
+    chat = open_page(f"http://127.0.0.1:{port}")
+    chat.click("Settings")
+    chat.page.get_by_label("Temperature").fill("0")
+    chat.click("Save")
+    whole = chat.ask("What are you?")
+    end(process)
+    process = start_slow_server(port)
+    chat.wait_text("The server is back", "#banner")
+    chat.click("Retry")
+    chat.find("#stop").wait_for()
+    chat.wait_text("I am kimi-mini", ".message.assistant .markdown")
+    end(process)
+    chat.wait_text("continues once the server is back", ".notice")
+    partial = chat.answer
+    assert whole.startswith(partial)
+    assert partial != whole
+    start_server(port)
+    assert chat.wait_answer() == whole
+    assert chat.remark == ""
+    chat.page.reload()
+    assert chat.wait_answer() == whole
+
+
+@pytest.mark.slow
+def test_an_answer_continues_after_its_server_was_restarted(
+    session: Session, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is stopped says so to the page."""
+    port = free_port()
+    slow_down(monkeypatch, session, 0.1)
+    with serving(session, port=port) as server:
+        chat = open_page(server.url)
+        chat.send("What are you?")
+        chat.wait_text("I am kimi-mini", ".markdown")
+    chat.wait_text("continues once the server is back", ".notice")
+    partial = chat.answer
+    with serving(session, port=port):
+        answer = chat.wait_answer()
+        assert answer.startswith(partial)
+        assert len(answer) > len(partial)
+        assert chat.remark == ""
+        chat.page.close()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_in_mid_answer(open_page: OpenPage) -> None:
+    """Stop keeps what has come. Without it, an answer that keeps to a schema starts again once the server is back."""
+    port = free_port()
+    process = start_slow_server(port)
     chat = open_page(f"http://127.0.0.1:{port}")
     chat.click("Settings")
     chat.page.get_by_label("JSON schema").fill('{"type": "string", "minLength": 4000}')
     chat.click("Save")
     chat.send("Write much.")
     chat.find(".markdown .code").wait_for()
-    process.kill()
-    process.wait()
+    end(process)
+    chat.wait_text("continues once the server is back", ".notice")
+    chat.click("Stop")
     chat.wait_answer()
-    assert "The answer so far is kept" in chat.remark
+    assert "stopped" in chat.remark
+    assert not chat.has_button("Continue")  # a schema cannot be continued
     partial = chat.answer
     assert partial
-    start_server(port)
+    process = start_slow_server(port)
     chat.wait_text("The server is back", "#banner")
     chat.page.reload()
     assert json_of(chat.wait_answer()) == json_of(partial)  # plain text while the server was gone
+    chat.click("Retry")
+    chat.find("#stop").wait_for()
+    chat.find(".markdown .code").wait_for()
+    end(process)
+    chat.wait_text("continues once the server is back", ".notice")
+    chat.run("""() => { window.notices = []; new MutationObserver(() => {
+      const notice = document.querySelector('.notice')?.textContent;
+      if (notice) window.notices.push(notice);
+    }).observe(document.getElementById('log'), { childList: true, subtree: true }); }""")
+    start_server(port)
+    chat.wait_true("() => window.notices.some((notice) => notice.includes('starts again'))")
+    chat.find(".markdown .code").wait_for()
+    chat.click("Stop")
+    chat.wait_answer()
+    assert "stopped" in chat.remark
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
 
 
 def json_of(answer: str) -> list[str]:

@@ -63,6 +63,7 @@ def serving(
     context_tokens: int | None = None,
     folder: Path = KIMI_MINI,
     ranks: int = 1,
+    port: int = 0,
 ) -> Iterator[RunningServer]:
     """Serve kimi-mini. The session stays open.
 
@@ -72,6 +73,7 @@ def serving(
         context_tokens: size of the context; None uses the model's own.
         folder: folder of the tokenizer.
         ranks: number of ranks of the session.
+        port: port to listen on; 0 picks a free one.
     """
     context_tokens = context_tokens or load_config(folder).max_position_embeddings
     model_info = ModelInfo("kimi-mini", ("mini",), context_tokens, int(time.time()))
@@ -79,7 +81,7 @@ def serving(
         "kimi-mini", "hybrid", local_cluster(ranks) if ranks > 1 else None, load_config(folder)
     )
     server = Server(session, ChatTokenizer.load(folder), model_info, {}, deployment, options or ServingOptions())
-    with closing(ServerSocket("127.0.0.1", 0)) as server_socket:
+    with closing(ServerSocket("127.0.0.1", port)) as server_socket:
         thread = threading.Thread(target=server.run, args=([server_socket.socket],), daemon=True)
         url, port = server_socket.url, server_socket.port
         thread.start()

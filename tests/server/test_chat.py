@@ -184,8 +184,10 @@ def test_earlier_reasoning_is_kept_on_request(client: openai.OpenAI) -> None:
 
 def test_a_partial_answer_is_continued(client: openai.OpenAI) -> None:
     partial = {"role": "assistant", "content": "Hello! I am", "partial": True}
-    answer = complete(client, [*HI, partial]).choices[0].message
-    assert answer.content == HELLO.removeprefix("Hello! I am")
+    answer = complete(client, [*HI, partial])
+    assert answer.choices[0].message.content == HELLO.removeprefix("Hello! I am")
+    with_reasoning = complete(client, [*HI, {**partial, "reasoning_content": "A greeting. " * 20}], max_tokens=1)
+    assert with_reasoning.usage.prompt_tokens > answer.usage.prompt_tokens + 20
 
 
 @pytest.mark.slow

@@ -227,7 +227,7 @@ class ChatBody(GenerationBody):
         Raises:
             ApiError: the body is contradictory, or uses a feature that is not supported.
         """
-        messages, part_places, partial = _messages(self.messages)
+        messages, part_places, last = _messages(self.messages)
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "`top_logprobs` needs `logprobs` to be true", "invalid_value", "top_logprobs")
         tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools or ())
@@ -246,7 +246,8 @@ class ChatBody(GenerationBody):
             response_schema_name=self._response_schema_name,
             thinking=self._thinking(),
             template_kwargs=self.chat_template_kwargs or {},
-            partial=partial,
+            partial=None if last is None else _text(last),
+            partial_reasoning="" if last is None else last.reasoning_content or "",
         )
 
     def _tool_choice(self) -> str | dict[str, str]:
@@ -278,8 +279,8 @@ class ChatBody(GenerationBody):
         return None if self.reasoning_effort is None else self.reasoning_effort != "none"
 
 
-def _messages(body: list[ChatMessage]) -> tuple[tuple[Message, ...], Mapping[int, tuple[str, ...]], str | None]:
-    """Return the messages, the locations of their parts, and separately the text of the last one if it is partial."""
+def _messages(body: list[ChatMessage]) -> tuple[tuple[Message, ...], Mapping[int, tuple[str, ...]], Message | None]:
+    """Return the messages, the locations of their parts, and separately the last one if it is partial."""
     messages: list[Message] = []
     part_places: dict[int, tuple[str, ...]] = {}
     for at, message in enumerate(body):
@@ -290,9 +291,13 @@ def _messages(body: list[ChatMessage]) -> tuple[tuple[Message, ...], Mapping[int
     if body[-1].role != "assistant":
         param = f"messages[{len(body) - 1}].partial"
         raise ApiError(400, "only a message of role `assistant` can be `partial`", param=param)
-    last = messages.pop().content
-    assert isinstance(last, str)
+    last = messages.pop()
     return tuple(messages), part_places, last
+
+
+def _text(message: Message) -> str:
+    assert isinstance(message.content, str)
+    return message.content
 
 
 def _message(message: ChatMessage, content: Content, location: str) -> Message:

@@ -34,6 +34,17 @@ def builder() -> PromptBuilder:
     return PromptBuilder(ChatTokenizer.load(KIMI_MINI), 2000, {})
 
 
+def test_the_reasoning_of_a_partial_answer_comes_before_it(builder: PromptBuilder) -> None:
+    tokenizer = builder.tokenizer.tokenizer
+    prompts = [
+        builder.prepare(ChatRequest(messages=HI, partial=partial, partial_reasoning=reasoning)).request.prompt
+        for partial, reasoning in ((None, ""), ("So", ""), ("So", "They greet."))
+    ]
+    end = [tokenizer.special_tokens["</think>"], *tokenizer.encode("So")]
+    assert list(prompts[1]) == [*prompts[0], *end]
+    assert list(prompts[2]) == [*prompts[0], *tokenizer.encode("They greet."), *end]
+
+
 def refusal(builder: PromptBuilder, request: ChatRequest) -> ApiError | None:
     """Return the error of a request; None if it can be served."""
     try:

@@ -1,19 +1,25 @@
 // An answer of the model while it streams: from events to a message record.
 
-import { pause, readEvents, request, ServerError } from "./api.js";
+import { getJson, pause, readEvents, request, ServerError } from "./api.js";
+import { canContinue } from "./messages.js";
 import * as store from "./store.js";
 
 const SAVE_EVERY_MS = 500;
 const MAX_ATTEMPTS = 6; // while the server's queue is full
 const BUSY_SECONDS = 5; // between attempts, if the server does not say
+const AWAY_MS = 3000; // between checks whether the server is back
+const MAX_AWAY_MS = 3_600_000; // after which an unfinished answer is not continued automatically
+const MAX_LOSSES = 3; // of the connection in a row, without new text
 
-// Receives one answer into a message record; `onUpdate` is called with it after each change.
+// Receives one answer into a message record; `onUpdate` is called with it after each change. If the connection is lost,
+// the answer is continued once the server is back, as long as it has the model `modelId`.
 export class Answer {
-  constructor(message, onUpdate) {
+  constructor(message, modelId, onUpdate) {
     this.message = message;
+    this.modelId = modelId;
     this.onUpdate = onUpdate;
     this.progress = null; // {processed, total, seconds} of the prompt
-    this.notice = null; // of the ring: it was lost, or is back
+    this.notice = null; // {type, reason} of the ring or the server: it was lost, or is back
     this.busySeconds = null; // seconds until the next attempt, while the server's queue is full
     this.startedAt = performance.now();
     this.chunks = 0;
@@ -25,19 +31,20 @@ export class Answer {
     this.controller.abort();
   }
 
-  async run(body) {
+  // Receive the answer. `newBody` returns the body of a request for the rest of it.
+  async run(newBody) {
     const { message } = this;
     message.finish = null; // null marks an unfinished answer, also after a reload
     delete message.error;
     await store.saveMessage(message);
     try {
-      const response = await this.send(body);
-      for await (const { data } of readEvents(response)) {
-        if (data === "[DONE]") break;
-        this.add(JSON.parse(data));
-        await this.saveSometimes();
+      while (message.finish === null) {
+        try {
+          await this.receive(newBody());
+        } catch (error) {
+          if (!(await this.recover(error))) throw error;
+        }
       }
-      if (message.finish === null) throw new ServerError(0, "");
     } catch (error) {
       if (error.name === "AbortError") message.finish = "stopped";
       else {
@@ -50,6 +57,61 @@ export class Answer {
     for (const call of message.toolCalls ?? []) call.broken = !isJsonObject(call.arguments);
     await this.save();
     this.onUpdate(this);
+  }
+
+  async receive(body) {
+    const response = await this.send(body);
+    this.hasStarted = true;
+    for await (const { data } of readEvents(response)) {
+      if (data === "[DONE]") break;
+      this.add(JSON.parse(data));
+      await this.saveSometimes();
+    }
+    if (this.message.finish === null) throw new ServerError(0, "");
+  }
+
+  // If the connection was lost in mid-answer, wait until the server is back; resolves with whether it is.
+  async recover(error) {
+    const isLost = error.status === 0 || error.code === "stopping";
+    if (!isLost || !this.hasStarted || this.controller.signal.aborted) return false;
+    this.losses = this.chunks === this.chunksAtLoss ? this.losses + 1 : 1;
+    this.chunksAtLoss = this.chunks;
+    if (this.losses > MAX_LOSSES) return false;
+    this.progress = null;
+    this.notice = { type: "serverLost" };
+    this.onUpdate(this);
+    if (!(await this.waitForServer())) return false;
+    const isContinued = canContinue(this.message);
+    if (!isContinued) this.reset();
+    this.notice = { type: isContinued ? "serverBack" : "startedAgain" };
+    this.onUpdate(this);
+    return true;
+  }
+
+  // Wait for the server; resolves with whether it is back with the same model.
+  async waitForServer() {
+    const { signal } = this.controller;
+    const deadline = Date.now() + MAX_AWAY_MS;
+    while (Date.now() < deadline) {
+      await pause(AWAY_MS, signal);
+      try {
+        const status = await getJson("v1/cluster", { signal });
+        if (status.is_up) return !this.modelId || status.model === this.modelId;
+      } catch (error) {
+        if (error.name === "AbortError") throw error;
+        if (error.status === 401) return true; // the next request asks the user for the key
+      }
+    }
+    return false;
+  }
+
+  // Drop what has come of the answer.
+  reset() {
+    const { message } = this;
+    message.content = "";
+    for (const name of ["reasoning", "thoughtSeconds", "toolCalls", "usage", "timings"]) delete message[name];
+    delete this.thinkingSince;
+    this.isReset = true;
   }
 
   // Send the request, several times if the server's queue is full.

@@ -88,7 +88,8 @@ export class Chat {
     this.elsewhere.set(message.id, setTimeout(forget, OTHER_TAB_MS));
     this.messages.set(message.id, message);
     const view = this.views.get(message.id);
-    if (!timer || !view) this.draw(true);
+    const hasLess = message.content.length < (view?.message.content.length ?? 0); // it starts again
+    if (!timer || !view || hasLess) this.draw(true);
     else {
       view.message = message;
       view.update({ message, isElsewhere: true });
@@ -228,21 +229,22 @@ export class Chat {
     await this.stopAndWait();
     const { settings } = this.conversation;
     const message = this.addMessage("assistant", "", parent, settings.schema ? { isJson: true } : {});
-    await this.run(message, requestBody(branch(this.messages, parent), settings));
+    await this.run(message);
   }
 
   // Let the model continue an answer that was cut.
   async continueAnswer(message) {
     await this.stopAndWait();
-    const path = branch(this.messages, message.parent);
-    await this.run(message, requestBody(path, this.conversation.settings, message.content));
+    await this.run(message);
   }
 
   // Run an answer; the user may show other conversations meanwhile.
-  async run(message, body) {
+  async run(message) {
     const { conversation } = this;
+    const { settings } = conversation;
+    const path = branch(this.messages, message.parent);
     let isDrawn = true;
-    const answer = new Answer(message, () => {
+    const answer = new Answer(message, this.model.id, () => {
       if (!isDrawn) return;
       isDrawn = false; // at most once a frame
       requestAnimationFrame(() => {
@@ -253,17 +255,17 @@ export class Chat {
     answer.conversation = conversation;
     this.answers.set(conversation.id, answer);
     this.announce(text("answering"));
-    answer.ended = this.complete(answer, body);
+    answer.ended = this.complete(answer, () => requestBody(path, settings, message));
     this.draw();
     this.save();
     await answer.ended;
   }
 
   // Receive an answer until its end.
-  async complete(answer, body) {
+  async complete(answer, newBody) {
     const { conversation, message } = answer;
     try {
-      do await answer.run(body);
+      do await answer.run(newBody);
       while (message.error?.status === 401 && (await this.askKey()));
     } catch (error) {
       this.onServerError({ status: -1, message: text("storageFull", { message: error.message }) });
@@ -285,7 +287,10 @@ export class Chat {
 
   showAnswer(answer) {
     if (this.answer !== answer) return;
-    this.views.get(answer.message.id)?.update(answer);
+    if (answer.isReset) {
+      answer.isReset = false;
+      this.draw(true);
+    } else this.views.get(answer.message.id)?.update(answer);
     this.follow();
     this.showUsage();
   }

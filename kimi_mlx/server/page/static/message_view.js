@@ -6,7 +6,7 @@ import { element } from "./dom.js";
 import { showEditForm } from "./edit_form.js";
 import { bytes, count, decimal, duration, text } from "./i18n.js";
 import { fenced, MarkdownView } from "./markdown.js";
-import { textOf } from "./messages.js";
+import { canContinue, textOf } from "./messages.js";
 import { callNode, resultsForm } from "./tool_calls.js";
 
 // Shows a message. `actions` has functions: beginEdit, edit, retry, continueAnswer, select (another version), sendResults.
@@ -103,7 +103,7 @@ export class MessageView {
     const buttons = [button(text("retry"), () => this.actions.retry(message))];
     if (message.content) {
       buttons.unshift(button(text("copy"), (event) => copy(message.content, event.target)));
-      if (message.finish !== "stop" && !message.toolCalls?.length) {
+      if (message.finish !== "stop" && canContinue(message)) {
         buttons.push(button(text("continueAnswer"), () => this.actions.continueAnswer(message)));
       }
     }
@@ -140,8 +140,7 @@ export class MessageView {
     const { progress, notice, busySeconds } = answer;
     if (busySeconds) this.progress = element("p", { class: "notice" }, text("busyRetry", { seconds: busySeconds }));
     else if (notice) {
-      const line = notice.type === "resumed" ? text("ringBack") : text("ringNotice", { reason: notice.reason ?? "" });
-      this.progress = element("p", { class: "notice", role: "status" }, line);
+      this.progress = element("p", { class: "notice", role: "status" }, noticeText(notice));
     } else if (progress && progress.processed < progress.total) {
       const done = progress.processed - progress.cache;
       const rest = done > 0 ? (progress.seconds / done) * (progress.total - progress.processed) : null;
@@ -196,6 +195,14 @@ function fileNode(part) {
   const lines = part.text.split("\n").slice(2, -1).join("\n"); // without its name and the fence
   const summary = element("summary", {}, `${part.name} · ${bytes(new Blob([lines]).size)}`);
   return element("details", { class: "file" }, summary, element("pre", { class: "result", tabindex: "0" }, lines));
+}
+
+function noticeText({ type, reason }) {
+  if (type === "resumed") return text("ringBack");
+  if (type === "serverLost") return text("answerWaits");
+  if (type === "serverBack") return text("answerContinues");
+  if (type === "startedAgain") return text("answerStartsAgain");
+  return text("ringNotice", { reason: reason ?? "" });
 }
 
 // Return the heading of the reasoning: how long the model thought, which an imported answer may not say.

@@ -27,3 +27,6 @@ export function newestLeaf(tree, message) {
     message = children.reduce((newest, item) => (item.created > newest.created ? item : newest));
   }
 }
+
+// Return whether the model can continue an answer. A tool call, or JSON that keeps to a schema, can only start again.
+export const canContinue = (message) => Boolean(message.content) && !message.isJson && !message.toolCalls?.length;

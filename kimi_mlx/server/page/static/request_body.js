@@ -1,20 +1,22 @@
 // The body of a request for an answer, in OpenAI's format.
 
+import { canContinue } from "./messages.js";
 import { NUMBERS } from "./settings.js";
 
-// Return the body for the messages of a branch, with the settings of the conversation. `partial` is the beginning of the
-// answer if the model is to continue it.
-export function requestBody(path, settings, partial = "") {
+// Return the body for the messages of a branch, with the settings of the conversation. What has come of the answer is
+// continued if that is possible.
+export function requestBody(path, settings, answer) {
   const messages = path.map(toOpenAI);
   if (settings.system) messages.unshift({ role: "system", content: settings.system });
-  if (partial) messages.push({ role: "assistant", content: partial, partial: true });
+  const isContinued = canContinue(answer);
+  if (isContinued) messages.push({ ...toOpenAI(answer), partial: true });
   const body = { messages, stream: true, return_progress: true, stream_options: { include_usage: true } };
   for (const { name } of NUMBERS) {
     if (settings[name] !== undefined) body[name] = settings[name];
   }
   if (settings.thinking !== undefined) body.thinking = { type: settings.thinking ? "enabled" : "disabled" };
   if (settings.tools?.length) body.tools = settings.tools;
-  if (settings.schema) {
+  if (settings.schema && !isContinued) {
     body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: settings.schema } };
   }
   return body;
