@@ -107,7 +107,7 @@ def _as_down(document: Mapping[str, Any], error: ServerError) -> Mapping[str, An
 
 
 def _results(client: HttpClient) -> Iterator[Mapping[str, Any] | ServerError]:
-    """Yield the document of a server, or why there is none, every second.
+    """Yield the document of a server, or the error, every second.
 
     Raises:
         ServerError: the first attempt fails.
@@ -143,12 +143,12 @@ def _read(client: HttpClient) -> Mapping[str, Any]:
         hint = "`kimi-mlx status` shows servers of kimi-mlx only"
         raise ServerError(f"{url} does not report the status of a cluster", hint=hint) from None
     if not _is_status(document):
-        raise ServerError(f"{url} answers with something else than a status", hint="check the address")
+        raise ServerError(f"{url} does not answer with a status of kimi-mlx", hint="check the address")
     return document
 
 
 def _is_status(document: Any) -> TypeGuard[dict[str, Any]]:
-    """Return whether a document comes from a server of kimi-mlx, of whatever version."""
+    """Return whether a document comes from a server of kimi-mlx, of any version."""
     versions = cast("dict[str, Any]", document).get("versions") if isinstance(document, dict) else None
     return isinstance(versions, dict) and "kimi-mlx" in versions
 
@@ -183,7 +183,7 @@ def _facts(address: ServerAddress, status: ModelStatus, document: Mapping[str, A
     if status.link:
         yield "link", status.link
     if status.all_reduce:
-        yield "sums", status.all_reduce
+        yield "all-reduce", status.all_reduce
     yield "context", f"{status.context_tokens:,} tokens"
     capacity = document.get("queue_capacity") or 0
     yield "requests", f"{status.active} running, {status.waiting} waiting (at most {capacity})"
@@ -197,7 +197,7 @@ def _facts(address: ServerAddress, status: ModelStatus, document: Mapping[str, A
 
 
 def _answers(answers: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    """Yield the answers in progress, one line each."""
+    """Yield the answers in progress, one line each, at most MAX_ANSWERS."""
     if answers:
         yield Text()
     for answer in answers[:MAX_ANSWERS]:
@@ -206,7 +206,7 @@ def _answers(answers: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
             "prefill": f"reading {answer['processed_tokens']:,} of {answer['prompt_tokens']:,} tokens",
             "decode": f"prompt {answer['prompt_tokens']:,}, {format_count(answer['generated_tokens'], 'new token')}",
         }[answer["state"]]
-        yield Text(f"answer since {format_duration(answer['age_s'])}: {text}")
+        yield Text(f"request {format_duration(answer['age_s'])} ago: {text}")
     if len(answers) > MAX_ANSWERS:
         yield Text(f"and {len(answers) - MAX_ANSWERS} more")
 

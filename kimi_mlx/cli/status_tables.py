@@ -1,4 +1,4 @@
-"""The status of a model: facts by name, and its ranks as a table or, where it does not fit, as lines."""
+"""The status of a model for a terminal: facts, and ranks as a table, or as lines if the table does not fit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kimi_mlx.session.model_status import ModelStatus, RankStatus
 from kimi_mlx.units import format_bytes, format_duration
 
 DISPENSABLE = ("peak", "cache", "step")
-"""Columns of the table of ranks that are left out, in this order, where it does not fit the terminal."""
+"""Columns that are left out, in this order, if the table does not fit the terminal."""
 
 GAP = 2
 """Spaces between two columns."""
@@ -41,12 +41,12 @@ def run_facts(status: ModelStatus) -> Iterator[tuple[str, str]]:
 
 
 def describe_ranks(ranks: Sequence[RankStatus], width: int, *, shows_activity: bool = False) -> RenderableType:
-    """Return the ranks as a table or, where that does not fit, as lines; nothing that no rank knows is shown.
+    """Return the ranks as a table, or as lines if the table does not fit. Columns without values are left out.
 
     Args:
         ranks: ranks in order.
         width: width of the terminal.
-        shows_activity: whether to show what each rank does now.
+        shows_activity: whether to show the work, step and last message of each rank.
     """
     columns = _columns(ranks, shows_activity)
     for name in DISPENSABLE:
@@ -67,7 +67,7 @@ def _columns(ranks: Sequence[RankStatus], shows_activity: bool) -> dict[str, lis
     }
     if shows_activity:
         columns |= {
-            "does": [rank.work for rank in ranks],
+            "work": [rank.work for rank in ranks],
             "step": ["" if rank.step is None else f"{rank.step:,}" for rank in ranks],
             "last message": [_age(rank.last_message_s) for rank in ranks],
         }
@@ -83,7 +83,7 @@ def _width(columns: dict[str, list[str]]) -> int:
 def _table(columns: dict[str, list[str]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
     for name in columns:
-        table.add_column(name, justify="left" if name in ("host", "holds", "does") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("host", "holds", "work") else "right", no_wrap=True)
     for row in zip(*columns.values(), strict=True):
         table.add_row(*map(Text, row))
     return table

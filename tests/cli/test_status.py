@@ -115,7 +115,7 @@ def test_foreign_documents_are_refused(option: str) -> None:
         done = run(foreign.url, option)
     assert done.returncode == 1
     output = done.stdout + done.stderr
-    assert "something else than a status" in output
+    assert "does not answer with a status" in output
     assert len(output.splitlines()) < 5
 
 
@@ -136,7 +136,7 @@ def test_watch_continues_after_an_unreadable_document() -> None:
             terminal.expect("not answering")
             terminal.expect("cannot be read")
             other.document = {"object": "list"}
-            terminal.expect("something else than a status")
+            terminal.expect("does not answer with a status")
             other.document = OURS | {"model": "newer"}
             terminal.expect("newer")
             terminal.send(CTRL_C)
