@@ -1,16 +1,22 @@
 """Continuous batching: each step holds one token of every decoding sequence and chunks of the prompts in prefill.
 
-Two modes. Without drafts, step t+1 is launched on the unread tokens of step t; results of finished sequences are
-discarded. With drafts, the tokens of step t are read first, because the next drafts depend on them.
+Two modes. Ahead: step t+1 is launched on the unread tokens of step t; results of finished sequences are discarded. With
+drafts: the tokens of step t are read first, because the next drafts depend on them; then the leader decides, and sends
+its decision to all ranks (kimi_mlx.engine.drafts.decision). This mode begins with a flag in the header of a step, so
+running ahead costs no message, and ends with a decision. All ranks read the same headers and decisions at the same
+steps, so they always agree on the mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import mlx.core as mx
 
 from kimi_mlx.engine.batch_entry import BatchEntry
+from kimi_mlx.engine.drafts.decision import Decision, decode, encode, max_size
+from kimi_mlx.engine.drafts.planner import DraftPlanner
+from kimi_mlx.engine.drafts.step_times import Load
 from kimi_mlx.engine.events import Event, FinishReason, Prefilled
 from kimi_mlx.engine.feature_store import FeatureStore
 from kimi_mlx.engine.kv_cache_pool import KVCachePool, padded_length
@@ -41,6 +47,7 @@ class Batch:
         chunk: maximum number of prompt tokens per step.
         estimate: estimates the time of chunks beside decoding.
         speculate: maximum number of draft tokens per step and sequence.
+        planner: decides on drafts; None if there are none, and on other ranks than the leader.
     """
 
     def __init__(
@@ -51,10 +58,12 @@ class Batch:
         on_header: Callable[[LeaderState], None],
         chunk: int,
         estimate: ChunkEstimate,
-        speculate: int,
+        speculate: int = 0,
+        planner: DraftPlanner | None = None,
     ):
         self._runner, self._pool, self._features, self._on_header = runner, pool, features, on_header
-        self._chunk, self._estimate, self._speculate = chunk, estimate, speculate
+        self._chunk, self._estimate, self._speculate, self._planner = chunk, estimate, speculate, planner
+        self._is_drafting = self._wants_decision = False
         self.members: list[Sequence] = []
         self._in_flight: InFlightStep | None = None
         self._has_put_short_first = self._has_encoded = False
@@ -84,6 +93,8 @@ class Batch:
     def choose_encoding(self) -> bool:
         """Choose the next step: return True for a part of an image, False for chunks. If there are both, alternate."""
         self._has_encoded = not (self._has_encoded and self._prefillable())
+        if self._has_encoded and self._planner is not None:
+            self._planner.clock.stop()
         return self._has_encoded
 
     def remove(self, sequence: Sequence) -> None:
@@ -116,25 +127,70 @@ class Batch:
             RingError: a rank is lost.
         """
         previous = self._in_flight
-        if previous is not None and previous.length >= LONG_STEP:
-            self._runner.wait(previous)
         if previous is not None:
-            self._runner.sample(previous)
-        if self._speculate:
-            if previous is not None:
-                yield from self._read_drafts(previous)
-            entries = self._entries_with_drafts()
-            chunks = self._chunks(entries, others_decode) if has_chunks else []
-            self._in_flight = self._start(entries + chunks, None)
+            if previous.length >= LONG_STEP:
+                self._runner.wait(previous)
+            self._runner.sample(previous, self._wants_decision)
+        if self._is_drafting and previous is not None and previous.num_logits:
+            yield from self._step_with_drafts(previous, others_decode, has_chunks)
         else:
-            entries = self._entries_ahead(previous)
-            chunks = self._chunks(entries, others_decode) if has_chunks else []
-            self._in_flight = self._start(entries + chunks, previous)
-            if previous is not None:
-                yield from self._read(previous, self._in_flight)
+            yield from self._step_ahead(previous, others_decode, has_chunks)
 
-    def _start(self, entries: list[BatchEntry], previous: InFlightStep | None) -> InFlightStep | None:
-        return self._runner.start(entries, previous) if entries else None
+    def _step_ahead(self, previous: InFlightStep | None, others_decode: bool, has_chunks: bool) -> Events:
+        """Launch a step on the unread tokens of the previous one, then read these."""
+        entries = self._entries_ahead(previous)
+        chunks = self._chunks(entries, others_decode) if has_chunks else []
+        self._in_flight = self._start(entries + chunks, previous, self._wants_decision)
+        if previous is not None:
+            yield from self._read(previous, self._in_flight, others_decode)
+        self._wants_decision = False
+        if self._planner is not None and self._in_flight is not None and not self._is_drafting:
+            sampling = [entry.sequence for entry in self._in_flight.entries if entry.num_logits and entry.is_alive]
+            self._wants_decision = self._planner.wants_decision(sampling, others_decode)
+            # A single rank has no header to wait for.
+            self._is_drafting = self._wants_decision and self._runner.communicator is None
+
+    def _step_with_drafts(self, previous: InFlightStep, others_decode: bool, has_chunks: bool) -> Events:
+        """Read the tokens of the previous step, and launch one with the drafts that the leader decides on."""
+        sampled, state = self._runner.read(previous)
+        self._on_header(state)
+        self._time(previous, others_decode, with_drafts=True)
+        pipeline, size = self._runner.pipeline, max_size(len(previous.entries), len(self.members), self._speculate)
+        decision: Decision | None = None
+        received: list[list[int]] | None = None
+        if pipeline is not None and not self._runner.has_head:
+            received, decision = decode(pipeline.recv_numbers(size))
+        accepted = yield from self._accept(previous, sampled, received)
+        sequences = self._known_sequences()
+        if decision is None:
+            decision = self._decide(sequences, others_decode)
+            if pipeline is not None:
+                pipeline.send_numbers(encode(accepted, decision), size)
+        for sequence, draft in zip(sequences, decision.drafts, strict=True):
+            sequence.draft = draft
+        self._is_drafting, self._wants_decision = decision.is_drafting, False
+        entries = self._entries_with_drafts(sequences)
+        chunks = self._chunks(entries, others_decode) if has_chunks else []
+        self._in_flight = self._start(entries + chunks, None)
+
+    def _decide(self, sequences: list[Sequence], others_decode: bool) -> Decision:
+        """Return the decision of the leader. Ranks that sum receive it here."""
+        if not sequences:
+            return Decision((), is_drafting=True)
+        decision = None if self._planner is None else self._planner.decide(sequences, others_decode)
+        if self._runner.communicator is not None and self._runner.pipeline is None:
+            message = [0] * max_size(0, len(sequences), self._speculate)
+            if decision is not None:
+                numbers = encode([], decision)
+                message[: len(numbers)] = numbers
+            _, decision = decode(self._runner.communicator.broadcast(message))
+        assert decision is not None
+        return decision
+
+    def _start(
+        self, entries: list[BatchEntry], previous: InFlightStep | None, wants_decision: bool = False
+    ) -> InFlightStep | None:
+        return self._runner.start(entries, previous, wants_decision) if entries else None
 
     def _entries_ahead(self, previous: InFlightStep | None) -> list[BatchEntry]:
         """Return entries for the sequences that the previous step samples."""
@@ -152,20 +208,28 @@ class Batch:
             entries.append(BatchEntry(sequence, entry.epoch, 1, 1, position, len(entries), previous_entry=index))
         return entries
 
-    def _entries_with_drafts(self) -> list[BatchEntry]:
-        """Return entries for the sequences whose last token is known, each with its draft."""
+    def _known_sequences(self) -> list[Sequence]:
+        """Return the sequences whose last token is known and not computed, by length: see DecodeGroup."""
+        known = [
+            member
+            for member in self.members
+            if member.generated and member.num_computed_tokens == len(member.tokens) - 1
+        ]
+        return sorted(known, key=lambda member: member.num_computed_tokens)
+
+    def _entries_with_drafts(self, sequences: list[Sequence]) -> list[BatchEntry]:
+        """Return entries for sequences whose last token is known, each with its draft."""
         entries: list[BatchEntry] = []
         num_logits = 0
-        for sequence in sorted(self.members, key=lambda member: member.num_computed_tokens):
-            if sequence.generated and sequence.num_computed_tokens == len(sequence.tokens) - 1:
-                draft = sequence.draft
-                tokens = (*sequence.next_chunk(1), *draft)
-                sequence.num_computed_tokens += len(draft)
-                length, position = len(tokens), len(sequence.tokens)
-                entries.append(
-                    BatchEntry(sequence, sequence.epoch, length, length, position, num_logits, tokens, draft=draft)
-                )
-                num_logits += length
+        for sequence in sequences:
+            draft, position = sequence.draft, len(sequence.tokens)
+            tokens = (*sequence.next_chunk(1), *draft)
+            sequence.num_computed_tokens += len(draft)
+            length = len(tokens)
+            entries.append(
+                BatchEntry(sequence, sequence.epoch, length, length, position, num_logits, tokens, draft=draft)
+            )
+            num_logits += length
         return entries
 
     def _chunks(self, decoding: list[BatchEntry], others_decode: bool) -> list[BatchEntry]:
@@ -216,10 +280,12 @@ class Batch:
     def _ready_length(self, sequence: Sequence) -> int:
         return self._features.ready_length(sequence.pending_images, len(sequence.tokens))
 
-    def _read(self, step: InFlightStep, following: InFlightStep | None) -> Events:
+    def _read(self, step: InFlightStep, following: InFlightStep | None, others_decode: bool) -> Events:
         """Yield the events of a step after the next step was launched."""
         sampled, state = self._runner.read(step, following)
         self._on_header(state)
+        self._is_drafting |= state.wants_decision
+        self._time(step, others_decode, with_drafts=False)
         continued = set() if following is None else {entry.previous_entry for entry in following.entries}
         for index, entry in enumerate(step.entries):
             sequence = entry.sequence
@@ -237,47 +303,45 @@ class Batch:
             elif index in continued:
                 assert sequence.cache is not None
                 sequence.cache.tokens += sampled[index]
+        if self._planner is not None:
+            self._planner.observe(step)
 
-    def _read_drafts(self, step: InFlightStep) -> Events:
-        """Yield the events of a step, with the accepted draft tokens, and prepare the next drafts."""
-        sampled, state = self._runner.read(step)
-        self._on_header(state)
-        alive = [(index, entry) for index, entry in enumerate(step.entries) if entry.is_alive]
-        with_logits = [(index, entry) for index, entry in alive if entry.num_logits]
-        for _, entry in alive:
-            yield from _progress(entry)
-        if not with_logits:
-            return
-        has_head = self._runner.has_head
-        received = [] if has_head else self._recv_decisions(len(with_logits))
-        decisions: list[int] = []
-        for index, entry in with_logits:
+    def _accept(
+        self, step: InFlightStep, sampled: dict[int, list[int]], received: list[list[int]] | None
+    ) -> Generator[tuple[int, Event | KimiMlxError], None, list[list[int]]]:
+        """Yield the events of a step, with the accepted draft tokens; return these by entry with logits.
+
+        Args:
+            step: the step.
+            sampled: sampled tokens by index of their entry.
+            received: accepted tokens, on ranks that do not sample.
+        """
+        all_accepted: list[list[int]] = []
+        for index, entry in enumerate(step.entries):
             sequence = entry.sequence
-            if has_head:
-                accepted = sequence.accept(sampled[index])
-            else:
-                count, *received = received
-                accepted, received = received[:count], received[count:]
+            if not entry.is_alive:
+                continue
+            yield from _progress(entry)
+            if not entry.num_logits:
+                continue
+            accepted = sequence.accept(sampled[index]) if received is None else received[len(all_accepted)]
+            all_accepted.append(accepted)
+            if self._planner is not None:
+                self._planner.on_verified(sequence, accepted)
             sequence.rollback_draft(accepted)
             yield from self._append(step, entry, accepted)
-            if has_head:
-                sequence.draft = sequence.next_draft()
-            else:
-                count, *received = received
-                sequence.draft = (0,) * count
-            decisions += [len(accepted), *accepted, len(sequence.draft)]
             if (reason := sequence.reason) is not None:
                 yield self._finish(sequence, reason)
-        if has_head and self._runner.pipeline is not None:
-            self._runner.pipeline.send_numbers(decisions, self._max_decisions(len(with_logits)))
+        if self._planner is not None:
+            self._planner.observe(step)
+        return all_accepted
 
-    def _recv_decisions(self, num_entries: int) -> list[int]:
-        """Receive from the leader of a pipeline, for each entry, the accepted tokens and the length of its draft."""
-        assert self._runner.pipeline is not None
-        return self._runner.pipeline.recv_numbers(self._max_decisions(num_entries))
-
-    def _max_decisions(self, num_entries: int) -> int:
-        return num_entries * (3 + self._speculate)
+    def _time(self, step: InFlightStep, others_decode: bool, *, with_drafts: bool) -> None:
+        """Record on the leader that the results of a step are there."""
+        if self._planner is not None:
+            is_decoding = not any(entry.is_prefill for entry in step.entries)
+            load = Load.of([entry.position for entry in step.entries], others_decode) if is_decoding else None
+            self._planner.clock.on_results(load, step.length, with_drafts)
 
     def _append(self, step: InFlightStep, entry: BatchEntry, tokens: list[int]) -> Events:
         """Append sampled tokens to their sequence."""
@@ -289,7 +353,8 @@ class Batch:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> tuple[int, Event | KimiMlxError]:
         self.remove(sequence)
-        event = sequence.sampler.failure or sequence.finished(reason, mx.get_peak_memory())
+        drafts_off = None if self._planner is None else self._planner.off_reason
+        event = sequence.sampler.failure or sequence.finished(reason, mx.get_peak_memory(), drafts_off)
         return sequence.request_id, event
 
 

@@ -109,6 +109,16 @@ class Constraint:
             self._arguments_matcher, self._arguments_grammar, self._call_id = states[0]
         return masks
 
+    def num_allowed(self, draft: Sequence[int]) -> int:
+        """Return the number of leading draft tokens that the grammar allows.
+
+        Raises:
+            EngineError: the grammar cannot be compiled, or exceeds the limits.
+        """
+        masks = self.allowed_for_draft(draft)
+        bits = ((int(masks[at, token // WORD_BITS]) >> token % WORD_BITS) & 1 for at, token in enumerate(draft))
+        return next((at for at, is_allowed in enumerate(bits) if not is_allowed), len(draft))
+
     def advance(self, token: int) -> None:
         """Append a token.
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import mlx.core as mx
 
 from kimi_mlx.engine.agreed_values import agreed_chunk_estimate, agreed_limits, has_tower
 from kimi_mlx.engine.batch import Batch, Events
 from kimi_mlx.engine.constraint import Constraint
+from kimi_mlx.engine.drafts.drafter import Drafter
+from kimi_mlx.engine.drafts.measure import measure_steps
+from kimi_mlx.engine.drafts.planner import DraftPlanner
+from kimi_mlx.engine.drafts.prompt_lookup import PromptLookup
+from kimi_mlx.engine.drafts.records import DraftRecords
+from kimi_mlx.engine.drafts.step_times import StepTimes
 from kimi_mlx.engine.events import Event, Prefilled
 from kimi_mlx.engine.feature_store import FeatureStore
 from kimi_mlx.engine.image_encoder import ImageEncoder
@@ -49,7 +55,8 @@ class Engine:
         count_commands: on the leader, returns the number of commands so far; see `num_new_commands`.
         prefill_chunk: number of prompt tokens per step, the same on all ranks; None for the largest useful one that
             fits.
-        speculate: maximum number of draft tokens per step and sequence, from prompt lookup; 0 for none.
+        speculate: maximum number of draft tokens per step and sequence; 0 for no drafts.
+        drafters: what proposes drafts on the leader, the first ones with equal chances; None for prompt lookup.
         constrain: returns the constraint of a grammar, not compiled yet; None if grammars are not supported.
         cache_bytes: size of the KV caches on each rank; None for most of the free memory.
         blocks: the prompt cache on disk, if any.
@@ -61,6 +68,7 @@ class Engine:
         count_commands: Callable[[], int] = lambda: 0,
         prefill_chunk: int | None = None,
         speculate: int = 0,
+        drafters: Iterable[Drafter] | None = None,
         constrain: Callable[[str], Constraint] | None = None,
         cache_bytes: int | None = None,
         blocks: BlockStore | None = None,
@@ -71,7 +79,7 @@ class Engine:
         group = SingleGroup() if communicator is None else communicator.group
         limits = agreed_limits(model, group, cache_bytes, prefill_chunk)
         estimate = agreed_chunk_estimate(model, group, self._runner.pipeline is not None)
-        self._speculate, self._constrain = speculate, constrain
+        self._constrain = constrain
         self._pool = KVCachePool(model, limits.cache_tokens, blocks)
         features = FeatureStore(limits.feature_tokens)
         self._encoder = ImageEncoder(model, self._runner, features, self._on_header)
@@ -80,8 +88,25 @@ class Engine:
         """Maximum number of tokens of a sequence."""
         # A pipeline has one batch in flight per rank.
         num_batches = 1 if self._runner.pipeline is None else self._runner.pipeline.group.size
+        self._step_times = StepTimes()
+        self.drafts = DraftRecords(self._step_times) if speculate and self._runner.is_leader else None
+        """Records of drafts; None if there are none, and on other ranks than the leader."""
+        all_drafters = [PromptLookup()] if drafters is None else list(drafters)
+
+        def make_planner() -> DraftPlanner | None:
+            return None if self.drafts is None else DraftPlanner(all_drafters, self.drafts, speculate)
+
         self._batches = deque(
-            Batch(self._runner, self._pool, features, self._on_header, limits.chunk, estimate, speculate)
+            Batch(
+                self._runner,
+                self._pool,
+                features,
+                self._on_header,
+                limits.chunk,
+                estimate,
+                speculate,
+                make_planner(),
+            )
             for _ in range(num_batches)
         )
         self._waiting: deque[Sequence] = deque()
@@ -142,7 +167,11 @@ class Engine:
             else:
                 constraint = None
         sampler = TokenSampler(request, self._seed(request), constraint)
-        self._waiting.append(Sequence(request_id, request, max_tokens, sampler, self._speculate))
+        self._waiting.append(Sequence(request_id, request, max_tokens, sampler))
+
+    def measure_steps(self) -> None:
+        """Measure how long steps of a few tokens take, to decide on drafts. Collective; call it before any request."""
+        self._step_times.set_start(measure_steps(self._model, self._runner))
 
     def cancel(self, request_id: int) -> None:
         """Cancel a request if it is not finished. Its Finished event has the reason `cancelled`."""

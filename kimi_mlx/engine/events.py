@@ -15,7 +15,8 @@ class Statistics:
 
     Time starts when the engine admits the request. Prefill ends, and decode starts, when the first new token is known
     (ttft_s). That token counts as part of prefill, so decode_tok_per_s covers the others. encode_s is the part of
-    ttft_s in which the vision tower encoded images of the request.
+    ttft_s in which the vision tower encoded images of the request. Of the drafted tokens that the model verified, some
+    were accepted; drafts_off is the reason why nothing was drafted at the end, if drafts were enabled.
     """
 
     prompt_tokens: int
@@ -26,6 +27,9 @@ class Statistics:
     peak_memory_bytes: int
     decode_steps: int = 0
     encode_s: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    drafts_off: str | None = None
 
     @property
     def tokens_per_step(self) -> float:

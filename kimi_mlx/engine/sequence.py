@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from kimi_mlx.engine.drafts import PromptLookup, accepted_length
+from kimi_mlx.engine.drafts.drafter import accepted_length
+from kimi_mlx.engine.drafts.records import SequenceDrafts
 from kimi_mlx.engine.events import Finished, FinishReason, Logprobs, Statistics, Token
 from kimi_mlx.engine.kv_cache_pool import SequenceCache
 from kimi_mlx.engine.request import Request
@@ -22,7 +23,6 @@ class Sequence:
         request: the request.
         max_tokens: maximum number of new tokens.
         sampler: samples the tokens.
-        speculate: maximum number of draft tokens per step.
 
     Attributes:
         tokens: the prompt and the sampled tokens, with keys of images for their placeholder tokens.
@@ -32,19 +32,21 @@ class Sequence:
             while a step runs on a token that was not read yet.
         generated: number of sampled tokens.
         epoch: incremented when the sequence begins, is preempted or ends; results of an older epoch are discarded.
-        draft: tokens speculated to come next.
+        draft: tokens proposed to come next; on ranks that do not sample only their number matters.
+        drafts: record of the drafts, on the leader.
+        token_array: the same as `tokens`, for searches.
     """
 
-    def __init__(self, request_id: int, request: Request, max_tokens: int, sampler: TokenSampler, speculate: int):
+    def __init__(self, request_id: int, request: Request, max_tokens: int, sampler: TokenSampler):
         self.request_id, self.request, self.max_tokens, self.sampler = request_id, request, max_tokens, sampler
         self.tokens = request.cache_key()
         self.pending_images = list(request.images)
         self.encode_s = 0.0
-        self._token_array = TokenArray(self.tokens)
+        self.token_array = TokenArray(self.tokens)
         self.num_computed_tokens = self.generated = self.epoch = 0
         self.draft: tuple[int, ...] = ()
         self.cache: SequenceCache | None = None
-        self._lookup = PromptLookup(self._token_array, speculate) if speculate else None
+        self.drafts = SequenceDrafts()
         self._equal_prefixes: dict[int, int] = {}
         """Length of the prefix known to be equal, by request id of another sequence."""
         self._cached: int | None = None
@@ -71,7 +73,7 @@ class Sequence:
         """
         common = self._equal_prefixes.get(other.request_id, 0)
         if common < length:
-            common = self._token_array.common_prefix(other._token_array, common, length)
+            common = self.token_array.common_prefix(other.token_array, common, length)
             self._equal_prefixes[other.request_id] = common
         return common >= length
 
@@ -113,10 +115,7 @@ class Sequence:
 
     def accept(self, sampled: list[int]) -> list[int]:
         """Return the sampled tokens that count: up to and including the first one that differs from the draft."""
-        accepted = accepted_length(self.draft, sampled)
-        if self._lookup is not None:
-            self._lookup.update_draft_length(len(self.draft), accepted)
-        return self.until_stop(sampled[: accepted + 1])
+        return self.until_stop(sampled[: accepted_length(self.draft, sampled) + 1])
 
     def rollback_draft(self, accepted: list[int]) -> None:
         """Remove rejected draft tokens from the cache. The last accepted token is not in the cache yet."""
@@ -126,15 +125,11 @@ class Sequence:
         self.num_computed_tokens = len(self.tokens) + len(accepted) - 1
         self.draft = ()
 
-    def next_draft(self) -> tuple[int, ...]:
-        """Return draft tokens to follow the known tokens."""
-        return () if self._lookup is None else self._lookup.draft(self.remaining_tokens - 1)
-
     def append(self, tokens: list[int], logprobs: list[Logprobs | None]) -> Iterator[Token]:
         """Append sampled tokens and yield an event for each."""
         self._steps += bool(self.generated)
         self._first_token_at = self._first_token_at or time.perf_counter()
-        self._token_array.extend(tokens)
+        self.token_array.extend(tokens)
         self.sampler.advance(tokens)
         for token, logprob in zip(tokens, logprobs, strict=True):
             self.tokens.append(token)
@@ -148,8 +143,14 @@ class Sequence:
             return "stop"
         return None if self.remaining_tokens > 0 else "length"
 
-    def finished(self, reason: FinishReason, peak_memory_bytes: int) -> Finished:
-        """Return the final event, with statistics."""
+    def finished(self, reason: FinishReason, peak_memory_bytes: int, drafts_off: str | None = None) -> Finished:
+        """Return the final event, with statistics.
+
+        Args:
+            reason: reason of the end.
+            peak_memory_bytes: peak memory so far.
+            drafts_off: reason why nothing is drafted, if drafts are enabled.
+        """
         now = time.perf_counter()
         started = self._started or now
         first = self._first_token_at or now
@@ -164,5 +165,8 @@ class Sequence:
                 peak_memory_bytes=peak_memory_bytes,
                 decode_steps=self._steps,
                 encode_s=self.encode_s,
+                drafted_tokens=self.drafts.num_drafted,
+                accepted_tokens=self.drafts.num_accepted,
+                drafts_off=drafts_off,
             ),
         )

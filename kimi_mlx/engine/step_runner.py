@@ -29,6 +29,7 @@ class InFlightStep:
         entries: tokens of each sequence.
         hidden: output of the model, not evaluated.
         num_commands: number of commands that the leader had when the step began; meaningless on other ranks.
+        wants_decision: whether the leader wanted to decide on drafts; meaningless on other ranks.
         header: header that came with the step; None on a single rank.
         sampled: tokens sampled from the step; None before sampling, and on ranks that do not sample.
     """
@@ -36,6 +37,7 @@ class InFlightStep:
     entries: list[BatchEntry]
     hidden: mx.array
     num_commands: int
+    wants_decision: bool = False
     header: StepHeader | None = None
     sampled: SampledTokens | None = None
     num_logits: int = field(init=False)
@@ -80,6 +82,11 @@ class StepRunner:
         """Whether this rank samples tokens."""
         return self._model.has_head
 
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank decides on drafts: a single rank, or rank 0."""
+        return self._communicator is None or self._communicator.is_leader
+
     def broadcast(self, number: int) -> tuple[int, LeaderState]:
         """Return the leader's number and its state on every rank; wait for them on the CPU.
 
@@ -91,21 +98,25 @@ class StepRunner:
             number, num_commands = self._communicator.broadcast([number, num_commands])
         return number, LeaderState(num_commands)
 
-    def start(self, entries: list[BatchEntry], previous: InFlightStep | None) -> InFlightStep:
+    def start(
+        self, entries: list[BatchEntry], previous: InFlightStep | None, wants_decision: bool = False
+    ) -> InFlightStep:
         """Launch a step; it is computed while the next ones are built.
 
         Args:
             entries: tokens of each sequence; entries that continue a token of the previous step come first.
             previous: the previous step, if an entry continues one of its tokens.
+            wants_decision: on the leader, whether it wants to decide on drafts.
         """
         num_commands = self._count_commands()
         if self._communicator is not None:
-            self._communicator.set_header(num_commands, sum(entry.previous_entry is not None for entry in entries))
+            num_tokens = sum(entry.previous_entry is not None for entry in entries)
+            self._communicator.set_header(num_commands, num_tokens, wants_decision)
             if any(entry.is_prefill for entry in entries):
                 self._communicator.expect_long_steps()
         slices = [SequenceSlice(entry.sequence.layers, entry.length, entry.num_logits) for entry in entries]
         hidden = self._model.hidden(self._tokens(entries, previous), slices, _features(entries))
-        step = InFlightStep(entries, hidden, num_commands)
+        step = InFlightStep(entries, hidden, num_commands, wants_decision)
         if self._communicator is not None:
             if not step.num_logits:
                 self._communicator.finish_step(step.hidden)
@@ -118,12 +129,17 @@ class StepRunner:
         """Wait until this rank has computed its part of a step."""
         mx.eval(self._arrays(step))
 
-    def sample(self, step: InFlightStep) -> None:
-        """Sample the tokens of a step if this rank has the head. Does not wait for them."""
+    def sample(self, step: InFlightStep, wants_decision: bool = False) -> None:
+        """Sample the tokens of a step if this rank has the head. Does not wait for them.
+
+        Args:
+            step: the step.
+            wants_decision: on the leader, whether it wants to decide on drafts; ranks that sum send it here.
+        """
         if step.sampled is not None or not step.num_logits or not self._model.has_head:
             return
         if self._communicator is not None and self._pipeline is None:
-            self._communicator.set_header(step.num_commands, 0)
+            self._communicator.set_header(step.num_commands, 0, wants_decision)
         step.sampled = sample_tokens(self._model.logits(step.hidden)[0], step.entries)
         header: list[mx.array] = []
         if self._communicator is not None:
@@ -173,7 +189,7 @@ class StepRunner:
 
     def _leader_state(self, step: InFlightStep) -> LeaderState:
         if self._communicator is None or step.header is None:
-            return LeaderState(step.num_commands)
+            return LeaderState(step.num_commands, wants_decision=step.wants_decision)
         return self._communicator.decode_header(step.header)
 
     def _arrays(self, step: InFlightStep) -> list[mx.array]:

@@ -62,6 +62,15 @@ class TokenSampler:
         ends[:, mx.array(self._stop_ids)] = 0
         return ends
 
+    def allowed_prefix(self, draft: Sequence[int]) -> tuple[int, ...]:
+        """Return the draft tokens up to the first one that the grammar forbids."""
+        if self._constraint is None or self.failure is not None or not draft:
+            return tuple(draft)
+        try:
+            return tuple(draft[: self._constraint.num_allowed(draft)])
+        except EngineError:  # sampling will meet it again
+            return ()
+
     def advance(self, tokens: Sequence[int]) -> None:
         """Advance the grammar by sampled tokens."""
         if self._constraint is None or self.failure is not None:

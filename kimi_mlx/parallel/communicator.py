@@ -1,4 +1,8 @@
-"""Communication between ranks. Each step carries a small header from rank 0: the step number and the command count."""
+"""Communication between ranks.
+
+Each step carries a small header from rank 0: the step number, the command count, and whether rank 0 wants to decide on
+drafts.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +21,8 @@ from kimi_mlx.parallel.group import Group
 SEQUENCE_MODULUS = 251
 """Step numbers and command counts are sent modulo this: bfloat16 is exact for integers up to 256."""
 
-HEADER_SIZE = 2
-"""Number of values in a header: step number and command count."""
+HEADER_SIZE = 3
+"""Number of values in a header: step number, command count, and whether the leader wants to decide on drafts."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,12 @@ class LeaderState:
     Args:
         num_commands: number of commands that the leader had received, modulo SEQUENCE_MODULUS.
         tokens: leading input tokens of the step, on ranks that do not know them otherwise.
+        wants_decision: whether the leader wants to decide on drafts before the next step is launched.
     """
 
     num_commands: int
     tokens: tuple[int, ...] = ()
+    wants_decision: bool = False
 
 
 class RankCommunicator(Communicator, ABC):
@@ -72,6 +78,7 @@ class RankCommunicator(Communicator, ABC):
         self.group = group
         self._number = 0
         self._num_commands = self._num_tokens = 0
+        self._wants_decision = False
         self._header: StepHeader | None = None
 
     @property
@@ -79,14 +86,16 @@ class RankCommunicator(Communicator, ABC):
         """Whether this rank is rank 0, whose headers the others follow."""
         return self.group.rank == 0
 
-    def set_header(self, num_commands: int, num_tokens: int) -> None:
+    def set_header(self, num_commands: int, num_tokens: int, wants_decision: bool = False) -> None:
         """Set the contents of the next step's header.
 
         Args:
             num_commands: number of commands that the leader has received.
             num_tokens: number of leading tokens that ranks without the head do not know yet.
+            wants_decision: whether the leader wants to decide on drafts; see kimi_mlx.engine.batch.
         """
         self._num_commands, self._num_tokens = num_commands % SEQUENCE_MODULUS, num_tokens
+        self._wants_decision = wants_decision
 
     def capture(self, states: Sequence[mx.array]) -> CapturedStates | None:
         """Return the captured states on the leader: with parts of all layers, every rank has the same."""
@@ -139,7 +148,7 @@ class RankCommunicator(Communicator, ABC):
             raise lost_error(self.group.rank)
         digits = rows[0, HEADER_SIZE:].astype(np.int64).reshape(-1, 4)
         tokens = tuple((digits @ (1 << 24, 1 << 16, 1 << 8, 1)).tolist())
-        return LeaderState(int(rows[0, 1]), tokens)
+        return LeaderState(int(rows[0, 1]), tokens, bool(rows[0, 2]))
 
     def _is_checked(self, number: int) -> bool:
         """Return whether data is compared in a step: the same on all ranks."""
@@ -151,7 +160,7 @@ class RankCommunicator(Communicator, ABC):
 
     def _next_header(self) -> list[float]:
         self._number = (self._number + 1) % SEQUENCE_MODULUS
-        return [float(self._number), float(self._num_commands)]
+        return [float(self._number), float(self._num_commands), float(self._wants_decision)]
 
 
 def digest(x: mx.array) -> mx.array:

@@ -113,9 +113,9 @@ class PipelineCommunicator(RankCommunicator):
         self._returned: StepHeader | None = None
         self._num_long_steps = 0
 
-    def set_header(self, num_commands: int, num_tokens: int) -> None:
+    def set_header(self, num_commands: int, num_tokens: int, wants_decision: bool = False) -> None:
         """Set the contents of the next step's header."""
-        super().set_header(num_commands, num_tokens)
+        super().set_header(num_commands, num_tokens, wants_decision)
         self._num_long_steps = max(self._num_long_steps - 1, 0)
 
     def expect_long_steps(self) -> None:

@@ -88,6 +88,8 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
     )
     warm_up(model)
     barrier(group)
+    if start["speculate"]:
+        engine.measure_steps()
     channel.report_progress("idle")
     error = None if engine.image_error is None else no_vision_error(folder, config)
     channel.send(

@@ -219,13 +219,16 @@ class LocalSession:
             self._blocks = open_prompt_cache(
                 options.cache_dir, options.cache_disk_bytes, model, fingerprint(folder, config), warn=LOG.warning
             )
-        return Engine(
+        engine = Engine(
             model,
             speculate=options.speculate,
             constrain=partial(Constraint, grammars),
             cache_bytes=options.cache_memory_bytes,
             blocks=self._blocks,
         )
+        if options.speculate:
+            engine.measure_steps()
+        return engine
 
     def _answer_requests(self, engine: Engine) -> None:
         while True:

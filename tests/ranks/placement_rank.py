@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from kimi_mlx.engine import engine as engine_module
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Finished, Token
 from kimi_mlx.engine.request import Request
@@ -23,12 +24,16 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import Group, MlxGroup
 from kimi_mlx.rank.rendezvous import pin_to_cpu
 from kimi_mlx.runtime.load import load_share, prepare_device
+from tests.drafters import Oracle, RandomPlanner
 
 CHUNK = 16
 """Tokens per prefill step; smaller than the long prompts."""
 
 CANCEL_AFTER = 20
 """Number of steps after the last request was added."""
+
+ACCEPTANCE = 0.7
+"""Share of right draft tokens."""
 
 Answers = list[list[int]]
 
@@ -47,13 +52,20 @@ def answer(case: dict[str, Any], group: Group | None) -> Answers:
     """Return the answers to a case's requests: to the first one alone, then to all at the same time.
 
     Args:
-        case: `folder`, `strategy`, `requests`, `speculate`.
+        case: `folder`, `strategy`, `requests`, `speculate`; with drafts also `answers`, which most draft tokens are of.
         group: ranks that share the model; None for one process.
     """
     folder = Path(case["folder"])
     model = load_share(folder, load_config(folder), "float32", group, strategy=case["strategy"])
-    engine = Engine(model, prefill_chunk=CHUNK, speculate=case["speculate"])
     requests = dict(enumerate(map(Request.from_dict, case["requests"])))
+    drafters = None
+    if case["speculate"]:
+        engine_module.DraftPlanner = RandomPlanner
+        known = {request.prompt: case["answers"][number + 1] for number, request in requests.items()}
+        drafters = [Oracle(known, ACCEPTANCE, model.config.vocab_size)]
+    engine = Engine(model, prefill_chunk=CHUNK, speculate=case["speculate"], drafters=drafters)
+    if case["speculate"]:
+        engine.measure_steps()
     alone = generate(engine, {0: requests[0]})[0]
     engine.clear()
     return [alone, *generate(engine, requests).values()]

@@ -187,5 +187,7 @@ def test_shard_stores(size: int, folders: dict[str, Path], expected: Expected, t
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.sweep)])
 def test_drafts(size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
-    names = ("hybrid", "pipeline") if size == 2 else STRATEGIES
-    check(size, [("mini", case(folders["mini"], name, speculate=4)) for name in names], expected, tmp_path)
+    names = ("hybrid", "pipeline", "tensor") if size == 2 else STRATEGIES
+    answers = {"answers": [[id for id in answer if id >= 0] for answer in expected("mini")]}
+    cases = [("mini", case(folders["mini"], name, speculate=4) | answers) for name in names]
+    check(size, cases, expected, tmp_path)

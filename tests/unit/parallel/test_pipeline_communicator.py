@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kimi_mlx.engine import engine as engine_module
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Finished, Token
 from kimi_mlx.engine.request import Request, Sampling
@@ -29,6 +30,7 @@ from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.layer_plan import split_granularity_of
 from kimi_mlx.weights.reader import open_checkpoint
 from tests.divisible import make_prompt, write_divisible
+from tests.drafters import Oracle, RandomPlanner
 
 PATIENCE_S = 60
 """Timeout of a message."""
@@ -202,6 +204,25 @@ def test_a_sequence_is_cancelled_between_any_two_steps(folder: Path, steps: int,
         assert len(tokens) < len(expected[number])
         assert tokens == expected[number][: len(tokens)]
         assert all(found[0][other] == expected[other] for other in (0, 1, 2) if other != number)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_follow_the_leader_in_any_order_of_modes(
+    folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "DraftPlanner", RandomPlanner)
+    requests = [SHORT, LONG, replace(LONG, prompt=make_prompt(40, 7), max_tokens=30), MIDDLE]
+    work = answering(requests, late=[SAMPLED, SHORT, MIDDLE])
+    expected = run_one(folder, work)
+    prompts = [*requests, SAMPLED, SHORT, MIDDLE]
+    oracle = Oracle({request.prompt: expected[number] for number, request in enumerate(prompts)}, 0.7, 200)
+    found, _ = run_ranks(folder, size, work, speculate=4, drafters=[oracle])
+    assert found[0] == expected
+    assert len(oracle.lengths) > 5
+    for number in (1, 2):
+        cut, _ = run_ranks(folder, size, answering(requests, cancelled={12: number}), speculate=4, drafters=[oracle])
+        assert cut[0][number] in ([*expected[number][: len(cut[0][number]) - 1], -2], expected[number])
+        assert all(cut[0][other] == expected[other] for other in range(4) if other != number)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.engine.drafts import NGRAMS, PromptLookup, accepted_length, find_earlier_ngram
+from kimi_mlx.engine.drafts.prompt_lookup import NGRAMS, find_draft, find_earlier_ngram
 from kimi_mlx.engine.request import FIRST_IMAGE_KEY
 from kimi_mlx.engine.token_array import COMPARISON_TOKENS, TokenArray
 
@@ -26,41 +26,32 @@ def search(tokens: list[int]) -> int | None:
 
 @given(tokens=TOKENS)
 def test_the_longest_and_latest_ngram_is_found(tokens: list[int]) -> None:
-    assert find_earlier_ngram(np.array(tokens, np.int64)) == search(tokens)
+    end, length = find_earlier_ngram(np.array(tokens, np.int64))
+    assert end == search(tokens)
+    if end is not None:
+        assert tokens[end - length : end] == tokens[-length:]
 
 
-@given(parts=st.lists(TOKENS, min_size=1, max_size=4), limit=st.integers(0, 9))
+@given(parts=st.lists(TOKENS, min_size=1, max_size=4), limit=st.integers(1, 9))
 def test_drafts_follow_tokens_that_are_appended(parts: list[list[int]], limit: int) -> None:
     tokens, array = [token for part in parts for token in part], TokenArray(parts[0])
-    lookup = PromptLookup(array, 8)
     for part in parts[1:]:
         array.extend(part)
     assert array.ids.tolist() == tokens
     end = search(tokens)
-    assert lookup.draft(limit) == (() if end is None else tuple(tokens[end : end + min(limit, 8)]))
+    assert find_draft(array.ids, limit)[0] == (() if end is None else tuple((tokens[end:] * limit)[:limit]))
 
 
 def test_a_draft_ends_before_an_image() -> None:
-    lookup = PromptLookup(TokenArray([1, 2, 3, *[FIRST_IMAGE_KEY + 5] * 4, 4, 1, 2]), 8)
-    assert lookup.draft(8) == (3,)
-    assert PromptLookup(TokenArray([1, 2, FIRST_IMAGE_KEY, 1, 2]), 8).draft(8) == ()
-
-
-def test_draft_length_adapts() -> None:
-    lookup = PromptLookup(TokenArray([1, 2, *range(10, 30), 1, 2]), 8)
-    lengths: list[int] = []
-    for drafted, accepted in ((8, 0), (4, 0), (2, 1), (2, 2), (4, 4), (8, 8), (0, 0)):
-        lookup.update_draft_length(drafted, accepted)
-        lengths.append(len(lookup.draft(99)))
-    assert lengths == [4, 2, 2, 4, 8, 8, 8]
-    assert accepted_length((1, 2, 3), [1, 2, 9, 4]) == 2
+    ids = TokenArray([1, 2, 3, *[FIRST_IMAGE_KEY + 5] * 4, 4, 1, 2]).ids
+    assert find_draft(ids, 8) == ((3,), 2)
+    assert find_draft(TokenArray([1, 2, FIRST_IMAGE_KEY, 1, 2]).ids, 8)[0] == ()
 
 
 def test_a_long_prompt_needs_no_index() -> None:
-    tokens = tuple(range(128_000))
+    ids = TokenArray(range(128_000)).ids
     begin = time.process_time()
-    lookup = PromptLookup(TokenArray(tokens), 8)
-    assert lookup.draft(8) == ()
+    assert find_draft(ids, 8) == ((), 0)
     assert time.process_time() - begin < 0.25  # an index of all n-grams took 0.4 s
 
 

@@ -1,0 +1,1 @@
+"""Drafts: tokens proposed to follow a sequence, which the model verifies several at a time."""

@@ -1,0 +1,66 @@
+"""Choose how many draft tokens each sequence gets in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kimi_mlx.engine.drafts.step_times import Load, StepTimes
+
+MAX_STEP_TOKENS = 48
+"""Maximum number of tokens of a step with drafts: longer ones read the weights of most experts anyway."""
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """Lengths of the drafts of a step.
+
+    Args:
+        lengths: number of draft tokens of each sequence.
+        gain: expected tokens per second in units of those without drafts.
+    """
+
+    lengths: tuple[int, ...]
+    gain: float
+
+
+def plan_drafts(
+    chances: Sequence[Sequence[float]], draft_s: Sequence[float], step_s: Callable[[int], float]
+) -> DraftPlan:
+    """Return the lengths with the most expected tokens per second; at least one draft token.
+
+    The draft tokens are added in the order of their chances, and the best number of them is taken.
+
+    Args:
+        chances: for each sequence, the probability that its first draft tokens are accepted, each with those before
+            it; empty for a sequence without a draft. At least one is not empty.
+        draft_s: for each sequence, the time to propose one draft token. All sequences are drafted for at once.
+        step_s: function from the number of draft tokens to the time of a step; of 0, without drafts.
+    """
+    # Sorting is stable, and chances never rise: a token never comes before the one that it follows.
+    order = sorted(((chance, index) for index, row in enumerate(chances) for chance in row), key=lambda item: -item[0])
+    lengths = [0] * len(chances)
+    plain_s = step_s(0) / len(chances)
+    best, best_gain = tuple(lengths), 0.0
+    expected, drafting_s = float(len(chances)), 0.0
+    for count, (chance, index) in enumerate(order[: max(MAX_STEP_TOKENS - len(chances), 1)], start=1):
+        expected += chance
+        lengths[index] += 1
+        drafting_s = max(drafting_s, lengths[index] * draft_s[index])
+        gain = expected * plain_s / (step_s(count) + drafting_s)
+        if gain > best_gain:
+            best, best_gain = tuple(lengths), gain
+    return DraftPlan(best, best_gain)
+
+
+def needed_chance(times: StepTimes, load: Load, max_tokens: int) -> float:
+    """Return the chance that first draft tokens need, so that drafts can gain anything; above 1 if none can.
+
+    Args:
+        times: times of steps.
+        load: load of the steps.
+        max_tokens: maximum number of draft tokens of each sequence.
+    """
+    most = max(min(load.sequences * max_tokens, MAX_STEP_TOKENS - load.sequences), 1)
+    counts = {1, most, *(count for count in (2, 4, 8, 16) if count < most)}
+    return min((times.ratio(load, load.sequences + count) - 1) * load.sequences / count for count in counts)

@@ -1,0 +1,249 @@
+"""The leader's decisions on drafts for one batch: when to draft, and how many tokens for each sequence.
+
+Without drafts steps are launched ahead, on tokens that are not read yet, and nothing is lost. Drafts start when the
+expected gain is clear, and are tried again from time to time, the less often the less they gained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kimi_mlx.engine.drafts.decision import Decision
+from kimi_mlx.engine.drafts.drafter import Draft, Drafter, Offer, accepted_length
+from kimi_mlx.engine.drafts.plan import DraftPlan, needed_chance, plan_drafts
+from kimi_mlx.engine.drafts.records import DraftRecords, Off, Trial
+from kimi_mlx.engine.drafts.step_times import Load, StepClock
+
+if TYPE_CHECKING:
+    from kimi_mlx.engine.sequence import Sequence
+    from kimi_mlx.engine.step_runner import InFlightStep
+
+START_GAIN, STAY_GAIN = 1.05, 1.02
+"""Expected gain from which drafts start, and above which they stay on."""
+
+FIRST_PROBE_STEPS, MAX_PROBE_STEPS = 16, 512
+"""Number of steps without drafts after which one step with drafts is tried; doubled each time that it gains nothing."""
+
+FIRST_REFRESH_STEPS, MAX_REFRESH_STEPS = 64, 1024
+"""Number of steps with drafts after which steps without drafts are measured; doubled each time."""
+
+REFRESH_STEPS = 4
+"""Number of steps without drafts that are measured then; the first one does not count."""
+
+FIRST_PAUSE_STEPS, MAX_PAUSE_STEPS = 2, 64
+"""Number of steps before drafts are considered again after there was nothing to draft when they were to start."""
+
+LINGER_STEPS = 3
+"""Number of steps without any draft after which drafts end, if the last one was accepted in part."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An offer for a sequence.
+
+    Args:
+        drafter: the drafter that offers.
+        offer: the offer.
+        chances: for each draft token, the probability that it and all before it are accepted.
+    """
+
+    drafter: Drafter
+    offer: Offer
+    chances: list[float]
+
+
+class DraftPlanner:
+    """Decides for one batch.
+
+    Args:
+        drafters: what proposes drafts; with equal chances the first one counts.
+        records: records of all batches.
+        max_tokens: maximum number of draft tokens per step and sequence.
+    """
+
+    def __init__(self, drafters: ListOf[Drafter], records: DraftRecords, max_tokens: int):
+        self._drafters, self._records, self._max_tokens = drafters, records, max_tokens
+        self.clock = StepClock(records.times)
+        self._steps_ahead = self._steps_with_drafts = self._steps_without_offer = self._pause = 0
+        self._probe_steps, self._pause_steps = FIRST_PROBE_STEPS, FIRST_PAUSE_STEPS
+        self._refresh_steps = FIRST_REFRESH_STEPS
+        self._is_probing = self._has_accepted = False
+
+    def observe(self, step: InFlightStep) -> None:
+        """Let the drafters take what they need from a step whose tokens are read."""
+        for drafter in self._drafters:
+            drafter.observe(step)
+
+    @property
+    def off_reason(self) -> str | None:
+        """Reason why nothing is drafted now; None while drafts are on."""
+        return self._records.off_reason
+
+    def on_verified(self, sequence: Sequence, accepted: ListOf[int]) -> None:
+        """Record the result of a sequence's draft.
+
+        Args:
+            sequence: the sequence, with its draft.
+            accepted: accepted draft tokens, and the token that was sampled after them.
+        """
+        num_accepted = accepted_length(sequence.draft, accepted)
+        self._records.on_verified(sequence.drafts, sequence.draft, num_accepted)
+        self._has_accepted |= bool(num_accepted)
+
+    def wants_decision(self, sequences: ListOf[Sequence], others_decode: bool) -> bool:
+        """Return whether to decide on drafts before the next step. Called after each step that is launched ahead.
+
+        Args:
+            sequences: sequences that sample a token in that step.
+            others_decode: whether other batches decode.
+        """
+        if not sequences:
+            return False
+        self._steps_ahead += 1
+        self._pause -= 1
+        if self._pause > 0:
+            return False
+        load = _load(sequences, others_decode)
+        needed = needed_chance(self._records.times, load, self._max_tokens)
+        is_probe_due = self._steps_ahead >= self._probe_steps
+        if needed >= 1 and not is_probe_due:
+            self._records.off = Off(load, 1.0)
+            return False
+        candidates = [self._compare(sequence) for sequence in sequences]
+        first_chance = max((candidate.chances[0] for candidate in candidates if candidate), default=None)
+        self._records.off = Off(load, first_chance)
+        if first_chance is None or is_probe_due:
+            return is_probe_due and first_chance is not None
+        return first_chance > needed and self._plan(candidates, load).gain > START_GAIN
+
+    def decide(self, sequences: ListOf[Sequence], others_decode: bool) -> Decision:
+        """Decide on the drafts of the next step.
+
+        Args:
+            sequences: sequences whose last token is known; at least one.
+            others_decode: whether other batches decode.
+        """
+        load = _load(sequences, others_decode)
+        candidates = [self._best(sequence) for sequence in sequences]
+        for sequence in sequences:
+            sequence.drafts.trial = None
+        if not any(candidates):
+            return self._without_candidates(load)
+        plan = self._plan(candidates, load)
+        is_probe = plan.gain <= STAY_GAIN and self._steps_ahead >= self._probe_steps
+        if plan.gain <= STAY_GAIN and not is_probe:
+            self._records.off = Off(load, max(candidate.chances[0] for candidate in candidates if candidate))
+            self._probe_steps = min(2 * self._probe_steps, MAX_PROBE_STEPS)
+            return self._run_ahead(load, 0 if self._is_probing else self._longer_pause())
+        if not is_probe and self._is_refresh_due():
+            return self._run_ahead(load, REFRESH_STEPS)
+        if not is_probe:
+            self._probe_steps, self._pause_steps = FIRST_PROBE_STEPS, FIRST_PAUSE_STEPS
+        self._records.off = None
+        self._steps_ahead = self._steps_without_offer = 0
+        self._is_probing, self._has_accepted = is_probe, False
+        return Decision(tuple(self._draft(sequences, candidates, plan)), is_drafting=True)
+
+    def _without_candidates(self, load: Load) -> Decision:
+        """Return the decision if there is nothing to draft. Soon there may be again, if the last draft was good."""
+        self._steps_without_offer += 1
+        if self._has_accepted and self._steps_without_offer <= LINGER_STEPS:
+            return Decision(((),) * load.sequences, is_drafting=True)
+        self._records.off = Off(load, None)
+        return self._run_ahead(load, 0 if self._has_accepted else self._longer_pause())
+
+    def _longer_pause(self) -> int:
+        """Return the number of steps to wait, because the switch to drafts was in vain; the next time twice as many."""
+        pause, self._pause_steps = self._pause_steps, min(2 * self._pause_steps, MAX_PAUSE_STEPS)
+        return pause
+
+    def _run_ahead(self, load: Load, pause: int) -> Decision:
+        """Return the decision to run without drafts, for at least `pause` steps."""
+        self._pause = pause
+        self._is_probing = self._has_accepted = False
+        self._steps_ahead = self._steps_without_offer = 0
+        return Decision(((),) * load.sequences, is_drafting=False)
+
+    def _is_refresh_due(self) -> bool:
+        """Count a step with drafts; return whether to measure steps without drafts instead."""
+        self._steps_with_drafts += 1
+        if self._steps_with_drafts < self._refresh_steps:
+            return False
+        self._steps_with_drafts = 0
+        self._refresh_steps = min(2 * self._refresh_steps, MAX_REFRESH_STEPS)
+        return True
+
+    def _best(self, sequence: Sequence, tried: Candidate | None = None) -> Candidate | None:
+        """Return the offer with the most expected tokens.
+
+        Args:
+            sequence: sequence to draft for.
+            tried: offer of one of the drafters that is already known.
+        """
+        limit = min(self._max_tokens, sequence.remaining_tokens - 1)
+        candidates = [] if tried is None else [tried]
+        for drafter in self._drafters if limit > 0 else []:
+            if tried is None or tried.drafter is not drafter:
+                offer = drafter.offer(sequence, limit)
+                candidates += [] if offer is None else [self._candidate(drafter, offer, sequence)]
+        return max(candidates, key=lambda candidate: sum(candidate.chances), default=None)
+
+    def _candidate(self, drafter: Drafter, offer: Offer, sequence: Sequence) -> Candidate:
+        acceptance = self._records.acceptance(sequence.drafts, offer.source)
+        return Candidate(drafter, offer, acceptance.chances(offer.length))
+
+    def _compare(self, sequence: Sequence) -> Candidate | None:
+        """Return the best offer for a sequence that runs ahead; compare known drafts with its text, at no cost."""
+        drafts = sequence.drafts
+        trial = drafts.trial
+        if trial is not None:
+            tokens = sequence.tokens[trial.start :]
+            num_accepted = accepted_length(trial.offer.tokens, tokens)
+            if num_accepted == len(tokens) < len(trial.offer.tokens):
+                rest = trial.offer.tokens[num_accepted:]
+                offer = Offer(trial.offer.source, len(rest), rest)
+                return self._best(sequence, self._candidate(trial.drafter, offer, sequence))
+            self._records.acceptance(drafts, trial.offer.source).record(len(trial.offer.tokens), num_accepted)
+            drafts.trial = None
+        best = self._best(sequence)
+        if best is not None and best.offer.tokens:
+            drafts.trial = Trial(best.drafter, best.offer, len(sequence.tokens))
+        return best
+
+    def _plan(self, candidates: ListOf[Candidate | None], load: Load) -> DraftPlan:
+        """Return the best lengths of drafts, if there is at least one offer."""
+        records = self._records
+        return plan_drafts(
+            [[] if candidate is None else candidate.chances for candidate in candidates],
+            [0.0 if candidate is None else records.draft_s(candidate.offer.source) for candidate in candidates],
+            lambda count: records.times.seconds(load, load.sequences + count),
+        )
+
+    def _draft(self, sequences: ListOf[Sequence], candidates: ListOf[Candidate | None], plan: DraftPlan) -> list[Draft]:
+        """Return the drafts of all sequences, of the planned lengths."""
+        drafts: list[Draft] = [()] * len(sequences)
+        for drafter in self._drafters:
+            chosen = [
+                (index, candidate.offer)
+                for index, candidate in enumerate(candidates)
+                if candidate is not None and candidate.drafter is drafter and plan.lengths[index]
+            ]
+            if not chosen:
+                continue
+            began = time.perf_counter()
+            requests = [(sequences[index], offer, plan.lengths[index]) for index, offer in chosen]
+            found = drafter.draft(requests)
+            seconds = time.perf_counter() - began
+            self.clock.exclude(seconds)
+            self._records.on_drafted(chosen[0][1].source, max(plan.lengths[index] for index, _ in chosen), seconds)
+            for (index, offer), draft in zip(chosen, found, strict=True):
+                sequences[index].drafts.offer = offer
+                drafts[index] = tuple(sequences[index].until_stop(list(draft)))
+        return drafts
+
+
+def _load(sequences: ListOf[Sequence], others_decode: bool) -> Load:
+    return Load.of([len(sequence.tokens) for sequence in sequences], others_decode)
