@@ -19,6 +19,29 @@ TABLES = ("d2t", "t2d")
 """Tensors of a reduced vocabulary, which are never quantized."""
 
 
+PUBLISHED: Config = {
+    "architectures": ["Eagle3DeepseekV2ForCausalLM"],
+    "draft_vocab_size": 163840,
+    "eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 30, 58], "use_aux_hidden_state": True},
+    "fc_norm": True,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 262144,
+    "norm_output": True,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50000.0,
+    "v_head_dim": 128,
+    "vocab_size": 163840,
+}
+"""Dimensions of the draft models that are published for K2.5 to K2.7."""
+
+
 def draft_config(target: Config, **fields: object) -> Config:
     """Return the config of an EAGLE-3.1 draft model with its own widths, for a model with the config `target`.
 
@@ -97,7 +120,7 @@ def draft_tensors(
     Values depend on the seed and the canonical name, so all layouts have the same.
     """
     tensors = {
-        name: tensor_values(name.removeprefix(prefix).removeprefix(layer), shape, seed)
+        name: tensor_values(name.removeprefix(layer).removeprefix(prefix), shape, seed)
         for name, shape in draft_shapes(config, layer, prefix, has_embedding).items()
     }
     if config["draft_vocab_size"] < config["vocab_size"]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.config import DecoderConfig, ModelConfig
 
 BFLOAT16_BYTES = 2
 
 
-def kv_values_per_token(config: ModelConfig) -> int:
+def kv_values_per_token(config: DecoderConfig) -> int:
     """Return the number of values per token and layer: the latent and the rotated key that all heads share."""
     return config.kv_lora_rank + config.qk_rope_head_dim
 

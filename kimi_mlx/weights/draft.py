@@ -97,11 +97,8 @@ def load_draft(
             embedding.
     """
     checkpoint = read_draft_checkpoint(folder, config)
-    if embedding is None and not checkpoint.matrices.has("embed_tokens.weight"):
-        raise WeightsError(
-            f"`{folder}` has no embedding, and neither has this rank of the model",
-            hint="load the draft model on rank 0, which has the embedding of the model",
-        )
+    if not checkpoint.matrices.has("embed_tokens.weight"):
+        _check_embedding(folder, config, embedding)
     reader = CheckpointReader(checkpoint)
     token_ids = _read_token_ids(reader)
     plan = LayerPlan(
@@ -111,6 +108,20 @@ def load_draft(
     weights = load_layer(reader, plan, dtype)
     reader.close()
     return DraftModel(config, weights, captured_layers, embedding, token_ids)
+
+
+def _check_embedding(folder: Path, config: DraftConfig, embedding: Embedding | None) -> None:
+    """Check that the embedding of the model can be used where the files have none."""
+    if embedding is None:
+        raise WeightsError(
+            f"`{folder}` has no embedding, and neither has this rank of the model",
+            hint="load the draft model on rank 0, which has the embedding of the model",
+        )
+    if embedding.columns != config.hidden_size:
+        raise WeightsError(
+            f"`{folder}` has no embedding of size {config.hidden_size}, and that of the model has {embedding.columns}",
+            hint="finish the download, or fetch `config.json` again",
+        )
 
 
 def _read_token_ids(reader: CheckpointReader[DraftCheckpoint]) -> mx.array | None:

@@ -1,0 +1,50 @@
+"""Memory of a draft model. Only the leader has one."""
+
+from __future__ import annotations
+
+from math import prod
+
+from kimi_mlx.model.config_quantization import Quantization
+from kimi_mlx.model.draft_config import DraftConfig
+from kimi_mlx.model.draft_names import draft_entries
+from kimi_mlx.model.names import CheckpointLayout
+from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_values_per_token
+
+
+def draft_weight_bytes(config: DraftConfig, has_embedding: bool = False, value_bytes: int = BFLOAT16_BYTES) -> int:
+    """Return the bytes of a draft model's weights: 3.7 GB for those of K2.5 to K2.7 as published.
+
+    Args:
+        config: dimensions of the draft model; a quantization in it counts for all matrices.
+        has_embedding: whether its files have an embedding; otherwise it uses that of the model.
+        value_bytes: bytes per float.
+    """
+    layout = CheckpointLayout(lambda name: has_embedding and name == "embed_tokens.weight", config.quantization_of)
+    shapes = {
+        path: source.shape
+        for entry in draft_entries(config, layout)
+        for part in entry.parts
+        for source in part
+        for path in source.paths
+    }
+    return sum(
+        _matrix_bytes(prod(shape), config.quantization_of(path) if len(shape) > 1 else None, value_bytes)
+        for path, shape in shapes.items()
+    )
+
+
+def draft_cache_bytes_per_token(config: DraftConfig, value_bytes: int = BFLOAT16_BYTES) -> int:
+    """Return the bytes per token of a draft model's cache: one layer."""
+    return kv_values_per_token(config) * value_bytes
+
+
+def captured_bytes_per_token(config: DraftConfig, value_bytes: int = BFLOAT16_BYTES) -> int:
+    """Return the bytes per token of captured states, which are kept until the draft model has read them."""
+    return config.num_captured * config.target_hidden_size * value_bytes
+
+
+def _matrix_bytes(values: int, quantization: Quantization | None, value_bytes: int) -> int:
+    if quantization is None:
+        return values * value_bytes
+    per_group = 2 * value_bytes if quantization.mode == "affine" else 1  # a scale and a bias, or a scale of 8 bits
+    return values * quantization.bits // 8 + values // quantization.group_size * per_group
