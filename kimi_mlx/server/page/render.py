@@ -8,7 +8,7 @@ a resource, or restyle the page.
 from __future__ import annotations
 
 import re
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
 from markdown_it.renderer import RendererHTML
+from markdown_it.rules_core import StateCore
 from markdown_it.token import Token
 from markdown_it.utils import OptionsDict
 from pygments import highlight
@@ -23,6 +24,8 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexer import Lexer
 from pygments.lexers import get_lexer_by_name  # pyright: ignore[reportUnknownVariableType]
 from pygments.util import ClassNotFound
+
+from kimi_mlx.server.page.formulas import add_formulas, formula_html
 
 MAX_HIGHLIGHTED_CHARS = 60_000
 """Maximum length of highlighted code; longer code is plain, because a lexer may take seconds for it."""
@@ -136,6 +139,14 @@ class _PageRenderer(RendererHTML):
     def td_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
         return _cell_html(tokens[idx])
 
+    def formula(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
+        return formula_html(tokens[idx])
+
+    def formula_block(
+        self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]
+    ) -> str:
+        return formula_html(tokens[idx]) + "\n"
+
     def table_open(self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]) -> str:
         return '<div class="table" tabindex="0"><table>\n'
 
@@ -143,6 +154,49 @@ class _PageRenderer(RendererHTML):
         self, tokens: Sequence[Token], idx: int, options: OptionsDict, env: MutableMapping[str, Any]
     ) -> str:
         return "</table></div>\n"
+
+
+ADDRESS = re.compile(r"\bhttps?://[^\s<>\"'`\u2018-\u201d\u3000-\u303f\uff00-\uff60]+", re.IGNORECASE)
+"""A web address that stands in a text."""
+
+
+def _link_addresses(state: StateCore) -> None:
+    """Make links of the web addresses in texts."""
+    for inline in state.tokens:
+        children: list[Token] = []
+        depth = 0
+        for token in inline.children or ():
+            depth += token.nesting if token.type in ("link_open", "link_close") else 0
+            children += [token] if depth or token.type != "text" else _split_addresses(token)
+        if inline.type == "inline":
+            inline.children = children
+
+
+def _split_addresses(token: Token) -> Iterator[Token]:
+    position = 0
+    for match in ADDRESS.finditer(token.content):
+        address = match.group().rstrip(".,;:!?*_~")
+        while address.endswith(")") and address.count(")") > address.count("("):
+            address = address[:-1].rstrip(".,;:!?*_~")
+        yield Token("text", "", 0, content=token.content[position : match.start()])
+        yield Token("link_open", "a", 1, attrs={"href": address})
+        yield Token("text", "", 0, content=address)
+        yield Token("link_close", "a", -1)
+        position = match.start() + len(address)
+    yield Token("text", "", 0, content=token.content[position:])
+
+
+TASK = re.compile(r"\[([ xX])\] ")
+
+
+def _show_tasks(state: StateCore) -> None:
+    """Show `[ ]` and `[x]` at the beginning of a list's item as boxes."""
+    for item, inline in zip(state.tokens, state.tokens[2:], strict=False):
+        if item.type != "list_item_open" or not inline.children or inline.children[0].type != "text":
+            continue
+        first = inline.children[0]
+        if match := TASK.match(first.content):
+            first.content = f"{'☐' if match[1] == ' ' else '☑'} {first.content[match.end() :]}"
 
 
 LINK_ATTRIBUTES = 'target="_blank" rel="noopener noreferrer nofollow"'
@@ -177,5 +231,8 @@ def _lexer(language: str) -> Lexer | None:
 def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_PageRenderer)
     parser.enable(["table", "strikethrough"])
+    add_formulas(parser)
+    parser.core.ruler.after("inline", "plain_links", _link_addresses)
+    parser.core.ruler.after("inline", "tasks", _show_tasks)
     parser.validateLink = lambda url: SAFE_LINK.match(url) is not None  # type: ignore[method-assign]
     return parser

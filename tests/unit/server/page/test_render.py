@@ -13,8 +13,13 @@ from kimi_mlx.server.page.render import render_blocks
 TAGS = {
     *("p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "li", "blockquote", "hr", "br", "strong", "em", "s", "a"),
     *("code", "pre", "div", "span", "table", "thead", "tbody", "tr", "th", "td"),
+    *("math", "mrow", "mi", "mn", "mo", "mtext", "mspace", "msup", "msub", "msubsup", "mover", "munder", "munderover"),
+    *("mfrac", "msqrt", "mroot", "mtable", "mtr", "mtd"),
 }
-ATTRIBUTES = {"href", "target", "rel", "class", "data-language", "start", "tabindex"}
+ATTRIBUTES = {
+    *("href", "target", "rel", "class", "data-language", "start", "tabindex"),
+    *("display", "stretchy", "fence", "movablelimits", "accent", "accentunder", "linethickness", "width"),
+}
 
 PIECES = [
     *("word ", "\n", "\n\n", "# ", "## h\n", "- ", "1. ", "> ", "```", "```python\n", "~~~\n", "    ", "\t", "---\n"),
@@ -22,6 +27,22 @@ PIECES = [
     *("<img src=x onerror=1>", "javascript:a()", 'https://example.org/?a=1&b="2"', "data:text/html,x", "&lt;"),
     *("&colon;", "JaVaScRiPt&#58;", "\\", "'", '"', "[x]: vbscript:y\n", "<style>", "<!--", "é", "😀", "\r\n", "\0"),
     *("def f(): return 1\n", "[a](//evil.example)", "[a](mailto:x@y.z)", "<https://a.b>", "[x]", "]", "html\n", "==="),
+    *(
+        "$",
+        "$$",
+        "$$\n",
+        "\\[\n",
+        "\\]\n",
+        "\\(",
+        "\\)",
+        "x^2",
+        "\\frac{a}{b}",
+        "\\text{",
+        "}",
+        "- [ ] ",
+        "&",
+        "https://a.b/(c)",
+    ),
 ]
 MARKDOWN = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
 
@@ -113,6 +134,15 @@ def test_rendering_continues_after_the_finished_blocks(text: str) -> None:
         ("```python\nif x: pass\n```", '<span class="k">if</span>'),
         ('```"><script>\nx\n```', '<div class="code" data-language=""><pre><code>x\n</code></pre></div>\n'),
         ("5. five", '<ol start="5">'),
+        ("- [ ] a\n- [x] b", "<li>\N{BALLOT BOX} a</li>\n<li>\N{BALLOT BOX WITH CHECK} b</li>"),
+        ("(https://a.b/c_(d).)", '(<a href="https://a.b/c_(d)" '),
+        ("`https://a.b`", "<p><code>https://a.b</code></p>"),
+        ("$a_1*b*c$", "<p><math><mrow><msub><mi>a</mi><mn>1</mn></msub>"),
+        (r"so \(a\)", "<p>so <math><mi>a</mi></math></p>"),
+        ("so\n\\[\na\n- b\n\\]\nis", '<p>so</p>\n<div class="formula" tabindex="0"><math display="block"><mrow>'),
+        (r"$$\unknown < 1$$", r'<div class="formula" tabindex="0"><code>$$\unknown &lt; 1$$</code></div>'),
+        ("$5 and $10, US$5-$6, $$", "<p>$5 and $10, US$5-$6, $$</p>"),
+        ("$$\n\n# b", "<h1>b</h1>"),
     ],
 )
 def test_html_of_markdown(markdown: str, html: str) -> None:
