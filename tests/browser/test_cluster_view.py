@@ -72,7 +72,7 @@ def test_it_asks_for_the_key(session: Session, open_page: OpenPage) -> None:
     with serving(session, ServingOptions(Security(keys=("secret",)))) as server:
         chat = open_page(server.url, "#/cluster")
         chat.allow("status of 401")
-        chat.wait_text("needs an API key", "#dialog")
+        chat.wait_text("needs one of the API keys", "#dialog")
         chat.page.fill("#key-input", "secret")
         chat.page.press("#key-input", "Enter")
         chat.wait_text("Running", "#cluster-view")

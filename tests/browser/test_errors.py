@@ -29,7 +29,7 @@ def test_a_wrong_key_then_the_right_one(session: Session, open_page: OpenPage) -
     with serving(session, ServingOptions(Security(keys=("secret",)))) as server:
         chat = open_page(server.url)
         chat.allow("status of 401")
-        chat.wait_text("needs an API key", "#dialog")
+        chat.wait_text("needs one of the API keys", "#dialog")
         chat.page.fill("#key-input", "wrong")
         chat.page.press("#key-input", "Enter")
         chat.wait_text("rejects this key", "#dialog")
@@ -42,9 +42,9 @@ def test_a_wrong_key_then_the_right_one(session: Session, open_page: OpenPage) -
         assert not chat.find("#dialog").is_visible()
         assert chat.run("() => Object.keys(localStorage).length + document.cookie.length") == 0
         another = chat.another_tab().open()  # but for this tab only
-        another.wait_text("needs an API key", "#dialog")
+        another.wait_text("needs one of the API keys", "#dialog")
         another.click("Cancel")
-        another.wait_text("needs an API key", "#banner")
+        another.wait_text("needs one of the API keys", "#banner")
 
 
 @pytest.mark.slow

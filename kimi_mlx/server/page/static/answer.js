@@ -21,7 +21,6 @@ export class Answer {
     this.progress = null; // {processed, total, seconds} of the prompt
     this.notice = null; // {type, reason} of the ring or the server: it was lost, or is back
     this.busySeconds = null; // seconds until the next attempt, while the server's queue is full
-    this.startedAt = performance.now();
     this.chunks = 0;
     this.controller = new AbortController();
     this.savedAt = 0;

@@ -8,7 +8,7 @@ const MAX_TEXT_BYTES = 1_000_000;
 const MAX_IMAGE_BYTES = 30_000_000;
 const RESIZE_ABOVE_BYTES = 6_000_000;
 const MAX_SIDE = 4096;
-const DIRECT = ["image/png", "image/jpeg", "image/webp", "image/gif"];
+const SENT_AS_THEY_ARE = ["image/png", "image/jpeg", "image/webp", "image/gif"];
 
 // The files that are attached to the next message.
 export class Attachments {
@@ -62,16 +62,16 @@ export class Attachments {
   }
 
   show() {
-    const drop = (item) => {
+    const remove = (item) => {
       this.items = this.items.filter((other) => other !== item);
       this.show();
       byId("input").focus();
     };
-    this.node.replaceChildren(...this.items.map((item) => chipOf(item.part, () => drop(item), item.size)));
+    this.node.replaceChildren(...this.items.map((item) => chipOf(item.part, () => remove(item), item.size)));
   }
 }
 
-// Return a file that is attached to a message, with a button that removes it.
+// Return the element of an attached file, with a button that removes it.
 export function chipOf(part, onRemove, size = null) {
   const shown = part.image_url
     ? element("img", { src: part.image_url.url, alt: part.name ?? "" })
@@ -84,12 +84,12 @@ export function chipOf(part, onRemove, size = null) {
 const tooLarge = (file, limit) =>
   new Error(text("tooLarge", { name: file.name, size: bytes(file.size), limit: bytes(limit) }));
 
-// Return a text file as it stands in a message: its name, then its text as code.
+// Return a text file as text of a message: its name, then its content as code.
 const quoted = (name, content) => `${name.replaceAll(/[`\n]/g, " ")}:\n${fenced(content)}`;
 
 // Return an image as a data URL; a large one, or one of another format, is encoded again as JPEG.
 async function imageUrl(file) {
-  if (DIRECT.includes(file.type) && file.size <= RESIZE_ABOVE_BYTES) return dataUrl(file);
+  if (SENT_AS_THEY_ARE.includes(file.type) && file.size <= RESIZE_ABOVE_BYTES) return dataUrl(file);
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);

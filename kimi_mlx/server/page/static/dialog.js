@@ -8,12 +8,13 @@ let finishOpen = null; // ends the dialog that is open, if any
 // Return whether a dialog is open.
 export const isDialogOpen = () => finishOpen !== null;
 
-// Show a dialog; resolves with the value of the pressed button, or null if it was closed, also by another dialog. A
-// button with `run` does that, and the dialog stays open.
+// Show a dialog; resolves with the value of the pressed button, or null if it was closed, also by another dialog. A button
+// has a label, and: `value`; `kind` if it submits the form (a class of its style), then `check` may keep the dialog open;
+// or `run`, a function that is called while the dialog stays open.
 export function ask(title, content, buttons) {
   finishOpen?.(null);
   return new Promise((resolve) => {
-    // An element of its own: a browser reports the end of a dialog late, when another one may be open.
+    // Each dialog has an element of its own: a browser reports its end late, when another one may be open.
     const dialog = element("dialog", { id: "dialog", "aria-labelledby": "dialog-title" });
     const finish = (value) => {
       if (finishOpen === finish) finishOpen = null;
@@ -39,7 +40,7 @@ export function ask(title, content, buttons) {
           element(
             "button",
             {
-              type: kind ? "submit" : "button", // Enter in a field presses the first of type submit
+              type: kind ? "submit" : "button", // Enter in a field presses the first submit button
               class: kind ?? "",
               value,
               onclick: (event) => {

@@ -6,7 +6,7 @@ import { decimal, text } from "./i18n.js";
 const WIDTH = 600;
 const HEIGHT = 120;
 
-// Return a figure; `series` has {name, label, values}, the newest value last, all of one length.
+// Return a figure. `series` are of generated and of read tokens, each {name, label, values} with the newest value last.
 export function plot(series, intervalSeconds) {
   const length = Math.max(2, ...series.map(({ values }) => values.length));
   const highest = Math.max(1, ...series.flatMap(({ values }) => values));
