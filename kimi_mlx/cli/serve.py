@@ -94,7 +94,17 @@ class ServerOptions:
             help="Maximum number of waiting requests; further ones get status 429.",
             rich_help_panel=SERVER,
         ),
-    ] = 64
+    ] = 512
+    max_wait: Annotated[
+        int,
+        typer.Option(
+            "--max-wait",
+            min=1,
+            metavar="SECONDS",
+            help="Longest time that a request waits; then it gets status 429.",
+            rich_help_panel=SERVER,
+        ),
+    ] = 600
     max_body: Annotated[
         int,
         typer.Option("--max-body", min=1, metavar="MB", help="Maximum request body.", rich_help_panel=SERVER),
@@ -137,6 +147,7 @@ class ServerOptions:
         return ServingOptions(
             security,
             self.max_queue,
+            self.max_wait,
             self.max_body * MB,
             image_hosts,
             self.log_prompts,

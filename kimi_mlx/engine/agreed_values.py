@@ -38,6 +38,7 @@ def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, ch
         chunk=chunk,
         largest_chunk=model.tuning.prefill_chunk,
         encode_bytes=largest_encoding_bytes(model),
+        max_sequences=model.tuning.max_sequences,
     )
     smallest = gather_on_host(group, np.array(astuple(own_limits), np.int32)).min(axis=0)
     return EngineLimits(*cast("list[int]", smallest.tolist()))

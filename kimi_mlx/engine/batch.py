@@ -20,14 +20,12 @@ from kimi_mlx.engine.drafts.step_times import Load
 from kimi_mlx.engine.events import Event, FinishReason, Prefilled
 from kimi_mlx.engine.feature_store import FeatureStore
 from kimi_mlx.engine.kv_cache_pool import KVCachePool, padded_length
+from kimi_mlx.engine.prefill_order import PrefillOrder
 from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.step_runner import InFlightStep, StepRunner
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.parallel.communicator import LeaderState
 from kimi_mlx.sizing.step_time import ChunkBudget, ChunkEstimate
-
-SHORT_PROMPT = 64
-"""Prompts with at most this many tokens left are prefilled before long ones in every other step."""
 
 LONG_STEP = 64
 """Steps of at least this many tokens finish before the next one starts, because they need much temporary memory."""
@@ -66,7 +64,8 @@ class Batch:
         self._is_drafting = self._wants_decision = False
         self.members: list[Sequence] = []
         self._in_flight: InFlightStep | None = None
-        self._has_put_short_first = self._has_encoded = False
+        self._order = PrefillOrder()
+        self._has_encoded = False
 
     @property
     def is_idle(self) -> bool:
@@ -83,6 +82,11 @@ class Batch:
     def is_decoding(self) -> bool:
         """Whether a prompt is computed, so that its answer waits for long steps."""
         return any(member.num_computed_tokens >= len(member.tokens) for member in self.members)
+
+    @property
+    def num_in_step(self) -> int:
+        """Number of sequences in the step in flight."""
+        return 0 if self._in_flight is None else len(self._in_flight.entries)
 
     @property
     def growth(self) -> int:
@@ -233,7 +237,7 @@ class Batch:
         return entries
 
     def _chunks(self, decoding: list[BatchEntry], others_decode: bool) -> list[BatchEntry]:
-        """Return chunks of prompts: fewer tokens while others decode. Scheduled sequences move to the end.
+        """Return chunks of prompts, in the order of PrefillOrder: fewer tokens while others decode.
 
         Args:
             decoding: entries of the step before these, which all need logits.
@@ -242,10 +246,7 @@ class Batch:
         entries: list[BatchEntry] = []
         num_logits = sum(entry.num_logits for entry in decoding)
         budget = ChunkBudget(self._chunk, self._estimate if num_logits or others_decode else None)
-        unread = self._prefillable()
-        short = [member for member in unread if len(member.tokens) - member.num_computed_tokens <= SHORT_PROMPT]
-        self._has_put_short_first = 0 < len(short) < len(unread) and not self._has_put_short_first
-        for sequence in short if self._has_put_short_first else unread:
+        for sequence in self._order.next_prompts(self._prefillable()):
             start = sequence.num_computed_tokens
             stop = min(start + budget.largest(start), self._ready_length(sequence))
             if stop == start:
@@ -269,8 +270,7 @@ class Batch:
                 )
             )
             num_logits += is_last
-            self.members.remove(sequence)
-            self.members.append(sequence)
+            self._order.record(sequence)
         return entries
 
     def _prefillable(self) -> list[Sequence]:

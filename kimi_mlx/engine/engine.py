@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from kimi_mlx.engine.agreed_values import agreed_chunk_estimate, agreed_limits, has_tower
 from kimi_mlx.engine.batch import Batch, Events
+from kimi_mlx.engine.batch_sizes import NO_STEPS
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.drafts.drafter import Drafter
 from kimi_mlx.engine.drafts.measure import measure_steps
@@ -18,6 +19,7 @@ from kimi_mlx.engine.drafts.prompt_lookup import PromptLookup
 from kimi_mlx.engine.drafts.records import DraftRecords
 from kimi_mlx.engine.drafts.step_times import StepTimes
 from kimi_mlx.engine.events import Event, Prefilled
+from kimi_mlx.engine.fair_queue import FairQueue
 from kimi_mlx.engine.feature_store import FeatureStore
 from kimi_mlx.engine.image_encoder import ImageEncoder
 from kimi_mlx.engine.kv_cache_pool import KVCachePool
@@ -34,9 +36,6 @@ from kimi_mlx.parallel.group import SingleGroup, gather_on_host
 
 MAX_NEW_COMMANDS = SEQUENCE_MODULUS // 2
 """Maximum number of commands that a header can announce at a time: counts are sent modulo SEQUENCE_MODULUS."""
-
-MAX_SEQUENCES = 16
-"""Maximum number of sequences that run at the same time; further requests wait."""
 
 RESERVED_TOKENS = 256
 """Number of new tokens that must fit in the caches before a sequence is admitted."""
@@ -109,9 +108,12 @@ class Engine:
             )
             for _ in range(num_batches)
         )
-        self._waiting: deque[Sequence] = deque()
+        self._max_sequences = limits.sequences
+        self._waiting = FairQueue()
         self._ended: list[tuple[int, Event | KimiMlxError]] = []
         self._num_commands = 0
+        self.batch_sizes = NO_STEPS
+        """Number of steps by the number of their sequences."""
 
     @property
     def is_idle(self) -> bool:
@@ -175,11 +177,10 @@ class Engine:
 
     def cancel(self, request_id: int) -> None:
         """Cancel a request if it is not finished. Its Finished event has the reason `cancelled`."""
-        for sequence in self._waiting:
-            if sequence.request_id == request_id:
-                self._waiting.remove(sequence)
-                self._ended.append((request_id, sequence.finished("cancelled", 0)))
-                return
+        if (waiting := self._waiting.find(request_id)) is not None:
+            self._waiting.remove(waiting)
+            self._ended.append((request_id, waiting.finished("cancelled", 0)))
+            return
         for batch in self._batches:
             for sequence in batch.members:
                 if sequence.request_id == request_id:
@@ -211,6 +212,7 @@ class Engine:
                     yield from self._encode(image)
                 others_decode = any(other.is_decoding for other in self._batches if other is not batch)
                 yield from batch.step(others_decode, has_chunks=not is_encoding)
+                self.batch_sizes = self.batch_sizes.with_step(batch.num_in_step)
                 return
 
     def generate(self, request: Request) -> Iterator[Event]:
@@ -259,20 +261,22 @@ class Engine:
         return [sequence for batch in self._batches for sequence in batch.members]
 
     def _admit(self) -> Iterator[tuple[int, Event]]:
-        """Admit waiting requests in order while there is room; yield their progress."""
+        """Admit waiting requests while there is room, clients in turn; yield their progress."""
         if not self._running and all(batch.is_idle for batch in self._batches):
             mx.reset_peak_memory()
         running = self._running
+        if not self._waiting or len(running) >= self._max_sequences:
+            return
         prefilling = [sequence for sequence in running if sequence.num_computed_tokens < len(sequence.tokens)]
-        for sequence in list(self._waiting):
+        for sequence in self._waiting.in_turn():
             needed = len(sequence.tokens) + min(RESERVED_TOKENS, sequence.remaining_tokens)
-            if len(running) >= MAX_SEQUENCES or (running and not self._pool.has_room(needed)):
+            if len(running) >= self._max_sequences or (running and not self._pool.has_room(needed)):
                 return
             if any(_is_about_to_prefill(other, sequence) for other in prefilling):
                 continue
             if running and self._runner.communicator is None and not sequence.sampler.is_ready:
                 continue  # several ranks cannot skip it: they are ready at different times
-            self._waiting.remove(sequence)
+            self._waiting.take(sequence)
             cache, cached = self._pool.acquire(sequence.tokens)
             sequence.begin(cache, cached)
             min(self._batches, key=lambda batch: len(batch.members)).members.append(sequence)
@@ -296,7 +300,7 @@ class Engine:
         while not self._pool.make_room(batch.growth) and len(self._running) > 1:
             youngest = max(self._running, key=lambda sequence: sequence.request_id)
             self._batch_of(youngest).remove(youngest)
-            self._waiting.appendleft(youngest)
+            self._waiting.put_back(youngest)
 
     def _on_header(self, state: LeaderState) -> None:
         self._num_commands = state.num_commands

@@ -135,6 +135,7 @@ class Request:
         grammar: grammar of the answer, as written by kimi_mlx.text.grammar; None for no constraint.
         answered: number of tokens at the end of the prompt that already belong to the answer.
         images: images of the prompt, by position.
+        client: client of the request, any text; waiting requests of different clients take turns.
 
     Raises:
         UsageError: token ids or max_tokens are not integers, or images overlap or end after the prompt.
@@ -149,6 +150,7 @@ class Request:
     grammar: str | None = None
     answered: int = 0
     images: tuple[ImageInput, ...] = ()
+    client: str = ""
 
     def __post_init__(self) -> None:
         """Check types and positions; convert other integers (numpy's) to int."""
@@ -194,4 +196,5 @@ class Request:
             value["grammar"],
             value["answered"],
             tuple(ImageInput(**image, patches=(patches or {}).get(image["digest"])) for image in value["images"]),
+            value["client"],
         )

@@ -64,6 +64,11 @@ class Sequence:
         """Number of tokens that may still be generated."""
         return self.max_tokens - self.generated
 
+    @property
+    def remaining_prompt(self) -> int:
+        """Number of known tokens that must be computed before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed_tokens
+
     def shares_prefix(self, other: Sequence, length: int) -> bool:
         """Return whether the first `length` tokens of two sequences are equal. Each token is compared once.
 

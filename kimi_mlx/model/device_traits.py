@@ -69,6 +69,8 @@ class Tuning:
         sort_min_choices: minimum number of (token, expert) pairs that are sorted, so that each expert is read once.
         prefill_chunk: number of prompt tokens per step: large enough to keep the hardware busy, small enough to show
             progress and to cancel quickly.
+        max_sequences: maximum number of sequences that run at the same time, if their caches fit in memory; further
+            ones wait. More sequences share each read of the weights, but every answer becomes slower.
         encode_multiply_adds: largest number of multiply-adds of a part of the encoding of images, so that it takes no
             longer than a chunk of a prompt beside decoding.
         weight_flops: operations per second in products with weights. The three rates only determine the size of
@@ -81,6 +83,7 @@ class Tuning:
     stack_max_keys: int
     sort_min_choices: int
     prefill_chunk: int
+    max_sequences: int
     encode_multiply_adds: int
     weight_flops: float
     attention_flops: float
@@ -96,6 +99,7 @@ CPU_TUNING = Tuning(
     stack_max_keys=512,
     sort_min_choices=64,
     prefill_chunk=512,
+    max_sequences=128,
     encode_multiply_adds=3 * 10**8,
     weight_flops=3e9,
     attention_flops=4.5e9,

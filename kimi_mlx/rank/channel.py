@@ -73,11 +73,11 @@ class Channel:
         """Send a message."""
         self.write(encode(kind, **fields))
 
-    def write(self, line: bytes) -> None:
-        """Send an encoded message. If the front is gone, end the process."""
-        if self._has_aborted:  # the message was computed from invalid data
+    def write(self, *lines: bytes) -> None:
+        """Send encoded messages together. If the front is gone, end the process."""
+        if self._has_aborted:  # the messages were computed from invalid data
             return
-        self._write(line)
+        self._write(*lines)
 
     def report_progress(self, work: str) -> None:
         """Report progress with the next heartbeat.
@@ -173,10 +173,10 @@ class Channel:
         self._guard.set_end_limit(seconds)
         self._write(encode("end_limit", seconds=seconds))
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, *lines: bytes) -> None:
         try:
             with self._write_lock:
-                self._sink.write(self._prefix + line)
+                self._sink.write(b"".join(self._prefix + line for line in lines))
                 self._sink.flush()
         except OSError:  # the front is gone
             self._end()

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from kimi_mlx.cluster.channel.messages import Message, encode, encode_error
+from kimi_mlx.engine.batch_sizes import NO_STEPS, BatchSizes
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.engine import MAX_NEW_COMMANDS, Engine
 from kimi_mlx.engine.events import Encoded, Event, Finished, Prefilled, Token
@@ -120,21 +121,25 @@ def run_command(channel: Channel, engine: Engine, command: Message) -> None:
 
 def run_step(channel: Channel, engine: Engine, is_leader: bool) -> None:
     """Run a step of the engine and send its events; only the leader sends tokens and progress."""
+    lines: list[bytes] = []
     for request_id, event in engine.step():
         if isinstance(event, KimiMlxError):
-            channel.write(encode_error(event, rank=None, kind="refused", request_id=request_id))
+            lines.append(encode_error(event, rank=None, kind="refused", request_id=request_id))
         elif is_leader or isinstance(event, Finished):
-            channel.write(encode_event(request_id, event, engine.cached_tokens))
+            lines.append(encode_event(request_id, event, engine.cached_tokens, engine.batch_sizes))
+    if lines:
+        channel.write(*lines)
     channel.report_progress("idle" if engine.is_idle else "prefill" if engine.is_prefilling else "decode")
 
 
-def encode_event(request_id: int, event: Event, cached_tokens: int = 0) -> bytes:
+def encode_event(request_id: int, event: Event, cached_tokens: int = 0, batch_sizes: BatchSizes = NO_STEPS) -> bytes:
     """Return an event of a request as a message.
 
     Args:
         request_id: id of the request.
         event: event of the engine.
         cached_tokens: number of tokens in all KV caches, sent with Finished.
+        batch_sizes: number of steps by the number of their sequences, sent with Finished.
     """
     match event:
         case Encoded():
@@ -151,6 +156,7 @@ def encode_event(request_id: int, event: Event, cached_tokens: int = 0) -> bytes
                 reason=reason,
                 statistics=statistics.to_dict(),
                 cached_tokens=cached_tokens,
+                batch_sizes=asdict(batch_sizes),
             )
         case _:
             raise TypeError(f"{event} is not an event of a rank")

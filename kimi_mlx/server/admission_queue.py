@@ -7,7 +7,6 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from kimi_mlx.engine.engine import MAX_SEQUENCES
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.metrics import Metrics
 
@@ -16,10 +15,10 @@ MAX_RETRY_S = 60
 
 
 class AdmissionQueue:
-    """Limits the number of answers that wait for the engine.
+    """Limits the number of answers that the engine has not started.
 
     Args:
-        capacity: answers that may wait, in addition to those that the engine can run at once.
+        capacity: maximum number of answers that wait.
         metrics: metrics of the server.
     """
 
@@ -40,11 +39,9 @@ class AdmissionQueue:
         Raises:
             ApiError: 400 if the request exceeds the queue, 429 if the queue is full now.
         """
-        limit = self._capacity + MAX_SEQUENCES
-        if count > limit:
-            message = f"the request asks for {count} answers at once; the limit is {limit}"
-            hint = f"{MAX_SEQUENCES} running and --max-queue {self._capacity} waiting"
-            raise ApiError(400, message, "invalid_value", "n", hint=hint)
+        if count > self._capacity:
+            message = f"the request has {count} answers, but at most {self._capacity} can wait at the same time"
+            raise ApiError(400, message, "invalid_value", "n", hint=f"--max-queue is {self._capacity}")
         self._check_free(count, running)
         self.waiting += count
         return QueueSlots(self, count)
@@ -72,8 +69,7 @@ class AdmissionQueue:
         self.waiting -= count
 
     def _check_free(self, count: int, running: int) -> None:
-        limit = self._capacity + MAX_SEQUENCES
-        if self.waiting + count > limit - min(running, MAX_SEQUENCES):
+        if self.waiting + count > self._capacity:
             self._metrics.refused.inc(count)
             retry_after_s = min(max(math.ceil(self._last_wait_s), 1), MAX_RETRY_S)
             raise ApiError(

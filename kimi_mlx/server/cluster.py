@@ -29,6 +29,7 @@ class ClusterStatus(ModelStatus):
             own.
         instant_sampling: sampling parameters that differ when thinking is off.
         queue_capacity: maximum number of answers that wait; further ones are refused.
+        batch_sizes: number of steps by the number of their sequences: `1`, `2`, `3-4` and so on.
         answers: answers in progress and in the queue, the oldest first.
         rates: token rates of the last minutes.
         prompt_tokens: number of prompt tokens of all finished answers.
@@ -41,6 +42,7 @@ class ClusterStatus(ModelStatus):
     sampling: Mapping[str, float | int] = field(default_factory=dict[str, "float | int"])
     instant_sampling: Mapping[str, float] = field(default_factory=dict[str, float])
     queue_capacity: int = 0
+    batch_sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     answers: Sequence[RunningAnswer] = ()
     rates: TokenRates = field(default_factory=TokenRates)
     prompt_tokens: int = 0
@@ -64,7 +66,8 @@ def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDep
     status = model_status(deployment, service.session)
     tokenizer = service.prompt_builder.tokenizer
     prompt_tokens, reused_tokens = service.metrics.prompt_totals
-    reason = health_problem(service, service.status())
+    session_status = service.status()
+    reason = health_problem(service, session_status)
     values: dict[str, Any] = {item.name: getattr(status, item.name) for item in fields(status)}
     return replace(
         ClusterStatus(**values),
@@ -80,6 +83,7 @@ def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDep
         sampling=_without_none({**asdict(tokenizer.sampling), "max_tokens": tokenizer.max_tokens}),
         instant_sampling=service.prompt_builder.instant_sampling,
         queue_capacity=service.queue_capacity,
+        batch_sizes=session_status.batch_sizes.to_dict(),
         answers=service.running_answers(),
         rates=service.rates.rates(),
         prompt_tokens=prompt_tokens,

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
+from kimi_mlx.engine.batch_sizes import BATCH_SIZE_LIMITS, NO_STEPS
 from kimi_mlx.server.api_types import Usage
 from kimi_mlx.session.session import SessionStatus
 
 TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
+
+
+class BatchSizeCollector(Collector):
+    """Exports the histogram of the number of sequences in a step, which the engine counts."""
+
+    def __init__(self) -> None:
+        self.sizes = NO_STEPS
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """Yield the histogram."""
+        limits = [*map(str, BATCH_SIZE_LIMITS), "+Inf"]
+        buckets = list(zip(limits, accumulate(self.sizes.counts), strict=True))
+        yield HistogramMetricFamily(
+            "kimi_mlx_batch_size", "Sequences in a step of the engine.", buckets=buckets, sum_value=self.sizes.total
+        )
 
 
 class Metrics:
@@ -33,6 +53,8 @@ class Metrics:
         self._is_up = gauge("kimi_mlx_up", "1 if the engine is up, 0 while its ring restarts.")
         self._restarts = gauge("kimi_mlx_ring_restarts", "Restarts of the ring.")
         self._prompt_totals = (0, 0)
+        self._batch_sizes = BatchSizeCollector()
+        self._registry.register(self._batch_sizes)
         self._cache_tokens = gauge("kimi_mlx_cache_tokens", "Tokens in the prompt cache.")
 
     @property
@@ -56,4 +78,5 @@ class Metrics:
         self._waiting.set(status.waiting)
         self._restarts.set(status.restarts)
         self._cache_tokens.set(status.cached_tokens)
+        self._batch_sizes.sizes = status.batch_sizes
         return generate_latest(self._registry)

@@ -329,9 +329,15 @@ def _schema_error(error: GrammarError) -> ApiError:
     return ApiError(400, message, "invalid_schema", name.group(1) if name else None)
 
 
-def request_for_choice(request: Request, index: int) -> Request:
-    """Return the request for one of several answers, with a seed of its own."""
-    seed = request.sampling.seed
-    if seed is None or index == 0:
-        return request
-    return replace(request, sampling=replace(request.sampling, seed=(seed + index) % 2**63))
+def request_for_choice(request: Request, index: int, client: str = "") -> Request:
+    """Return the request for one of several answers, with a seed of its own.
+
+    Args:
+        request: request for the first answer.
+        index: index of the answer.
+        client: client that sent it.
+    """
+    sampling = request.sampling
+    if sampling.seed is not None:
+        sampling = replace(sampling, seed=(sampling.seed + index) % 2**63)
+    return replace(request, sampling=sampling, client=client)

@@ -23,7 +23,7 @@ from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.prompts import PromptBuilder
 from kimi_mlx.server.remote_images import ImageFetcher
-from kimi_mlx.server.service import Service
+from kimi_mlx.server.service import MAX_WAIT_S, Service
 from kimi_mlx.session.model_status import ModelDeployment
 from kimi_mlx.session.session import Session
 from kimi_mlx.units import MB
@@ -42,6 +42,7 @@ class ServingOptions:
     Args:
         security: access rules.
         max_queue: maximum number of answers that wait for the engine.
+        max_wait_s: longest time that an answer waits for the engine.
         max_body_bytes: size limit of a request's body, and of all images together that it names by URL.
         image_hosts: hosts from which images are fetched, from `normalize_host`.
         log_prompts: whether request bodies are logged.
@@ -50,7 +51,8 @@ class ServingOptions:
     """
 
     security: Security = field(default_factory=Security)
-    max_queue: int = 64
+    max_queue: int = 512
+    max_wait_s: float = MAX_WAIT_S
     max_body_bytes: int = 64 * MB
     image_hosts: tuple[str, ...] = ()
     log_prompts: bool = False
@@ -90,7 +92,7 @@ class Server(uvicorn.Server):
         reason = error and f"{error.message} ({error.hint})"
         prompt_builder = PromptBuilder(tokenizer, model_info.context_tokens, instant_sampling, reason)
         fetcher = ImageFetcher(options.image_hosts, options.max_body_bytes)
-        self.service = Service(session, prompt_builder, options.max_queue, Metrics(), fetcher)
+        self.service = Service(session, prompt_builder, options.max_queue, Metrics(), fetcher, options.max_wait_s)
         app = build_app(
             Context(self.service, model_info, deployment),
             options.security,

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,7 +17,7 @@ from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Prefil
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import RingError
 from kimi_mlx.server.activity import AnswerProgress, RateCounter, RunningAnswer
-from kimi_mlx.server.admission_queue import AdmissionQueue, QueueSlots
+from kimi_mlx.server.admission_queue import MAX_RETRY_S, AdmissionQueue, QueueSlots
 from kimi_mlx.server.api_types import AnswerEvent, FinishEvent, KeepAlive, ProgressEvent
 from kimi_mlx.server.errors import ApiError, api_error
 from kimi_mlx.server.event_queue import EventQueue
@@ -36,6 +36,10 @@ KEEP_ALIVE_INTERVAL_S = 5.0
 """Time without other events after which a KeepAlive is sent."""
 
 
+MAX_WAIT_S = 600.0
+"""Longest time that an answer waits for the engine, unless the server has another limit."""
+
+
 class Service:
     """Answers requests with one session.
 
@@ -43,6 +47,7 @@ class Service:
         session: session with the loaded model.
         prompt_builder: builder of the engine's requests.
         queue_capacity: maximum number of answers that wait for the engine.
+        max_wait_s: longest time that an answer waits.
         metrics: metrics of the server.
         image_fetcher: fetcher of images that requests name by URL.
     """
@@ -54,6 +59,7 @@ class Service:
         queue_capacity: int,
         metrics: Metrics,
         image_fetcher: ImageFetcher,
+        max_wait_s: float = MAX_WAIT_S,
     ):
         self.session = session
         self.prompt_builder = prompt_builder
@@ -64,7 +70,7 @@ class Service:
         self.running = 0
         """Number of answers that the engine is generating."""
         self.ring_log = RingLog()
-        self.queue_capacity = queue_capacity
+        self.queue_capacity, self.max_wait_s = queue_capacity, max_wait_s
         self.rates = RateCounter()
         self._queue = AdmissionQueue(queue_capacity, metrics)
         self._active: dict[_ActiveRequest, None] = {}  # in the order in which they arrived
@@ -105,10 +111,14 @@ class Service:
                 urls = error.urls
             return await self._preparation.run(work, body, await self.image_fetcher.fetch(urls))
 
-    async def answer(self, *requests: PreparedRequest) -> AsyncGenerator[AnswerEvent, None]:
+    async def answer(self, *requests: PreparedRequest, client: str = "") -> AsyncGenerator[AnswerEvent, None]:
         """Yield the events of all answers. Closing the generator, or cancelling its task, cancels the answers.
 
         Answers are numbered over all requests: first those to the first request, then those to the next.
+
+        Args:
+            requests: requests, each for one or several answers.
+            client: client that sent them; waiting requests of different clients take turns.
 
         Raises:
             ApiError: the requests cannot be served, or an answer failed; raised before the first event if possible.
@@ -121,7 +131,9 @@ class Service:
             return_progress = any(request.return_progress for request in requests)
             active = _ActiveRequest(self, slots, self._new_builders(requests), return_progress)
             self._active[active] = None
-            answers = [request_for_choice(request.request, at) for request in requests for at in range(request.n)]
+            answers = (
+                request_for_choice(request.request, at, client) for request in requests for at in range(request.n)
+            )
             # in a thread, because the session of a ring writes to its ranks
             await anyio.to_thread.run_sync(active.submit, answers)
             async for event in active.events():
@@ -207,7 +219,7 @@ class _ActiveRequest:
         self._last_token_at: dict[int, float] = {}  # by index, for answers that have started
         self._state = KeepAlive()
 
-    def submit(self, requests: Sequence[Request]) -> None:
+    def submit(self, requests: Iterable[Request]) -> None:
         """Submit the requests to the engine; runs in a thread, which may outlive the client's connection."""
         for index, request in enumerate(requests):
             if self._is_closed:
@@ -228,6 +240,7 @@ class _ActiveRequest:
         """Yield events until all answers have ended."""
         sent_at = time.monotonic()
         while self._open:
+            self._check_wait()
             for index, event in await self._queue.take(sent_at + KEEP_ALIVE_INTERVAL_S - time.monotonic()):
                 if index in self._open:
                     for answer_event in self._handle(index, event):
@@ -236,6 +249,19 @@ class _ActiveRequest:
             if time.monotonic() - sent_at >= KEEP_ALIVE_INTERVAL_S:
                 yield self._state
                 sent_at = time.monotonic()
+
+    def _check_wait(self) -> None:
+        """Refuse the request if none of its answers was started in time.
+
+        Raises:
+            ApiError: 429.
+        """
+        limit_s = self._service.max_wait_s
+        if not self._last_token_at and time.monotonic() - self._created_at > limit_s:
+            self._metrics.refused.inc(len(self._open))
+            message = f"the answer has waited {limit_s:.0f} s behind {self._service.running} running ones; retry later"
+            hint = "use fewer clients, or start the server with a larger --max-wait"
+            raise ApiError(429, message, "queue_timeout", retry_after_s=MAX_RETRY_S, hint=hint)
 
     def close(self) -> None:
         """Cancel unfinished requests, including those still being submitted."""

@@ -135,6 +135,7 @@ class LocalSession:
             last_step_age_s=None if last_step_at is None else time.monotonic() - last_step_at,
             cached_tokens=engine.cached_tokens,
             memory=(self._memory,),
+            batch_sizes=engine.batch_sizes,
         )
 
     def reset(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from kimi_mlx.cluster.channel.messages import Message, decode_error
 from kimi_mlx.cluster.ring.ring import FRONT_SILENCE_S, Ring
+from kimi_mlx.engine.batch_sizes import NO_STEPS, BatchSizes
 from kimi_mlx.engine.events import (
     Encoded,
     Event,
@@ -91,6 +92,7 @@ class RingSession:
         """Choice of all-reduce that the ranks measured when they first started."""
         self.peak_memory_bytes = [0] * self._cluster.size
         """Peak memory of each rank, as MLX counts it, reported with its last finished request."""
+        self._batch_sizes = NO_STEPS
         self._loaded_memory = [RankMemory()] * self._cluster.size
         self._restart_log: deque[Restart] = deque(maxlen=MAX_RESTART_LOG)
         try:
@@ -180,6 +182,7 @@ class RingSession:
                 for memory, peak in zip(self._loaded_memory, self.peak_memory_bytes, strict=True)
             ),
             restart_log=tuple(self._restart_log),
+            batch_sizes=self._batch_sizes,
             activity=self._ring.activity,
             all_reduce=None if self.all_reduce is None else str(self.all_reduce),
         )
@@ -336,6 +339,7 @@ class RingSession:
         job.pending_ranks.discard(rank)
         if not is_refused:
             self._cached_tokens = message["cached_tokens"]
+            self._batch_sizes = BatchSizes(**message["batch_sizes"])
             self.peak_memory_bytes[rank] = message["statistics"]["peak_memory_bytes"]
         if rank == 0 and is_refused:
             job.outcome = decode_error(message)

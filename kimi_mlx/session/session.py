@@ -10,6 +10,7 @@ from typing import Protocol
 
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.cluster.ring.watch import RankActivity, RingTimeouts
+from kimi_mlx.engine.batch_sizes import NO_STEPS, BatchSizes
 from kimi_mlx.engine.events import Event, Finished
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, UsageError
@@ -149,6 +150,7 @@ class SessionStatus:
         memory: memory of each rank; empty if it is not known.
         restart_log: last restarts of the ring, the newest last.
         activity: activity of each rank of a ring; empty without ranks.
+        batch_sizes: number of steps by the number of their sequences; for a ring, after the last answer.
         all_reduce: how the ranks add their parts, as text; None if nothing is added or it was not measured.
     """
 
@@ -162,6 +164,7 @@ class SessionStatus:
     memory: tuple[RankMemory, ...] = ()
     restart_log: tuple[Restart, ...] = ()
     activity: tuple[RankActivity, ...] = ()
+    batch_sizes: BatchSizes = NO_STEPS
     all_reduce: str | None = None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.device_traits import CPU_TUNING
 from kimi_mlx.sizing.image_features import feature_budget, feature_bytes
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK, RankShape, choose_chunk, prefill_bytes
@@ -33,11 +34,13 @@ class EngineLimits:
         chunk: number of prompt tokens per step.
         cache_tokens: number of tokens in the KV caches of all sequences together.
         feature_tokens: number of image features to keep; 0 for a model without vision.
+        sequences: maximum number of sequences that run at the same time.
     """
 
     chunk: int
     cache_tokens: int
     feature_tokens: int = 0
+    sequences: int = CPU_TUNING.max_sequences
 
 
 def engine_limits(
@@ -50,6 +53,7 @@ def engine_limits(
     chunk: int | None = None,
     largest_chunk: int = PREFILL_CHUNK,
     encode_bytes: int = 0,
+    max_sequences: int = CPU_TUNING.max_sequences,
 ) -> EngineLimits:
     """Return the limits of one rank. All ranks must use the smallest of each.
 
@@ -63,6 +67,7 @@ def engine_limits(
         largest_chunk: largest useful chunk on this device.
         encode_bytes: temporary memory of the encoding of the largest image; 0 on ranks without the vision tower. A step
             has a part of an image or chunks of prompts, so only the larger one of both counts.
+        max_sequences: largest useful number of sequences that run at the same time on this device.
     """
     features = feature_budget(config, free_bytes, rank_shape.value_bytes)
     free_bytes -= feature_bytes(config, features, rank_shape.value_bytes)
@@ -74,4 +79,4 @@ def engine_limits(
         cache_bytes = int(CACHE_SHARE * (free_bytes - workspace_bytes))
         cache_bytes = min(cache_bytes, MAX_CONTEXTS * config.max_position_embeddings * token_bytes)
     cache_tokens = min(max(cache_bytes // token_bytes, MIN_CACHE_TOKENS), MAX_CACHE_TOKENS)
-    return EngineLimits(chunk, cache_tokens, features)
+    return EngineLimits(chunk, cache_tokens, features, max_sequences)

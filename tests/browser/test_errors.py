@@ -10,7 +10,6 @@ from contextlib import closing
 import httpx2
 import pytest
 
-from kimi_mlx.engine.engine import MAX_SEQUENCES
 from kimi_mlx.engine.events import Event, Token
 from kimi_mlx.engine.request import Request
 from kimi_mlx.server.http.security import Security
@@ -50,18 +49,20 @@ def test_a_wrong_key_then_the_right_one(session: Session, open_page: OpenPage) -
 @pytest.mark.slow
 def test_a_full_queue(session: Session, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_down(monkeypatch, session, 0.01)
-    with serving(session, ServingOptions(max_queue=0)) as server:
+    with serving(session, ServingOptions(max_queue=1)) as server:
         chat = open_page(server.url)
         chat.allow("status of 429")
         chat.wait_model("kimi-mini")
-        body = {"messages": [{"role": "user", "content": "What are you?"}], "n": MAX_SEQUENCES, "stream": True}
+        body = {"messages": [{"role": "user", "content": "What are you?"}], "stream": True}
         with httpx2.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as response:
             lines = response.iter_lines()  # a generator that ends closes the response
             next(lines)
+            server.server.service._queue.waiting = 1  # as if another one waited
             chat.send("Me too.")
             chat.wait_answer()
             assert "queue is full" in chat.remark
             assert "Try again in" in chat.remark
+            server.server.service._queue.waiting = 0
         server.wait_idle()
         chat.click("Retry")
         chat.wait_text("2 of 2", ".versions")

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.access_log import RECORD_KEY, RequestRecord
+from kimi_mlx.server.http.security import CLIENT_KEY
 from kimi_mlx.server.http.sse import ApiFormatter, respond, while_connected
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.preparation import Result, Work
@@ -62,7 +63,8 @@ class Context:
             ClientDisconnectedError: the client has disconnected.
         """
         call = await self.prepare(request, partial(prepare_call, read, self.model_info))
-        return await respond(request, self.service.answer(*call.requests), call.formatter, is_stream=call.is_stream)
+        events = self.service.answer(*call.requests, client=request.scope[CLIENT_KEY])
+        return await respond(request, events, call.formatter, is_stream=call.is_stream)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from kimi_mlx.errors import UsageError
 from kimi_mlx.server.errors import ApiError
 
+CLIENT_KEY = "kimi_mlx.client"
+"""Key of a scope's client: the number of its API key if the server has keys, else its address. Clients take turns."""
+
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -66,20 +69,25 @@ class Security:
             hint = "start the server with --cors-origin ORIGIN to allow it"
             raise ApiError(403, message, "origin_not_allowed", hint=hint)
 
-    def check_key(self, headers: Headers) -> None:
+    def check_key(self, headers: Headers) -> int | None:
         """Refuse requests without a valid key. The comparison takes the same time for every key.
+
+        Returns:
+            The index of the key; None if the server has no keys.
 
         Raises:
             ApiError: 401.
         """
         if not self.keys:
-            return
+            return None
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         # compare all keys, so that the time does not reveal which one matched
-        if not sum([hmac.compare_digest(key.encode(), valid.encode()) for valid in self.keys]):
+        matches = [hmac.compare_digest(key.encode(), valid.encode()) for valid in self.keys]
+        if not sum(matches):
             message = "the API key is wrong" if key else "an API key is required: `Authorization: Bearer KEY`"
             raise ApiError(401, message, "invalid_api_key")
+        return matches.index(True)
 
     def _is_own(self, name: str) -> bool:
         if name in LOOPBACK_NAMES or name == self.host.lower() or name in {host.lower() for host in self.allowed_hosts}:
@@ -108,8 +116,11 @@ class AuthMiddleware:
         headers = Headers(scope=scope)
         self._security.check_host(headers.get("host"))
         self._security.check_origin(headers.get("origin"), headers.get("host"))
+        client = (scope.get("client") or ("",))[0]
         if scope["path"] not in self._public_paths:
-            self._security.check_key(headers)
+            key = self._security.check_key(headers)
+            client = client if key is None else f"key {key}"
+        scope[CLIENT_KEY] = client
         await self._app(scope, receive, send)
 
 

@@ -16,6 +16,7 @@ from kimi_mlx.engine.token_array import TokenArray
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
+from kimi_mlx.model.device_traits import CPU_TUNING
 from kimi_mlx.sizing import engine_limits, step_time
 from kimi_mlx.weights.assemble import load_model
 from tests.checkpoints import load_golden, write_checkpoint
@@ -332,3 +333,37 @@ def test_requests_without_room_wait_or_are_preempted(model: Model, monkeypatch: 
     assert [run(alone, Request(prompts[number], max_tokens=20))[0] for number in (2, 4)] == [tokens[2], tokens[4]]
     with pytest.raises(EngineError, match="the KV cache holds 768"):
         engine.add(9, Request((1,) * 1024))
+
+
+def test_first_tokens_come_in_order_of_arrival_within_a_client(model: Model) -> None:
+    prefix = make_prompt(200, 6)
+    engine = Engine(model, prefill_chunk=64)
+    for number in range(24):
+        engine.add(number, Request((*prefix, number, *make_prompt(20, number)), max_tokens=3, client="many"))
+    order: list[int] = []
+    while not engine.is_idle:
+        for number, event in engine.step():
+            if isinstance(event, Token) and number not in order:
+                order.append(number)
+        if len(order) == 5 and 99 not in order:
+            engine.add(99, Request(make_prompt(20, 99), max_tokens=1, client="one"))
+    assert [number for number in order if number != 99] == list(range(24))
+    assert order.index(99) < 24
+
+
+def test_the_number_of_running_sequences_is_limited_by_device_and_counted(model: Model) -> None:
+    model.tune(replace(model.tuning, max_sequences=3))
+    try:
+        engine = Engine(model)
+    finally:
+        model.tune(CPU_TUNING)
+    for number in range(5):
+        engine.add(number, Request(make_prompt(10, number), max_tokens=4))
+    most = 0
+    while not engine.is_idle:
+        list(engine.step())
+        most = max(most, engine.num_running)
+    assert most == 3
+    steps = engine.batch_sizes.to_dict()
+    assert steps["3-4"] > 0
+    assert sum(engine.batch_sizes.counts) * 3 >= engine.batch_sizes.total > sum(engine.batch_sizes.counts)

@@ -51,7 +51,7 @@ class Peers(SingleGroup):
 
 def test_all_ranks_use_the_smallest_chunk(model: Model) -> None:
     assert agreed_limits(model, SingleGroup()).chunk == PREFILL_CHUNK
-    assert agreed_limits(model, Peers()) == EngineLimits(64, 64)
+    assert agreed_limits(model, Peers()) == EngineLimits(64, 64, sequences=64)
     assert rank_shape_of(model) == RankShape(heads=4, expert_rows=96, value_bytes=4, is_fused=False)
     assert free_memory_bytes() > 0
 

@@ -217,7 +217,7 @@ def test_decode_goes_on_while_images_are_encoded(model: Model, monkeypatch: pyte
     for _ in range(3):
         list(engine.step())
     engine.add(1, request_of(TEXT[:4], A, TEXT[:20], B, TEXT[:9], count=2))
-    engine.add(2, request_of(TEXT[5:25], count=2))
+    engine.add(2, request_of(TEXT[5:9], count=2))
     steps: list[list[tuple[int, type]]] = []
     while not engine.is_idle:
         steps.append([(request_id, type(event)) for request_id, event in engine.step()])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
-from kimi_mlx.engine.engine import MAX_SEQUENCES
 from kimi_mlx.engine.events import (
     Event,
     Finished,
@@ -137,7 +137,7 @@ def test_engine_events_become_deltas_and_a_finish(
 
 
 def test_a_full_queue_refuses_requests_until_answers_end(service: Service, session: ScriptedSession) -> None:
-    limit = MAX_SEQUENCES + 3  # 3 waiting, in addition to those that the engine can run
+    limit = 3
 
     async def work() -> None:
         tasks = [asyncio.create_task(collect(service, CHAT_REQUEST)) for _ in range(limit)]
@@ -146,21 +146,18 @@ def test_a_full_queue_refuses_requests_until_answers_end(service: Service, sessi
             await collect(service, CHAT_REQUEST)
         assert (caught.value.status, caught.value.code) == (429, "queue_full")
         assert caught.value.retry_after_s == 1
-        with pytest.raises(ApiError, match=f"the limit is {limit}") as caught:
+        with pytest.raises(ApiError, match=f"at most {limit} can wait") as caught:
             await collect(service, ChatRequest(messages=CHAT_REQUEST.messages, n=limit + 1))
         assert caught.value.status == 400
         session.callbacks[0](Prefilled(0, 9))
         while service.waiting == limit:
             await asyncio.sleep(0.001)
-        with pytest.raises(ApiError, match=r"1 answers are running and \d+ are waiting"):  # no slot became free
-            await collect(service, CHAT_REQUEST)
-        session.callbacks[0](finished())
-        while service.running:
-            await asyncio.sleep(0.001)
         tasks.append(asyncio.create_task(collect(service, CHAT_REQUEST)))
         await session.wait_for_requests(limit + 1)
-        assert (service.running, service.waiting) == (0, limit)
-        for on_event in session.callbacks[1:]:
+        assert (service.running, service.waiting) == (1, limit)
+        with pytest.raises(ApiError, match=f"1 answers are running and {limit} are waiting"):
+            await collect(service, CHAT_REQUEST)
+        for on_event in session.callbacks:
             on_event(finished())
         await asyncio.gather(*tasks)
         assert (service.running, service.waiting) == (0, 0)
@@ -394,7 +391,7 @@ def test_a_session_that_waits_delays_neither_the_status_nor_other_answers(
 
 
 def test_a_full_queue_refuses_to_prepare_requests(service: Service, session: ScriptedSession) -> None:
-    limit = MAX_SEQUENCES + 3
+    limit = 3
     is_free = threading.Event()
 
     def wait(prompt_builder: PromptBuilder, body: bytes) -> bool:
@@ -411,5 +408,41 @@ def test_a_full_queue_refuses_to_prepare_requests(service: Service, session: Scr
         is_free.set()
         assert all(await asyncio.gather(*tasks))
         assert service.waiting == 0
+
+    run(work)
+
+
+def test_an_answer_that_waits_too_long_is_refused(session: ScriptedSession, tokenizer: ChatTokenizer) -> None:
+    prompt_builder = PromptBuilder(tokenizer, 1000, {})
+    service = Service(session, prompt_builder, 3, Metrics(), ImageFetcher(), max_wait_s=0.01)
+
+    async def work() -> None:
+        started = asyncio.create_task(collect(service, CHAT_REQUEST))
+        await session.wait_for_requests()
+        session.callbacks[0](Prefilled(0, 9))
+        while not service.running:
+            await asyncio.sleep(0.001)
+        with pytest.raises(ApiError, match="waited 0 s behind 1 running") as caught:
+            await collect(service, CHAT_REQUEST)
+        assert (caught.value.status, caught.value.code) == (429, "queue_timeout")
+        assert "--max-wait" in (caught.value.hint or "")
+        await session.wait_for_cancellations([2])
+        session.callbacks[0](finished())
+        assert isinstance((await started)[-1], FinishEvent)
+        assert service.waiting == 0
+
+    run(work)
+
+
+def test_requests_know_their_client(service: Service, session: ScriptedSession) -> None:
+    async def work() -> None:
+        prepared = service.prompt_builder.prepare(replace(CHAT_REQUEST, n=2))
+        events = service.answer(prepared, client="key 1")
+        task = asyncio.ensure_future(anext(events))
+        await session.wait_for_requests(2)
+        assert [request.client for request in session.requests] == ["key 1", "key 1"]
+        session.callbacks[0](Token(1))
+        await task
+        await events.aclose()
 
     run(work)
