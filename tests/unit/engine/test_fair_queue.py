@@ -16,7 +16,7 @@ from kimi_mlx.engine.token_sampler import TokenSampler
 
 def sequence(number: int, client: str, prompt: int = 100) -> Sequence:
     request = Request((1,) * prompt, client=client)
-    return Sequence(number, request, 10, cast(TokenSampler, None), 0)
+    return Sequence(number, request, 10, cast(TokenSampler, None))
 
 
 def admit(queue: FairQueue) -> Sequence:
