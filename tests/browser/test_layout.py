@@ -129,6 +129,9 @@ def test_accessibility_on_a_phone(open_page: OpenPage) -> None:
         assert violations(chat) == []
         chat.click("Delete: Talk.")
         assert violations(chat) == []
+        chat.click("Cancel")
+        chat.page.get_by_role("link", name="Talk.").click()  # the conversation that is open: back to it
+        chat.find("body:not(.with-sidebar)").wait_for()
 
 
 def focused(chat: ChatPage) -> str:

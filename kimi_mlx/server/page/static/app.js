@@ -170,7 +170,8 @@ document.querySelector(".skip").addEventListener("click", (event) => {
 });
 document.addEventListener("click", (event) => {
   if (byId("menu").contains(event.target)) showSidebar(!isSidebarShown());
-  else if (!event.target.closest("#sidebar, dialog") && event.target.isConnected) showSidebar(false);
+  else if (!event.target.isConnected) return;
+  else if (event.target.closest("#conversations a") || !event.target.closest("#sidebar, dialog")) showSidebar(false);
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.isComposing || isDialogOpen()) return;

@@ -87,7 +87,7 @@ export default {
   thoughtBriefly: "思考了片刻",
   thoughts: "思考过程",
   busyRetry: "服务器队列已满，{seconds} 秒后自动重试。",
-  ringNotice: "{reason}。集群恢复后会继续回答。",
+  ringNotice: "集群中断：{reason}。集群恢复后会继续回答。",
   ringBack: "集群已恢复，继续回答。",
   answerWaits: "连接中断。服务器恢复后会继续回答；按“停止”可结束。",
   answerContinues: "服务器已恢复，继续回答。",
@@ -147,7 +147,6 @@ export default {
   // The cluster
   loading: "加载中…",
   up: "运行中",
-  down: "不可用",
   lastKnown: "以下是最后收到的状态",
   placement: "模型切分",
   link: "网络链路",

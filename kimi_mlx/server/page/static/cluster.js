@@ -97,10 +97,16 @@ function table(labels, rows, kind = "rows") {
   return element("div", { class: `table ${kind}`, tabindex: "0" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...body)));
 }
 
+function wordsOf({ is_up: isUp, backend }, isGone) {
+  if (isGone) return text("stateGone");
+  if (isUp) return text("up");
+  return backend === "ring" ? text("stateRestarting") : text("stateDown");
+}
+
 function summaryOf(status, isGone) {
   const isUp = status.is_up && !isGone;
   const reason = isGone ? text("lastKnown") : status.reason;
-  const state = element("strong", { class: isUp ? "good" : "bad" }, isGone ? text("stateGone") : isUp ? text("up") : text("down"));
+  const state = element("strong", { class: isUp ? "good" : "bad" }, wordsOf(status, isGone));
   return element(
     "section",
     {},

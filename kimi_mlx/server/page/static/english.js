@@ -87,7 +87,7 @@ export default {
   thoughtBriefly: "Thought for a moment",
   thoughts: "Thoughts",
   busyRetry: "The server's queue is full. Trying again in {seconds} s.",
-  ringNotice: "{reason}. The answer continues once the ring is back.",
+  ringNotice: "The ring was lost: {reason}. The answer continues once the ring is back.",
   ringBack: "The ring is back; the answer continues.",
   answerWaits: "The connection was lost. The answer continues once the server is back; Stop ends it.",
   answerContinues: "The server is back; the answer continues.",
@@ -147,7 +147,6 @@ export default {
   // The cluster
   loading: "Loading…",
   up: "Running",
-  down: "Not available",
   lastKnown: "last known status",
   placement: "Placement",
   link: "Link",

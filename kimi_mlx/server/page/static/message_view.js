@@ -19,7 +19,7 @@ export class MessageView {
     this.footer = element("div", { class: "row wrap footer" });
     this.node = element(
       "article",
-      { class: `message ${message.role}`, "data-id": message.id },
+      { class: `message ${message.role}${message.isJson ? " json" : ""}`, "data-id": message.id },
       element("h2", {}, names[message.role] ?? message.role),
       this.content,
       this.footer,

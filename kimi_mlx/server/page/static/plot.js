@@ -3,12 +3,13 @@
 import { element, svg } from "./dom.js";
 import { decimal, text } from "./i18n.js";
 
+const MIN_LENGTH = 12; // values that the plot has room for at least
 const WIDTH = 600;
 const HEIGHT = 120;
 
 // Return a figure. `series` are of generated and of read tokens, each {name, label, values} with the newest value last.
 export function plot(series, intervalSeconds) {
-  const length = Math.max(2, ...series.map(({ values }) => values.length));
+  const length = Math.max(MIN_LENGTH, ...series.map(({ values }) => values.length));
   const highest = Math.max(1, ...series.flatMap(({ values }) => values));
   const lines = series.map(({ name, values }) => {
     const first = length - values.length;
