@@ -20,7 +20,13 @@ from kimi_mlx.sizing.step_time import ChunkCost, ChunkEstimate, HeldExperts, chu
 from kimi_mlx.sizing.vision import MAX_PATCHES, encode_bytes
 
 
-def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, chunk: int | None = None) -> EngineLimits:
+def agreed_limits(
+    model: Model,
+    group: Group,
+    cache_bytes: int | None = None,
+    chunk: int | None = None,
+    num_draft_layers: int = 0,
+) -> EngineLimits:
     """Return the smallest limits of any rank. Collective: one gather.
 
     Args:
@@ -28,11 +34,12 @@ def agreed_limits(model: Model, group: Group, cache_bytes: int | None = None, ch
         group: the ranks.
         cache_bytes: size of the KV caches on each rank; None for most of the free memory.
         chunk: prefill chunk; None for the largest useful one that fits.
+        num_draft_layers: number of layers of the draft model on this rank, whose rows count like those of the model.
     """
     own_limits = engine_limits(
         model.config,
         rank_shape_of(model),
-        len(model.layers),
+        len(model.layers) + num_draft_layers,
         free_memory_bytes(),
         cache_bytes=cache_bytes,
         chunk=chunk,

@@ -39,6 +39,11 @@ class BatchEntry:
     features: tuple[ImageRows, ...] = ()
 
     @property
+    def start(self) -> int:
+        """Position in the sequence of the first input token."""
+        return self.position + self.num_logits - 1 - self.length
+
+    @property
     def is_alive(self) -> bool:
         """Whether the sequence still needs the result of the step."""
         return self.sequence.epoch == self.epoch

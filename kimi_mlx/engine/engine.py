@@ -14,6 +14,7 @@ from kimi_mlx.engine.batch_sizes import NO_STEPS
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.drafts.drafter import Drafter
 from kimi_mlx.engine.drafts.measure import measure_steps
+from kimi_mlx.engine.drafts.model_drafter import ModelDrafter
 from kimi_mlx.engine.drafts.planner import DraftPlanner
 from kimi_mlx.engine.drafts.prompt_lookup import PromptLookup
 from kimi_mlx.engine.drafts.records import DraftRecords
@@ -31,6 +32,7 @@ from kimi_mlx.engine.step_runner import StepRunner
 from kimi_mlx.engine.token_sampler import TokenSampler
 from kimi_mlx.errors import EngineError, KimiMlxError, VisionError
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.model.draft_model import DraftModel
 from kimi_mlx.parallel.communicator import SEQUENCE_MODULUS, LeaderState
 from kimi_mlx.parallel.group import SingleGroup, gather_on_host
 
@@ -55,7 +57,9 @@ class Engine:
         prefill_chunk: number of prompt tokens per step, the same on all ranks; None for the largest useful one that
             fits.
         speculate: maximum number of draft tokens per step and sequence; 0 for no drafts.
-        drafters: what proposes drafts on the leader, the first ones with equal chances; None for prompt lookup.
+        draft_model: draft model, on the leader; the model must capture its layers on all ranks.
+        drafters: what proposes drafts on the leader, the first ones with equal chances; None for prompt lookup, then
+            the draft model.
         constrain: returns the constraint of a grammar, not compiled yet; None if grammars are not supported.
         cache_bytes: size of the KV caches on each rank; None for most of the free memory.
         blocks: the prompt cache on disk, if any.
@@ -67,6 +71,7 @@ class Engine:
         count_commands: Callable[[], int] = lambda: 0,
         prefill_chunk: int | None = None,
         speculate: int = 0,
+        draft_model: DraftModel | None = None,
         drafters: Iterable[Drafter] | None = None,
         constrain: Callable[[str], Constraint] | None = None,
         cache_bytes: int | None = None,
@@ -76,10 +81,10 @@ class Engine:
         self._runner = StepRunner(model, count_commands)
         communicator = self._runner.communicator
         group = SingleGroup() if communicator is None else communicator.group
-        limits = agreed_limits(model, group, cache_bytes, prefill_chunk)
+        limits = agreed_limits(model, group, cache_bytes, prefill_chunk, num_draft_layers=int(draft_model is not None))
         estimate = agreed_chunk_estimate(model, group, self._runner.pipeline is not None)
         self._constrain = constrain
-        self._pool = KVCachePool(model, limits.cache_tokens, blocks)
+        self._pool = KVCachePool(model, limits.cache_tokens, blocks, has_draft_caches=draft_model is not None)
         features = FeatureStore(limits.feature_tokens)
         self._encoder = ImageEncoder(model, self._runner, features, self._on_header)
         self._has_tower = has_tower(model, group)
@@ -90,7 +95,9 @@ class Engine:
         self._step_times = StepTimes()
         self.drafts = DraftRecords(self._step_times) if speculate and self._runner.is_leader else None
         """Records of drafts; None if there are none, and on other ranks than the leader."""
-        all_drafters = [PromptLookup()] if drafters is None else list(drafters)
+        if drafters is None:
+            drafters = [PromptLookup(), *([] if draft_model is None else [ModelDrafter(draft_model)])]
+        all_drafters = list(drafters)
 
         def make_planner() -> DraftPlanner | None:
             return None if self.drafts is None else DraftPlanner(all_drafters, self.drafts, speculate)

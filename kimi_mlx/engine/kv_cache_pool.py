@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from kimi_mlx.engine.drafts.draft_cache import DraftCache
 from kimi_mlx.engine.prompt_cache.block_file import BLOCK_TOKENS, Block, BlockShape
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.errors import CacheError
@@ -63,11 +64,16 @@ class SequenceCache:
     """The KV cache of one sequence, with its tokens.
 
     `tokens` is updated when a step is built, the layers when it is computed; `sync` brings both to the same length.
+
+    Args:
+        model: model of the cache.
+        draft: the draft model's cache, on the leader if there is a draft model. Nothing depends on its contents.
     """
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Model, draft: DraftCache | None = None):
         self.layers: list[LatentCache] = model.make_cache()
         self.tokens: list[int] = []
+        self.draft = draft
 
     def sync(self) -> None:
         """Trim layers and `tokens` to their common length."""
@@ -75,6 +81,8 @@ class SequenceCache:
             layer.trim(layer.offset - len(self.tokens))
         length = min(layer.offset for layer in self.layers)
         del self.tokens[length:]
+        if self.draft is not None:
+            self.draft.truncate(length)
 
     def truncate(self, length: int) -> None:
         """Keep only the first `length` tokens."""
@@ -86,6 +94,8 @@ class SequenceCache:
         for layer, other_layer in zip(self.layers, other.layers, strict=True):
             layer.copy(other_layer, length)
         self.tokens = other.tokens[:length]
+        if self.draft is not None and other.draft is not None:
+            self.draft.copy(other.draft, length)
 
     def resize(self, tokens: int) -> None:
         """Allocate memory for `tokens` tokens, at least the current ones, and share none with another cache."""
@@ -128,10 +138,17 @@ class KVCachePool:
         model: model of the caches.
         budget_tokens: number of tokens of all caches, as counted by `padded_length`; None for one full context.
         blocks: the prompt cache on disk, if any.
+        has_draft_caches: whether each cache has one of a draft model.
     """
 
-    def __init__(self, model: Model, budget_tokens: int | None = None, blocks: BlockStore | None = None):
-        self._model = model
+    def __init__(
+        self,
+        model: Model,
+        budget_tokens: int | None = None,
+        blocks: BlockStore | None = None,
+        has_draft_caches: bool = False,
+    ):
+        self._model, self._has_draft_caches = model, has_draft_caches
         self._blocks = blocks
         self.budget_tokens = (
             padded_length(model.config.max_position_embeddings) if budget_tokens is None else budget_tokens
@@ -185,7 +202,7 @@ class KVCachePool:
             if self._idle.pop(0) is source:
                 cache = source  # no room for both
         if cache is None:
-            cache = SequenceCache(self._model)
+            cache = SequenceCache(self._model, DraftCache() if self._has_draft_caches else None)
             if source is not None:
                 cache.copy(source, common)
         cache.truncate(common)

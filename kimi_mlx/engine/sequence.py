@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from kimi_mlx.engine.drafts.drafter import accepted_length
 from kimi_mlx.engine.drafts.records import SequenceDrafts
@@ -103,14 +103,18 @@ class Sequence:
     def next_chunk(self, count: int) -> tuple[int, ...]:
         """Return up to `count` of the next known tokens, as the model reads them, and count them as computed."""
         assert self.cache is not None
-        start, prompt = self.num_computed_tokens, self.request.prompt
+        start = self.num_computed_tokens
         chunk = self.tokens[start : start + count]
         self.cache.tokens += chunk
         self.num_computed_tokens += len(chunk)
         while self.pending_images and self.pending_images[0].stop <= self.num_computed_tokens:
             del self.pending_images[0]
-        ids = prompt[start : self.num_computed_tokens]  # with placeholder tokens instead of keys
-        return (*ids, *chunk[len(ids) :])
+        return tuple(self.input_ids(range(start, self.num_computed_tokens)))
+
+    def input_ids(self, positions: Iterable[int]) -> list[int]:
+        """Return the tokens at some positions as the model reads them: placeholder tokens instead of keys of images."""
+        prompt = self.request.prompt
+        return [prompt[at] if at < len(prompt) else self.tokens[at] for at in positions]
 
     def until_stop(self, tokens: list[int]) -> list[int]:
         """Return the tokens up to and including the first stop token."""

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from kimi_mlx.engine.batch_entry import BatchEntry
 from kimi_mlx.engine.sample import SampledTokens, sample_tokens
-from kimi_mlx.model.decoder import Model, SequenceSlice
+from kimi_mlx.model.decoder import CapturedStates, Model, SequenceSlice
 from kimi_mlx.model.image_rows import ImageRows
 from kimi_mlx.parallel.communicator import SEQUENCE_MODULUS, LeaderState, RankCommunicator, StepHeader
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
@@ -31,6 +31,7 @@ class InFlightStep:
         num_commands: number of commands that the leader had when the step began; meaningless on other ranks.
         wants_decision: whether the leader wanted to decide on drafts; meaningless on other ranks.
         header: header that came with the step; None on a single rank.
+        captured: captured states for a draft model, on the leader; None without one.
         sampled: tokens sampled from the step; None before sampling, and on ranks that do not sample.
     """
 
@@ -39,6 +40,7 @@ class InFlightStep:
     num_commands: int
     wants_decision: bool = False
     header: StepHeader | None = None
+    captured: CapturedStates | None = None
     sampled: SampledTokens | None = None
     num_logits: int = field(init=False)
     """Number of tokens that are sampled from the step."""
@@ -116,7 +118,7 @@ class StepRunner:
                 self._communicator.expect_long_steps()
         slices = [SequenceSlice(entry.sequence.layers, entry.length, entry.num_logits) for entry in entries]
         hidden = self._model.hidden(self._tokens(entries, previous), slices, _features(entries))
-        step = InFlightStep(entries, hidden, num_commands, wants_decision)
+        step = InFlightStep(entries, hidden, num_commands, wants_decision, captured=self._model.captured)
         if self._communicator is not None:
             if not step.num_logits:
                 self._communicator.finish_step(step.hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import mlx.core as mx
 
@@ -49,8 +50,7 @@ class TokenSampler:
             draft: n - 1 draft tokens.
         """
         if self._bias:
-            ids, values = zip(*self._bias, strict=True)
-            logits = logits.at[:, mx.array(ids)].add(mx.array(values, logits.dtype))
+            logits = self._add_bias(logits)
         if self._constraint is None:
             return logits
         if self.failure is None:
@@ -62,14 +62,35 @@ class TokenSampler:
         ends[:, mx.array(self._stop_ids)] = 0
         return ends
 
+    def sample_draft(self, logits: mx.array, length: int, draft: Sequence[mx.array]) -> mx.array | None:
+        """Sample the next draft token, with the random numbers of the model's token at its position.
+
+        Args:
+            logits: (1, vocab_size), of the draft model.
+            length: number of known tokens.
+            draft: the draft so far, (1,) each. A grammar waits for it.
+
+        Returns:
+            (1,), the token; None if the grammar fails or has failed.
+        """
+        if self._bias:
+            logits = self._add_bias(logits)
+        if self._constraint is not None:
+            try:
+                masks = self._constraint.allowed_for_draft([cast(int, token.item()) for token in draft])
+            except EngineError:  # all ranks meet the error when they verify the draft so far
+                return None
+            logits = masked(logits, mx.array(masks[-1:]))
+        return mx.argmax(logits, axis=-1) if self.is_greedy else self.sample(logits, length + len(draft))
+
     def allowed_prefix(self, draft: Sequence[int]) -> tuple[int, ...]:
         """Return the draft tokens up to the first one that the grammar forbids."""
         if self._constraint is None or self.failure is not None or not draft:
             return tuple(draft)
         try:
             return tuple(draft[: self._constraint.num_allowed(draft)])
-        except EngineError:  # sampling will meet it again
-            return ()
+        except EngineError:  # all ranks meet the error when they verify the draft
+            return tuple(draft)
 
     def advance(self, tokens: Sequence[int]) -> None:
         """Advance the grammar by sampled tokens."""
@@ -80,3 +101,7 @@ class TokenSampler:
                 self._constraint.advance(token)
         except EngineError as error:
             self.failure = error
+
+    def _add_bias(self, logits: mx.array) -> mx.array:
+        ids, values = zip(*self._bias, strict=True)
+        return logits.at[:, mx.array(ids)].add(mx.array(values, logits.dtype))

@@ -32,7 +32,7 @@ def measure_steps(model: Model, runner: StepRunner) -> dict[int, float]:
     longest = MEASURED_TOKENS[-1]
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, PROMPT_TOKENS + longest).tolist()
     request = Request(tuple(ids[:PROMPT_TOKENS]), longest)
-    sequence = Sequence(0, request, longest, TokenSampler(request, None, None))
+    sequence = Sequence(0, request, longest, TokenSampler(request, 0, None))
     cache = SequenceCache(model)
     sequence.begin(cache, 0)
 
@@ -42,6 +42,8 @@ def measure_steps(model: Model, runner: StepRunner) -> dict[int, float]:
         step = runner.start([BatchEntry(sequence, sequence.epoch, count, count, 1, 0, tuple(tokens))], None)
         runner.sample(step)
         runner.read(step)
+        if step.captured is not None:
+            step.captured.receive()
         return time.perf_counter() - began
 
     run(ids[:PROMPT_TOKENS])
