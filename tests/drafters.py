@@ -71,7 +71,6 @@ class RandomPlanner(DraftPlanner):
 
     def decide(self, sequences: Sequence[EngineSequence], others_decode: bool) -> Decision:
         """Draft for some sequences, or go on without drafts."""
-        super().decide(sequences, others_decode)
         is_drafting = self._random.random() < 0.7
         self.modes.append(is_drafting)
         drafts: list[Draft] = [()] * len(sequences)
