@@ -36,8 +36,10 @@ def test_a_conversation(running: RunningServer, open_page: OpenPage) -> None:
     assert chat.find("#title").input_value() == "What are you?"
     address = chat.page.url
     chat.ask("What else?")
+    chat.write("A draft")
     chat.page.reload()
     chat.wait_messages(2)
+    assert chat.find("#input").input_value() == "A draft"
     assert chat.page.url == address
     assert "kimi-mini" in chat.find(".message.assistant").first.inner_text()
 

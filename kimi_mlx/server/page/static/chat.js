@@ -271,7 +271,8 @@ export class Chat {
       this.onServerError({ status: -1, message: text("storageFull", { message: error.message }) });
     }
     this.answers.delete(conversation.id);
-    if (message.error && message.error.status !== 401) this.onServerError(message.error);
+    const isShown = conversation === this.conversation; // then the error stands below the answer
+    if (message.error && (message.error.status === 0 || (!isShown && message.error.status !== 401))) this.onServerError(message.error);
     conversation.updated = Date.now();
     conversation.model = this.model.name;
     await this.persist(() => store.saveConversation(conversation));
@@ -282,7 +283,8 @@ export class Chat {
     this.showState();
     const done = text("answerDone", { tokens: count(message.usage?.completion_tokens ?? 0) });
     if (this.isStale) this.reload(conversation.id);
-    this.announce({ stopped: text("answerStopped"), error: "" }[message.finish] ?? done); // errors are announced as such
+    const error = this.log.querySelector(`[data-id="${message.id}"] .footer .error`)?.textContent ?? "";
+    this.announce({ stopped: text("answerStopped"), error }[message.finish] ?? done);
   }
 
   showAnswer(answer) {

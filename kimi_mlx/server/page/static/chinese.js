@@ -122,7 +122,7 @@ export default {
   outOfRange: "请输入 {low} 到 {high} 之间的数",
   notWhole: "请输入 {low} 到 {high} 之间的整数",
   thinkingMode: "思考",
-  modelDefault: "模型默认",
+  modelDefault: "默认",
   on: "开",
   off: "关",
   schema: "回答的 JSON Schema",

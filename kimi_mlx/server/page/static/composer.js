@@ -5,6 +5,25 @@ import { byId } from "./dom.js";
 import { isSendKey } from "./keyboard.js";
 
 const MAX_ROWS = 12;
+const DRAFT = "kimi-mlx-draft";
+
+// What is written survives a reload of this tab, which a phone does when it needs memory.
+const draft = {
+  get: () => {
+    try {
+      return sessionStorage.getItem(DRAFT) ?? "";
+    } catch {
+      return ""; // the browser stores nothing
+    }
+  },
+  set: (value) => {
+    try {
+      sessionStorage.setItem(DRAFT, value);
+    } catch {
+      // as above, or the text is very long
+    }
+  },
+};
 
 export class Composer {
   // `onSend` receives the content of the message, `onStop` nothing, `onError` a text.
@@ -17,7 +36,12 @@ export class Composer {
       this.send();
     });
     byId("stop").addEventListener("click", onStop);
-    this.input.addEventListener("input", () => this.resize());
+    this.input.value = draft.get();
+    this.resize();
+    this.input.addEventListener("input", () => {
+      draft.set(this.input.value);
+      this.resize();
+    });
     addEventListener("resize", () => this.resize()); // another width, or another size of the type
     this.input.addEventListener("keydown", (event) => this.onKey(event));
     this.input.addEventListener("paste", (event) => this.onPaste(event));
@@ -84,6 +108,7 @@ export class Composer {
 
   clear() {
     this.input.value = "";
+    draft.set("");
     this.attachments.clear();
     this.resize();
   }

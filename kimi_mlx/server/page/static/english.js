@@ -122,7 +122,7 @@ export default {
   outOfRange: "Enter a number from {low} to {high}",
   notWhole: "Enter a whole number from {low} to {high}",
   thinkingMode: "Thinking",
-  modelDefault: "Model's default",
+  modelDefault: "Default",
   on: "On",
   off: "Off",
   schema: "JSON schema of the answer",
