@@ -6,6 +6,7 @@ python scripts/bench_serving.py --prompt-tokens 16-112 --answer-tokens 16-112 --
 python scripts/bench_serving.py --synthetic wide --against mlx-lm     a checkpoint of K2's shape
 python scripts/bench_serving.py --turns 2 --prompt-tokens 256 --later-tokens 32 --answer-tokens 32 --against mlx-lm
 python scripts/bench_serving.py --conversations 10000 --prompt-tokens 16 --answer-tokens 6 --repeat 1 --warmup 0
+python scripts/bench_serving.py --workload agents --against mlx-lm    a hundred agents with a common prefix
 python scripts/bench_serving.py --aborts 100 --slow-readers 2         with badly behaved clients
 python scripts/bench_serving.py --url http://127.0.0.1:8080           a running server
 """
@@ -18,6 +19,7 @@ import signal
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +41,7 @@ from scripts.serving.bad_clients import BadClientOptions  # noqa: E402
 from scripts.serving.files import serving_checkpoint  # noqa: E402
 from scripts.serving.load import Progress as OnRequestEnd  # noqa: E402
 from scripts.serving.load import measure_serving  # noqa: E402
-from scripts.serving.prompts import TokenRange, Workload  # noqa: E402
+from scripts.serving.prompts import WORKLOADS, TokenRange, Workload  # noqa: E402
 from scripts.serving.report import ServingReport  # noqa: E402
 from scripts.serving.servers import MLX_LM, ServerUnderTest, mlx_lm_command, our_command, serving  # noqa: E402
 
@@ -55,6 +57,14 @@ def main(
     api_key: Annotated[str | None, typer.Option("--api-key", help="API key of the server at --url.")] = None,
     against: Annotated[
         str | None, typer.Option("--against", metavar="mlx-lm", help="Measure mlx-lm's server too, in alternation.")
+    ] = None,
+    workload: Annotated[
+        str | None,
+        typer.Option(
+            "--workload",
+            metavar="agents",
+            help="Use a named workload instead of the options from --clients to --shared-tokens.",
+        ),
     ] = None,
     clients: Annotated[
         int, typer.Option("--clients", help="Concurrent clients; each sends its next request when it has its answer.")
@@ -92,6 +102,11 @@ def main(
     prompt, answer = TokenRange.parse(prompt_tokens), TokenRange.parse(answer_tokens)
     later = None if later_tokens is None else TokenRange.parse(later_tokens)
     load = Workload(clients, conversations, turns, prompt, later, answer, shared_tokens, stream, seed)
+    if workload is not None:
+        if workload not in WORKLOADS:
+            raise UsageError(f"unknown workload `{workload}`", hint=f"use one of {', '.join(WORKLOADS)}")
+        load = replace(WORKLOADS[workload], stream=stream, seed=seed)
+        prompt = load.prompt_tokens
     misbehaviour = BadClientOptions(aborts, slow_readers, prompt.high) if aborts or slow_readers else None
     if against not in (None, MLX_LM):
         raise UsageError(f"cannot compare with `{against}`", hint=f"use --against {MLX_LM}")

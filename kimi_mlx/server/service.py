@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 
 import anyio
 import anyio.to_thread
@@ -20,7 +20,7 @@ from kimi_mlx.server.activity import AnswerProgress, RateCounter, RunningAnswer
 from kimi_mlx.server.admission_queue import MAX_RETRY_S, AdmissionQueue, QueueSlots
 from kimi_mlx.server.api_types import AnswerEvent, FinishEvent, KeepAlive, ProgressEvent
 from kimi_mlx.server.errors import ApiError, api_error
-from kimi_mlx.server.event_queue import EventQueue
+from kimi_mlx.server.event_queue import EventQueue, LoopWaker
 from kimi_mlx.server.message_content import MissingMediaError
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.preparation import Preparation, Result, Work
@@ -164,6 +164,11 @@ class Service:
                 builders.append(builder)
         return builders
 
+    @cached_property
+    def waker(self) -> LoopWaker:
+        """Waker of the event loop that answers requests; used there first."""
+        return LoopWaker()
+
     def status(self) -> SessionStatus:
         """Return the status of the session."""
         return self.session.status()
@@ -208,7 +213,7 @@ class _ActiveRequest:
     def __init__(self, service: Service, slots: QueueSlots, builders: Sequence[ResponseBuilder], return_progress: bool):
         self._session, self._metrics = service.session, service.metrics
         self._service, self._slots = service, slots
-        self._queue = EventQueue()
+        self._queue = EventQueue(service.waker)
         self._open = {builder.index: builder for builder in builders}
         self._request_ids: dict[int, int] = {}
         self._lock = threading.Lock()

@@ -11,7 +11,7 @@ import httpx2
 
 from scripts.serving.bad_clients import BadClientOptions, BadClientResult, BadClients
 from scripts.serving.client import Messages, RequestRecord, make_body, make_client, send_request
-from scripts.serving.prompts import Workload, random_text
+from scripts.serving.prompts import Workload
 from scripts.serving.servers import ServerUnderTest
 
 OnEnd = Callable[[RequestRecord], None]
@@ -127,7 +127,7 @@ async def _client(
     for number in numbers:
         messages: Messages = []
         if load.shared_tokens:
-            messages.append({"role": "system", "content": random_text(load.shared_tokens, load.seed)})
+            messages.append({"role": "system", "content": load.system_prompt(repetition)})
         for turn in range(load.turns):
             message, tokens = load.user_message(repetition, number, turn)
             messages.append({"role": "user", "content": message})

@@ -52,6 +52,7 @@ class Workload:
         later_tokens: length of later messages; None for the same.
         answer_tokens: length of each answer.
         shared_tokens: length of a system prompt, the same for all.
+        has_new_prefix: whether each repetition has a system prompt of its own, so that no server has it in its cache.
         stream: whether answers are streamed.
         seed: random seed of the messages.
     """
@@ -65,6 +66,7 @@ class Workload:
     shared_tokens: int = 0
     stream: bool = True
     seed: int = 0
+    has_new_prefix: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -88,10 +90,28 @@ class Workload:
         )
         return random_text(int(lengths[0]), *key), int(lengths[1])
 
+    def system_prompt(self, repetition: int) -> str:
+        """Return the system prompt of all conversations of a repetition."""
+        numbers = (self.seed, repetition + 1) if self.has_new_prefix else (self.seed,)
+        return random_text(self.shared_tokens, *numbers)
+
     @property
     def requests(self) -> int:
         """Number of requests."""
         return self.conversations * self.turns
+
+
+WORKLOADS = {
+    "agents": Workload(
+        clients=100,
+        conversations=100,
+        prompt_tokens=TokenRange(16, 64),
+        answer_tokens=TokenRange(32, 64),
+        shared_tokens=1169,
+        has_new_prefix=True,
+    )
+}
+"""Named workloads. `agents`: a hundred agents with the same instructions and tools start at the same time."""
 
 
 @cache

@@ -48,7 +48,8 @@ class ServingReport:
     def heading(self) -> list[str]:
         """Return the workload, the machine and the versions."""
         load, host, packages = self.load, self.settings["machine"], self.settings["versions"]
-        shared = f" after {load.shared_tokens} shared tokens" if load.shared_tokens else ""
+        new = "new " * load.has_new_prefix
+        shared = f" after {load.shared_tokens} {new}shared tokens" if load.shared_tokens else ""
         prompt = str(load.prompt_tokens)
         if load.turns > 1:
             prompt += f", then {load.later_tokens or load.prompt_tokens}"
@@ -130,7 +131,7 @@ def _ttft_of(turn: int) -> Callable[[ServingRow], str]:
 
 
 def _name(figure: str) -> str:
-    return figure.replace("tok_per_s", "new tok/s").replace("ttft_s", "p50 of TTFT,")
+    return figure.replace("tok_per_s", "new tok/s").replace(" ttft_s", " of TTFT,")
 
 
 def _spread(spread: Spread, digits: int) -> str:

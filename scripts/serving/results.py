@@ -93,7 +93,7 @@ class ServingRatio:
 
     Args:
         against: name of the other server.
-        figure: `tok_per_s`, or the p50 of `ttft_s` of a turn (`ttft_s turn 2`).
+        figure: `tok_per_s`, or a percentile of `ttft_s` of a turn (`p90 ttft_s turn 2`).
         ratio: the quotient; higher is better for rates, lower for times.
     """
 
@@ -123,9 +123,10 @@ def serving_ratios(runs: Sequence[ServingRun]) -> list[ServingRatio]:
             results.append(ServingRatio(side, "tok_per_s", Spread.of(rates)))
         for turn in range(min(len(row.ttft_s) for pair in pairs for row in pair)):
             times = [(ours.ttft_s[turn], other.ttft_s[turn]) for ours, other in pairs]
-            quotients = [ours.p50 / other.p50 for ours, other in times if ours and other]
-            if quotients:
-                results.append(ServingRatio(side, f"ttft_s turn {turn + 1}", Spread.of(quotients)))
+            for name in ("p50", "p90"):
+                quotients = [getattr(ours, name) / getattr(other, name) for ours, other in times if ours and other]
+                if quotients:
+                    results.append(ServingRatio(side, f"{name} ttft_s turn {turn + 1}", Spread.of(quotients)))
     return results
 
 

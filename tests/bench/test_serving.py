@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,7 @@ from scripts.serving.bad_clients import BadClientOptions
 from scripts.serving.client import RequestRecord
 from scripts.serving.files import MINI, serving_checkpoint
 from scripts.serving.load import ServingRun, measure_serving
-from scripts.serving.prompts import TokenRange, Workload, random_text
+from scripts.serving.prompts import WORKLOADS, TokenRange, Workload, random_text
 from scripts.serving.report import ServingReport
 from scripts.serving.results import memory_growth_bytes, same_texts, serving_ratios, serving_rows
 from scripts.serving.servers import ServerUnderTest
@@ -56,15 +57,27 @@ def test_ratios_compare_adjacent_runs() -> None:
         run("mlx-lm", 1, 30.0, record(0, 0)),
         run(OURS, 1, 10.0, record(0, 0)),
     ]
-    rate, ttft = serving_ratios(runs)
+    rate, ttft, late = serving_ratios(runs)
     assert (rate.figure, rate.ratio.min, rate.ratio.max) == ("tok_per_s", 2.0, pytest.approx(3.0))
-    assert (ttft.figure, ttft.ratio.median) == ("ttft_s turn 1", pytest.approx(1.0))
+    assert (ttft.figure, ttft.ratio.median) == ("p50 ttft_s turn 1", pytest.approx(1.0))
+    assert late.figure == "p90 ttft_s turn 1"
 
 
 def test_texts_for_the_same_prompt_are_compared() -> None:
     runs = [run(OURS, 0, 1.0, record(0, 0), record(1, 0)), run("other", 0, 1.0, record(0, 0, text="b"))]
     (agreement,) = same_texts(runs)
     assert (agreement.side, agreement.answers, agreement.equal) == ("other", 1, 0)
+
+
+def test_the_agents_of_a_repetition_share_a_prefix_that_no_earlier_one_had() -> None:
+    agents = WORKLOADS["agents"]
+    prompts = [agents.system_prompt(repetition) for repetition in range(-1, 3)]
+    assert len(set(prompts)) == len(prompts)
+    assert prompts[0] == agents.system_prompt(-1)
+    assert agents.requests == agents.clients == 100
+    assert WORKLOADS["agents"].system_prompt(0) != replace(agents, seed=1).system_prompt(0)
+    constant = replace(agents, has_new_prefix=False)
+    assert constant.system_prompt(0) == constant.system_prompt(1)
 
 
 def test_random_text_has_one_token_per_word() -> None:

@@ -28,6 +28,10 @@ STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """Headers of a stream: neither caches nor proxies may hold it back."""
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+"""Encoder of events: json.dumps would create one for each."""
+
+
 class ClientDisconnectedError(Exception):
     """The client has closed its connection."""
 
@@ -47,7 +51,7 @@ class StreamEvent:
     @classmethod
     def from_json(cls, value: Any, name: str | None = None) -> StreamEvent:
         """Return an event with JSON as its data."""
-        return cls(json.dumps(value, ensure_ascii=False, separators=(",", ":")), name)
+        return cls(ENCODER.encode(value), name)
 
 
 class ApiFormatter(Protocol):
