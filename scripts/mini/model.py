@@ -149,13 +149,15 @@ def route(p: Parameters, name: str, x: mx.array, shape: Shape) -> tuple[mx.array
     return weights / weights.sum(axis=-1, keepdims=True) * shape.routed_scaling_factor, chosen
 
 
-def experts(p: Parameters, name: str, x: mx.array, shape: Shape) -> tuple[mx.array, mx.array]:
+def experts(
+    p: Parameters, name: str, x: mx.array, shape: Shape, capacity: float = CAPACITY
+) -> tuple[mx.array, mx.array]:
     """The routed experts, each on its own tokens. x: (T, D). Return (T, D) and the tokens per expert (E,)."""
     T, D = x.shape
     E, k = shape.n_routed_experts, shape.num_experts_per_tok
     weights, chosen = route(p, name, x, shape)
     chosen = chosen.astype(mx.int32)
-    C = int(T * k / E * CAPACITY)
+    C = int(T * k / E * capacity)
     place = mx.cumsum(chosen, axis=0) - 1  # (T, E): place of the token in the expert's queue
     kept = (chosen > 0) & (place < C)
     token_of_slot = mx.full((E * C + 1,), T, dtype=mx.int32)
@@ -174,13 +176,15 @@ def experts(p: Parameters, name: str, x: mx.array, shape: Shape) -> tuple[mx.arr
     return out, mx.stop_gradient(chosen.sum(axis=0))
 
 
-def feed_forward(p: Parameters, index: int, h: mx.array, shape: Shape) -> tuple[mx.array, mx.array | None]:
+def feed_forward(
+    p: Parameters, index: int, h: mx.array, shape: Shape, capacity: float = CAPACITY
+) -> tuple[mx.array, mx.array | None]:
     """Add a layer's feed-forward to h (T, D); return it, and the number of tokens per expert, if any."""
     layer = f"model.layers.{index}"
     x = mx.fast.rms_norm(h, p[f"{layer}.post_attention_layernorm.weight"], shape.rms_norm_eps)
     if index < shape.first_k_dense_replace:
         return h + swiglu(p, f"{layer}.mlp", x), None
-    out, load = experts(p, f"{layer}.mlp", x, shape)
+    out, load = experts(p, f"{layer}.mlp", x, shape, capacity)
     return h + out + swiglu(p, f"{layer}.mlp.shared_experts", x), load
 
 

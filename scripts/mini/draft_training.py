@@ -1,0 +1,134 @@
+"""Train kimi-mini's draft model: `python -m scripts.mini.draft_training SETTINGS`, in a process with a fast BLAS."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.optimizers import AdamW, clip_grad_norm
+
+from scripts.mini.draft_architecture import DRAFT_CONFIG, DRAFT_VOCAB_SIZE
+from scripts.mini.draft_batches import batches, to_arrays
+from scripts.mini.draft_data import Sample, Target, frequent_tokens, make_samples
+from scripts.mini.draft_model import accepted_per_step, init_draft, loss
+from scripts.mini.export import folder_bytes, write_json, write_tensors
+from scripts.mini.model import Parameters
+
+WARM_UP = 0.03  # fraction of the training
+GRADIENT_NORM = 1.0
+NUM_TEST_SAMPLES = 300
+LOG_EVERY = 25
+GROUP_SIZE, BITS = 32, 8
+
+
+@dataclass
+class Settings:
+    """Settings of a run.
+
+    Args:
+        folder: folder of the exported draft model.
+        minutes: training time, without the making of samples.
+        num_samples: number of dialogues to train on.
+        learning_rate: peak of AdamW's learning rate.
+    """
+
+    folder: str
+    minutes: float
+    num_samples: int
+    learning_rate: float
+
+
+class DraftTrainer:
+    """Trains on kimi-mini's own answers.
+
+    Args:
+        settings: settings of the run.
+        target: kimi-mini.
+        samples: dialogues to train on.
+    """
+
+    def __init__(self, settings: Settings, target: Target, samples: list[Sample]):
+        self._settings, self._target, self._samples = settings, target, samples
+        self.shape = target.shape
+        self.drafted = frequent_tokens(samples, DRAFT_VOCAB_SIZE, self.shape.vocab_size)
+        self.parameters = init_draft(self.shape, target.head[mx.array(self.drafted)], seed=1)
+        self.num_steps = self.num_tokens = 0
+
+    def run(self) -> None:
+        """Train until the time is up."""
+        function = mx.value_and_grad(lambda p, batch: loss(p, batch, self.shape))
+        optimizer = AdamW(self._settings.learning_rate, betas=[0.9, 0.95], weight_decay=0.01)
+        started, seed = time.monotonic(), 0
+        while True:
+            seed += 1
+            for rows in batches(self._samples, seed):
+                fraction = (time.monotonic() - started) / (60 * self._settings.minutes)
+                if fraction >= 1:
+                    return
+                optimizer.learning_rate = self._settings.learning_rate * min(fraction / WARM_UP, 1 - fraction, 1) + 1e-6
+                (value, shares), gradients = function(self.parameters, self.arrays(rows))
+                gradients, _ = clip_grad_norm(gradients, GRADIENT_NORM)
+                self.parameters = optimizer.apply_gradients(gradients, self.parameters)
+                mx.eval(self.parameters, optimizer.state, value, shares)
+                self.num_steps += 1
+                self.num_tokens += sum(len(sample.ids) for row in rows for sample in row)
+                if self.num_steps % LOG_EVERY == 0:
+                    text = (
+                        f"step {self.num_steps}  loss {value.item():.3f}  {accepted_per_step(shares):.2f} tokens a step"
+                    )
+                    print(f"{text}  {100 * fraction:.0f} %", file=sys.stderr, flush=True)
+
+    def arrays(self, rows: list[list[Sample]]) -> Parameters:
+        """Return the batch of some rows."""
+        return to_arrays(rows, self._target.embedding, self._target.head, self.drafted)
+
+    def test(self, samples: list[Sample]) -> list[float]:
+        """Return, for each depth, the share of drafts that are right up to it, on other samples."""
+        shares = [
+            np.array(loss(self.parameters, self.arrays(rows), self.shape)[1]) for rows in batches(samples, seed=0)
+        ]
+        return np.mean(shares, axis=0).tolist()
+
+    def export(self) -> int:
+        """Write the draft model as it ships, each file atomically; return its bytes on disk."""
+        folder = Path(self._settings.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: Parameters = {}
+        for name, value in self.parameters.items():
+            if value.ndim < 2:
+                tensors[name] = value
+                continue
+            base = name.removesuffix("weight")
+            parts = mx.quantize(value, GROUP_SIZE, BITS)
+            tensors |= {
+                f"{base}{part}": array for part, array in zip(("weight", "scales", "biases"), parts, strict=True)
+            }
+        is_drafted = np.isin(np.arange(self.shape.vocab_size), self.drafted)
+        tensors |= {"d2t": mx.array(self.drafted - np.arange(DRAFT_VOCAB_SIZE)), "t2d": mx.array(is_drafted)}
+        quantization = {"group_size": GROUP_SIZE, "bits": BITS, "mode": "affine"}
+        sizes = {"vocab_size": self.shape.vocab_size, "torch_dtype": "float32"}
+        blocks = {"quantization": quantization, "quantization_config": quantization}
+        write_tensors(folder, tensors, {"step": self.num_steps, "tokens": self.num_tokens})
+        write_json(folder, "config.json", DRAFT_CONFIG | sizes | blocks)
+        return folder_bytes(folder)
+
+
+def main(settings: Settings) -> None:
+    """Make samples, train, test and export."""
+    target = Target()
+    trainer = DraftTrainer(settings, target, make_samples(target, "draft", settings.num_samples))
+    trainer.run()
+    shares = trainer.test(make_samples(target, "draft test", NUM_TEST_SAMPLES))
+    print("right up to depth: " + ", ".join(f"{share:.3f}" for share in shares))
+    print(f"{accepted_per_step(shares):.2f} tokens a step of {len(shares)} drafted tokens, on new prompts")
+    print(f"{trainer.num_steps} steps, {trainer.num_tokens:,} tokens; wrote {trainer.export() / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    mx.set_default_device(mx.cpu)
+    main(Settings(**json.loads(sys.argv[1])))
