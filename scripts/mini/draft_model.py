@@ -7,6 +7,7 @@ Source: EAGLE-3 (https://arxiv.org/abs/2503.01840).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -137,38 +138,51 @@ class Attention:
         return q, mx.concatenate([kv[..., :nope], k_rope], axis=-1), kv[..., nope:]
 
 
-def loss(p: Parameters, batch: Parameters, shape: Shape, num_steps: int = NUM_STEPS) -> tuple[mx.array, mx.array]:
-    """Return the loss, and the share of rows whose tokens are right in all steps up to each one (num_steps,).
+def draft(p: Parameters, batch: Parameters, shape: Shape, num_steps: int) -> Iterator[mx.array]:
+    """Yield the scores (B, L, V) of each step.
+
+    In step s, row i predicts token i + 2 after s drafted tokens, as if the model had computed positions 0 to i - s.
 
     Args:
         p: parameters.
-        batch: captured (B, L, C * D); embeddings (B, L, D), of token i + 1 in row i; segments (B, L); scores
-            (B, L, V), kimi-mini's logits of token i + 2 in row i; weights (B, L), 1 where that token belongs to an
-            answer and can be drafted.
+        batch: captured (B, L, C * D); embeddings (B, L, D), of token i + 1 in row i; segments (B, L).
         shape: shape of kimi-mini.
         num_steps: number of steps.
     """
     embeddings = norm(p, f"{LAYER}.input_layernorm", batch["embeddings"])
     attention, states = Attention(p, batch["segments"], shape), fuse(p, batch["captured"])
-    targets = mx.softmax(batch["scores"], axis=-1)
-    wanted = mx.argmax(batch["scores"], axis=-1)
-    weights, is_right = batch["weights"], mx.array(True)
-    total, shares = mx.array(0.0), []
     for step in range(num_steps):
         if step:
             states = shift(states, 1, axis=1)
-            is_inside = shift(batch["segments"] + 1, step, axis=1) == batch["segments"] + 1
-            weights = batch["weights"] * shift(batch["weights"], step, axis=1) * is_inside
-            is_right = shift(is_right, 1, axis=1)
         normed = norm(p, f"{LAYER}.hidden_norm", states)
         x = states + attention(mx.concatenate([embeddings, normed], axis=-1))
         x = x + swiglu(p, f"{LAYER}.mlp", norm(p, f"{LAYER}.post_attention_layernorm", x))
         states = norm(p, "norm", x)
-        scores = states @ p["lm_head.weight"].T
+        yield states @ p["lm_head.weight"].T
+
+
+def loss(p: Parameters, batch: Parameters, shape: Shape, num_steps: int = NUM_STEPS) -> tuple[mx.array, mx.array]:
+    """Return the loss, and the share of rows whose tokens are right in all steps up to each one (num_steps,).
+
+    Args:
+        p: parameters.
+        batch: as for `draft`; scores (B, L, V), kimi-mini's logits of token i + 2 in row i; weights (B, L), 1 where
+            that token belongs to an answer and can be drafted.
+        shape: shape of kimi-mini.
+        num_steps: number of steps.
+    """
+    targets = mx.softmax(batch["scores"], axis=-1)
+    wanted = mx.argmax(batch["scores"], axis=-1)
+    is_right = mx.ones(wanted.shape, mx.bool_)
+    total, shares = mx.array(0.0), []
+    for step, scores in enumerate(draft(p, batch, shape, num_steps)):
+        # All drafted tokens of a row belong to the answer of one dialogue.
+        is_inside = shift(batch["segments"] + 1, step, axis=1) == batch["segments"] + 1
+        weights = batch["weights"] * shift(batch["weights"], step, axis=1) * is_inside
         losses = logsumexp(scores.reshape(-1, DRAFT_VOCAB_SIZE)).reshape(weights.shape) - (targets * scores).sum(-1)
         count = mx.maximum(weights.sum(), 1)
         total = total + STEP_DECAY**step * (losses * weights).sum() / count
-        is_right = is_right & (mx.argmax(scores, axis=-1) == wanted)
+        is_right = (shift(is_right, 1, axis=1) if step else is_right) & (mx.argmax(scores, axis=-1) == wanted)
         shares.append((is_right * weights).sum() / count)
     return total, mx.stop_gradient(mx.stack(shares))
 

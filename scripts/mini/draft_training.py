@@ -12,18 +12,18 @@ import mlx.core as mx
 import numpy as np
 from mlx.optimizers import AdamW, clip_grad_norm
 
-from scripts.mini.draft_architecture import DRAFT_CONFIG, DRAFT_VOCAB_SIZE
+from scripts.mini.draft_architecture import DRAFT_VOCAB_SIZE
 from scripts.mini.draft_batches import batches, to_arrays
 from scripts.mini.draft_data import Sample, Target, frequent_tokens, make_samples
+from scripts.mini.draft_export import quantize_draft, write_draft
 from scripts.mini.draft_model import accepted_per_step, init_draft, loss
-from scripts.mini.export import folder_bytes, write_json, write_tensors
+from scripts.mini.export import folder_bytes
 from scripts.mini.model import Parameters
 
 WARM_UP = 0.03  # fraction of the training
 GRADIENT_NORM = 1.0
 NUM_TEST_SAMPLES = 300
 LOG_EVERY = 25
-GROUP_SIZE, BITS = 32, 8
 
 
 @dataclass
@@ -95,26 +95,10 @@ class DraftTrainer:
         return np.mean(shares, axis=0).tolist()
 
     def export(self) -> int:
-        """Write the draft model as it ships, each file atomically; return its bytes on disk."""
+        """Write the draft model as it ships; return its bytes on disk."""
+        progress = {"step": self.num_steps, "tokens": self.num_tokens}
         folder = Path(self._settings.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors: Parameters = {}
-        for name, value in self.parameters.items():
-            if value.ndim < 2:
-                tensors[name] = value
-                continue
-            base = name.removesuffix("weight")
-            parts = mx.quantize(value, GROUP_SIZE, BITS)
-            tensors |= {
-                f"{base}{part}": array for part, array in zip(("weight", "scales", "biases"), parts, strict=True)
-            }
-        is_drafted = np.isin(np.arange(self.shape.vocab_size), self.drafted)
-        tensors |= {"d2t": mx.array(self.drafted - np.arange(DRAFT_VOCAB_SIZE)), "t2d": mx.array(is_drafted)}
-        quantization = {"group_size": GROUP_SIZE, "bits": BITS, "mode": "affine"}
-        sizes = {"vocab_size": self.shape.vocab_size, "torch_dtype": "float32"}
-        blocks = {"quantization": quantization, "quantization_config": quantization}
-        write_tensors(folder, tensors, {"step": self.num_steps, "tokens": self.num_tokens})
-        write_json(folder, "config.json", DRAFT_CONFIG | sizes | blocks)
+        write_draft(folder, quantize_draft(self.parameters), self.drafted, self.shape, progress)
         return folder_bytes(folder)
 
 
