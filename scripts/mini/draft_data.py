@@ -84,19 +84,20 @@ class Target:
         return mx.concatenate(captured, axis=-1), final.reshape(B, L, -1)
 
 
-def make_samples(target: Target, seed: str, count: int) -> list[Sample]:
+def make_samples(target: Target, seed: str, count: int, num_rows: int = ROWS) -> list[Sample]:
     """Return `count` dialogues of the training mixture with their states.
 
     Args:
         target: the model.
         seed: seed of the dialogues.
         count: number of samples.
+        num_rows: number of rows that are computed at a time.
     """
     renderer = Renderer(Tokenizer.load(TARGET))
     rows = (renderer.render(dialogue) for dialogue in stream(seed, part=1, max_tokens=MAX_DIALOGUE_TOKENS))
     samples: list[Sample] = []
     while len(samples) < count:
-        samples += _samples(target, pack(rows, ROWS, ROW_LENGTH))
+        samples += _samples(target, pack(rows, num_rows, ROW_LENGTH))
         print(f"\r{len(samples)} of {count} samples", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return samples[:count]

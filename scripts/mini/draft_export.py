@@ -42,7 +42,7 @@ def write_draft(folder: Path, tensors: Parameters, drafted: np.ndarray, shape: S
     folder.mkdir(parents=True, exist_ok=True)
     table = {
         "d2t": mx.array(drafted - np.arange(drafted.size)),
-        "t2d": mx.array(np.isin(np.arange(shape.vocab_size), drafted)),
+        "t2d": mx.array(np.isin(np.arange(shape.vocab_size), drafted).tolist()),
     }
     is_quantized = any(name.endswith(".scales") for name in tensors)
     blocks = dict.fromkeys(("quantization", "quantization_config"), QUANTIZATION) if is_quantized else {}

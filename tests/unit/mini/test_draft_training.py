@@ -30,7 +30,7 @@ def target() -> Target:
 
 @pytest.fixture(scope="module")
 def samples(target: Target) -> list[Sample]:
-    return make_samples(target, "test", 16)
+    return make_samples(target, "test", 4, num_rows=2)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_the_steps_of_the_training_are_those_of_drafting(
 
 
 def test_answers_and_states_are_those_of_kimi_mini(model: Model, samples: list[Sample]) -> None:
-    for sample in samples[:3]:
+    for sample in samples[:2]:
         prompt, answer = sample.ids[: sample.answer_start], sample.ids[sample.answer_start :]
         events = Engine(model).generate(Request(tuple(prompt), max_tokens=len(answer)))
         assert [event.id for event in events if isinstance(event, Token)] == answer
@@ -88,15 +88,15 @@ def test_answers_and_states_are_those_of_kimi_mini(model: Model, samples: list[S
 def test_a_perfect_draft_has_a_share_of_one_and_the_loss_falls_with_its_gradient(
     target: Target, samples: list[Sample], drafted: np.ndarray, parameters: Parameters
 ) -> None:
-    batch = to_arrays([samples[:2], samples[2:3]], target.embedding, target.head, drafted)
+    batch = to_arrays([samples[:1], samples[1:2]], target.embedding, target.head, drafted)
     (value, shares), gradients = mx.value_and_grad(lambda p: loss(p, batch, target.shape, 2))(parameters)
     assert set(gradients) == set(parameters)
     moved = {name: parameter - 0.02 * gradients[name] for name, parameter in parameters.items()}
-    assert loss(moved, batch, target.shape, 2)[0].item() < value.item()
+    assert float(loss(moved, batch, target.shape, 2)[0]) < float(value)
     assert ((np.array(shares) >= 0) & (np.array(shares) <= 1)).all()
     weights, scores = np.array(batch["weights"]), np.array(batch["scores"])
     rows, positions = weights.nonzero()
-    ids = [samples[0].ids + samples[1].ids, samples[2].ids]
+    ids = [samples[0].ids, samples[1].ids]
     wanted = drafted[scores.argmax(axis=-1)]
     for row, position in zip(rows, positions, strict=True):
         assert wanted[row, position] == ids[row][position + 2]
@@ -104,5 +104,6 @@ def test_a_perfect_draft_has_a_share_of_one_and_the_loss_falls_with_its_gradient
 
 def test_batches_hold_each_sample_once(samples: list[Sample]) -> None:
     rows = [row for batch in batches(samples * 40, seed=1) for row in batch]
+    assert rows
     assert all(sum(len(sample.ids) for sample in row) <= 256 for row in rows)
     assert len({id(sample) for row in rows for sample in row}) == len(samples)
