@@ -190,10 +190,22 @@ def _facts(address: ServerAddress, status: ModelStatus, document: Mapping[str, A
     rates: Mapping[str, Any] = document.get("rates") or {}
     decode, prefill = (float(rates.get(name) or 0) for name in ("completion_tok_per_s", "prompt_tok_per_s"))
     yield "speed", f"{format_rate(decode)} generated, {format_rate(prefill)} read"
-    prompt, reused = (int(document.get(name) or 0) for name in ("prompt_tokens", "reused_tokens"))
-    cache = f"{status.cached_tokens:,} tokens in memory"
-    yield "prompt cache", cache + (f"; {reused:,} of {prompt:,} prompt tokens reused" if prompt else "")
+    yield from _cache_facts(status)
     yield from run_facts(status)
+
+
+def _cache_facts(status: ModelStatus) -> Iterator[tuple[str, str]]:
+    """Yield what the prompt cache holds, and how many prompt tokens were found in it."""
+    cache = status.prompt_cache
+    yield "prompt cache", f"{status.cached_tokens:,} tokens in memory"
+    if cache.has_disk:
+        sizes = f"{format_bytes(cache.disk_bytes)} of {format_bytes(cache.disk_limit_bytes)}"
+        yield "on disk", f"{format_count(cache.disk_blocks, 'block')}, {sizes}"
+    if cache.hit_rate is not None:
+        found = f"{cache.memory_hit_tokens:,} in memory"
+        if cache.has_disk:
+            found += f", {cache.disk_hit_tokens:,} on disk"
+        yield "cache hits", f"{cache.hit_rate:.0%} of {cache.prompt_tokens:,} prompt tokens: {found}"
 
 
 def _answers(answers: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:

@@ -25,6 +25,7 @@ from kimi_mlx.engine.feature_store import FeatureStore
 from kimi_mlx.engine.image_encoder import ImageEncoder
 from kimi_mlx.engine.kv_cache_pool import KVCachePool
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
+from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 from kimi_mlx.engine.request import ImageInput, Request
 from kimi_mlx.engine.sampling import GREEDY_BELOW
 from kimi_mlx.engine.sequence import Sequence
@@ -136,6 +137,11 @@ class Engine:
     def cached_tokens(self) -> int:
         """Number of tokens in the caches of running and finished requests."""
         return self._pool.busy_tokens + self._pool.idle_tokens
+
+    @property
+    def cache_usage(self) -> CacheUsage:
+        """Use of the prompt cache so far. Safe from any thread."""
+        return self._pool.usage
 
     @property
     def image_error(self) -> EngineError | None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import bisect
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
 from kimi_mlx.engine.drafts.draft_cache import DraftCache
 from kimi_mlx.engine.prompt_cache.block_file import BLOCK_TOKENS, Block, BlockShape
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
+from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 from kimi_mlx.errors import CacheError
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.decoder import Model
@@ -157,6 +159,20 @@ class KVCachePool:
         """Least recently used first."""
         self._busy: list[tuple[SequenceCache, int]] = []
         """Pairs of a cache and the length of its prompt."""
+        self._lookups = CacheUsage()
+
+    @property
+    def usage(self) -> CacheUsage:
+        """Use of the caches and of the blocks on disk so far. Safe from any thread."""
+        blocks = self._blocks
+        if blocks is None:
+            return self._lookups
+        return replace(
+            self._lookups,
+            disk_blocks=len(blocks),
+            disk_bytes=blocks.size_bytes,
+            disk_limit_bytes=blocks.limit_bytes,
+        )
 
     @property
     def idle_tokens(self) -> int:
@@ -208,6 +224,8 @@ class KVCachePool:
         cache.truncate(common)
         cache.resize(len(prompt))
         self._load(cache, reusable, len(prompt))
+        lookup = CacheUsage(len(prompt), common, len(cache.tokens) - common)
+        self._lookups = self._lookups.with_earlier(lookup)
         self._busy.append((cache, len(prompt)))
         return cache, len(cache.tokens)
 

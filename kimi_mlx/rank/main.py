@@ -18,6 +18,7 @@ from kimi_mlx.engine.engine import MAX_NEW_COMMANDS, Engine
 from kimi_mlx.engine.events import Encoded, Event, Finished, Prefilled, Token
 from kimi_mlx.engine.free_memory import free_memory_bytes
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
+from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import KimiMlxError, MissingModelError
 from kimi_mlx.model.config import load_config
@@ -100,6 +101,7 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         all_reduce=None if choice is None else choice.to_dict(),
         memory_bytes=mx.get_active_memory(),
         free_bytes=free_memory_bytes(),
+        cache_usage=engine.cache_usage.to_dict(),
     )
     return engine
 
@@ -126,13 +128,19 @@ def run_step(channel: Channel, engine: Engine, is_leader: bool) -> None:
         if isinstance(event, KimiMlxError):
             lines.append(encode_error(event, rank=None, kind="refused", request_id=request_id))
         elif is_leader or isinstance(event, Finished):
-            lines.append(encode_event(request_id, event, engine.cached_tokens, engine.batch_sizes))
+            lines.append(encode_event(request_id, event, engine.cached_tokens, engine.batch_sizes, engine.cache_usage))
     if lines:
         channel.write(*lines)
     channel.report_progress("idle" if engine.is_idle else "prefill" if engine.is_prefilling else "decode")
 
 
-def encode_event(request_id: int, event: Event, cached_tokens: int = 0, batch_sizes: BatchSizes = NO_STEPS) -> bytes:
+def encode_event(
+    request_id: int,
+    event: Event,
+    cached_tokens: int = 0,
+    batch_sizes: BatchSizes = NO_STEPS,
+    cache_usage: CacheUsage | None = None,
+) -> bytes:
     """Return an event of a request as a message.
 
     Args:
@@ -140,6 +148,7 @@ def encode_event(request_id: int, event: Event, cached_tokens: int = 0, batch_si
         event: event of the engine.
         cached_tokens: number of tokens in all KV caches, sent with Finished.
         batch_sizes: number of steps by the number of their sequences, sent with Finished.
+        cache_usage: use of the prompt cache so far, sent with Finished.
     """
     match event:
         case Encoded():
@@ -157,6 +166,7 @@ def encode_event(request_id: int, event: Event, cached_tokens: int = 0, batch_si
                 statistics=statistics.to_dict(),
                 cached_tokens=cached_tokens,
                 batch_sizes=asdict(batch_sizes),
+                cache_usage=(cache_usage or CacheUsage()).to_dict(),
             )
         case _:
             raise TypeError(f"{event} is not an event of a rank")

@@ -136,6 +136,7 @@ class LocalSession:
             cached_tokens=engine.cached_tokens,
             memory=(self._memory,),
             batch_sizes=engine.batch_sizes,
+            cache_usage=(engine.cache_usage,),
         )
 
     def reset(self) -> None:

@@ -22,6 +22,7 @@ from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.parallel.placement import RANGE_FIELDS, Placement, RankShare
 from kimi_mlx.planner.model_shape import shape_of_config
 from kimi_mlx.planner.portions import plan_placement, portion_of
+from kimi_mlx.session.prompt_cache_status import PromptCacheStatus, prompt_cache_status
 from kimi_mlx.session.session import RankMemory, Restart, Session
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.units import format_count
@@ -106,6 +107,7 @@ class RankStatus:
         has_vision: whether it holds the vision tower.
         weights_bytes: size of its weights, from the dimensions; 0 if it is not known.
         cache_bytes: size of the KV caches now, from the number of cached tokens.
+        cache_disk_bytes: size of its blocks of the prompt cache on disk.
         memory_bytes: memory that MLX used when the model was loaded; None if it is not known.
         free_bytes: memory that MLX could still use then; None if it is not known.
         peak_memory_bytes: peak memory at the end of the last answer; None before the first.
@@ -122,6 +124,7 @@ class RankStatus:
     has_vision: bool = False
     weights_bytes: int = 0
     cache_bytes: int = 0
+    cache_disk_bytes: int = 0
     memory_bytes: int | None = None
     free_bytes: int | None = None
     peak_memory_bytes: int | None = None
@@ -151,6 +154,7 @@ class ModelStatus:
         active: number of requests that are running.
         waiting: number of requests that have not started.
         cached_tokens: number of tokens in all KV caches.
+        prompt_cache: use of the prompt cache, in memory and on disk.
         restarts: restarts of the ring, the newest last.
         started_at: Unix time in seconds at which the model was ready; 0 if it is not known.
         uptime_s: seconds since then.
@@ -174,6 +178,7 @@ class ModelStatus:
     active: int = 0
     waiting: int = 0
     cached_tokens: int = 0
+    prompt_cache: PromptCacheStatus = field(default_factory=PromptCacheStatus)
     restarts: Sequence[Restart] = ()
     started_at: float = 0.0
     uptime_s: float = 0.0
@@ -203,6 +208,7 @@ class ModelStatus:
         known["findings"] = (
             None if findings is None else tuple(Finding(**_known_fields(Finding, item)) for item in findings)
         )
+        known["prompt_cache"] = PromptCacheStatus(**_known_fields(PromptCacheStatus, value.get("prompt_cache") or {}))
         known["restarts"] = tuple(Restart(**_known_fields(Restart, item)) for item in value.get("restarts") or ())
         return cls(**known)
 
@@ -226,6 +232,9 @@ def model_status(deployment: ModelDeployment, session: Session) -> ModelStatus:
         _rank_status(deployment, placement, rank, memory[rank], status.cached_tokens, has_vision)
         for rank in range(len(hosts))
     ]
+    if status.cache_usage:
+        pairs = zip(ranks, status.cache_usage, strict=True)
+        ranks = [replace(rank, cache_disk_bytes=usage.disk_bytes) for rank, usage in pairs]
     return ModelStatus(
         model=deployment.name,
         context_tokens=session.context,
@@ -243,6 +252,7 @@ def model_status(deployment: ModelDeployment, session: Session) -> ModelStatus:
         active=status.active,
         waiting=status.waiting,
         cached_tokens=status.cached_tokens,
+        prompt_cache=prompt_cache_status(status.cache_usage),
         restarts=status.restart_log,
         started_at=deployment.started_at,
         uptime_s=time.time() - deployment.started_at,

@@ -26,6 +26,7 @@ from kimi_mlx.engine.events import (
     Statistics,
     Token,
 )
+from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, KimiMlxError, RingError, SshError
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
@@ -94,6 +95,8 @@ class RingSession:
         """Peak memory of each rank, as MLX counts it, reported with its last finished request."""
         self._batch_sizes = NO_STEPS
         self._loaded_memory = [RankMemory()] * self._cluster.size
+        self._cache_usage = [CacheUsage()] * self._cluster.size
+        self._earlier_cache_usage = self._cache_usage  # of the rings before this one
         self._restart_log: deque[Restart] = deque(maxlen=MAX_RESTART_LOG)
         try:
             self._start(progress, needs_tokenizer_files=options.folder is None)
@@ -185,6 +188,7 @@ class RingSession:
             batch_sizes=self._batch_sizes,
             activity=self._ring.activity,
             all_reduce=None if self.all_reduce is None else str(self.all_reduce),
+            cache_usage=tuple(self._cache_usage),
         )
 
     def reset(self) -> None:
@@ -230,6 +234,7 @@ class RingSession:
                 choice = message["all_reduce"]
                 self.all_reduce = self.all_reduce or (choice and AllReduceChoice.from_dict(choice))
                 self._loaded_memory[rank] = RankMemory(message["memory_bytes"], message["free_bytes"])
+                self._set_cache_usage(rank, message)
                 loading_ranks.discard(rank)
             if not loading_ranks:
                 return
@@ -340,6 +345,7 @@ class RingSession:
         if not is_refused:
             self._cached_tokens = message["cached_tokens"]
             self._batch_sizes = BatchSizes(**message["batch_sizes"])
+            self._set_cache_usage(rank, message)
             self.peak_memory_bytes[rank] = message["statistics"]["peak_memory_bytes"]
         if rank == 0 and is_refused:
             job.outcome = decode_error(message)
@@ -348,6 +354,10 @@ class RingSession:
         if not job.pending_ranks and job.outcome is not None:
             with self._lock:
                 self._end_job(job, job.outcome)
+
+    def _set_cache_usage(self, rank: int, message: Message) -> None:
+        usage = CacheUsage.from_dict(message["cache_usage"])
+        self._cache_usage[rank] = usage.with_earlier(self._earlier_cache_usage[rank])
 
     def _recover(self, error: KimiMlxError) -> KimiMlxError | None:
         """Restart the ring and resume the unfinished requests; return the last error if that fails."""
@@ -359,6 +369,7 @@ class RingSession:
             for job in list(self._jobs.values()):
                 if (outcome := job.outcome_if_complete(self._context)) is not None:
                     self._end_job(job, outcome)
+        self._earlier_cache_usage = list(self._cache_usage)
         lost_at = time.monotonic()
         self._restart_log.append(Restart(time.time(), error.message))
         self._policy.record_loss(lost_at - self._up_since)

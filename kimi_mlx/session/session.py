@@ -12,6 +12,7 @@ from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.cluster.ring.watch import RankActivity, RingTimeouts
 from kimi_mlx.engine.batch_sizes import NO_STEPS, BatchSizes
 from kimi_mlx.engine.events import Event, Finished
+from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.parallel.placement import normalize_strategy
@@ -152,6 +153,8 @@ class SessionStatus:
         activity: activity of each rank of a ring; empty without ranks.
         batch_sizes: number of steps by the number of their sequences; for a ring, after the last answer.
         all_reduce: how the ranks add their parts, as text; None if nothing is added or it was not measured.
+        cache_usage: use of the prompt cache by each rank since the session was opened; for a ring, after the last
+            answer. Empty if it is not known.
     """
 
     is_up: bool
@@ -166,6 +169,7 @@ class SessionStatus:
     activity: tuple[RankActivity, ...] = ()
     batch_sizes: BatchSizes = NO_STEPS
     all_reduce: str | None = None
+    cache_usage: tuple[CacheUsage, ...] = ()
 
 
 EventCallback = Callable[[Event | BaseException], None]

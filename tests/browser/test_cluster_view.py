@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
+import httpx2
+import mlx.core as mx
 import pytest
 
 from kimi_mlx.server.http.security import Security
 from kimi_mlx.server.server import ServingOptions
+from kimi_mlx.session.open import open_session
 from kimi_mlx.session.ring import RingSession
 from kimi_mlx.session.session import Session, SessionOptions
 from tests.browser.conftest import OpenPage
@@ -77,6 +84,34 @@ def test_it_asks_for_the_key(session: Session, open_page: OpenPage) -> None:
         chat.page.press("#key-input", "Enter")
         chat.wait_text("Running", "#cluster-view")
         chat.page.close()
+
+
+def test_the_prompt_cache_on_disk(tmp_path: Path, open_page: OpenPage) -> None:
+    """The page and `kimi-mlx status` show what is on disk, and the tokens that came from there after a restart."""
+    mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
+    options = SessionOptions(KIMI_MINI, cache_dir=tmp_path / "cache")
+    question = "What are you? " * 70  # more than a block of 256 tokens
+    cache: dict[str, Any] = {}
+    for _ in range(2):
+        with closing(open_session(options)) as session, serving(session) as server:
+            chat = open_page(server.url)
+            chat.ask(question)
+            document = httpx2.get(f"{server.url}/v1/cluster").json()
+            cache = document["prompt_cache"]
+            assert (cache["has_disk"], cache["disk_blocks"]) == (True, 1)
+            assert document["ranks"][0]["cache_disk_bytes"] == cache["disk_bytes"] > 0
+            schemas = httpx2.get(f"{server.url}/openapi.json").json()["components"]["schemas"]
+            assert schemas["PromptCacheStatus"]["properties"].keys() == cache.keys()
+            chat.find("#to-cluster").click()
+            chat.wait_text("blocks: 1", "#cluster-view")
+            printed = subprocess.run(
+                [sys.executable, "-m", "kimi_mlx", "status", server.url], capture_output=True, text=True, check=True
+            ).stdout
+            assert "1 block, " in printed
+            assert f"{cache['disk_hit_tokens']} on disk" in printed
+            chat.page.close()
+    assert cache["disk_hit_tokens"] >= 256 - 16
+    assert cache["miss_tokens"] + cache["memory_hit_tokens"] + cache["disk_hit_tokens"] == cache["prompt_tokens"]
 
 
 @pytest.mark.ranks

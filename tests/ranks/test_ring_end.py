@@ -203,8 +203,11 @@ def test_the_prompt_cache_of_a_ring_is_written_at_its_end(tmp_path: Path, kills:
     blocks = [len(list((tmp_path / "cache").glob(f"*/rank-{rank}-of-2/*.safetensors"))) for rank in (0, 1)]
     assert blocks[0] == blocks[1] >= 2
     with closing(RingSession(options)) as session:
+        assert [usage.disk_blocks for usage in session.status().cache_usage] == blocks
         [first, *_] = session.generate(Request(request.prompt, max_tokens=1))
-    assert getattr(first, "done", 0) >= 512
+        assert getattr(first, "done", 0) >= 512
+        usages = session.status().cache_usage
+    assert [(usage.prompt_tokens, usage.disk_hit_tokens) for usage in usages] == [(700, 512)] * 2
     assert kills.sent == []
 
 

@@ -98,6 +98,16 @@ class BlockStore:
     def _file_bytes(self) -> int:
         return self.shape.block_bytes + HEADER_BYTES
 
+    @property
+    def size_bytes(self) -> int:
+        """Size of the rows of all blocks."""
+        return len(self._blocks) * self.shape.block_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """Size that the rows may reach."""
+        return self.capacity * self.shape.block_bytes
+
     def names(self) -> list[str]:
         """Return the names of the blocks, in order of eviction."""
         return list(self._blocks)

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 
 from kimi_mlx.cluster.hosts.host import local_cluster
+from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.model_shape import known_shape
 from kimi_mlx.session.model_status import ModelDeployment, ModelStatus, model_status
+from kimi_mlx.session.prompt_cache_status import PromptCacheStatus
 from kimi_mlx.session.session import RankMemory, Restart, SessionStatus
 from tests.fakes import KIMI_MINI, FixedSession
 
@@ -72,6 +74,23 @@ def test_memory_and_restarts_come_from_the_session() -> None:
     ]
     assert (status.is_up, status.reason, tuple(status.restarts)) == (False, "restarting", (lost,))
     assert ModelStatus.from_dict(json.loads(json.dumps(status.to_dict()))) == status
+
+
+def test_the_prompt_cache_is_summed_over_the_ranks() -> None:
+    usages = (CacheUsage(1000, 300, 200, 4, 40, 400), CacheUsage(1000, 300, 200, 4, 30, 300))
+    status = status_of("hybrid", status=SessionStatus(True, cache_usage=usages))
+    assert status.prompt_cache == PromptCacheStatus(1000, 300, 200, 500, 0.5, True, 4, 70, 700)
+    assert [rank.cache_disk_bytes for rank in status.ranks] == [40, 30]
+    assert ModelStatus.from_dict(json.loads(json.dumps(status.to_dict()))) == status
+    assert status_of("hybrid").prompt_cache == PromptCacheStatus()
+    unused = status_of("hybrid", status=SessionStatus(True, cache_usage=(CacheUsage(),) * 2)).prompt_cache
+    assert (unused.hit_rate, unused.has_disk) == (None, False)
+
+
+def test_usage_continues_after_a_restart() -> None:
+    usage = CacheUsage(10, 2, 3, 4, 5, 6).with_earlier(CacheUsage(100, 20, 30, 40, 50, 60))
+    assert usage == CacheUsage(110, 22, 33, 4, 5, 6)
+    assert CacheUsage.from_dict(json.loads(json.dumps(usage.to_dict()))) == usage
 
 
 def test_one_process_holds_the_whole_model() -> None:

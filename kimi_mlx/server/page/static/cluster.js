@@ -223,11 +223,19 @@ function prefillBar({ processed_tokens: value, prompt_tokens: max }) {
   return element("progress", { max, value, "aria-label": text("reading", { done: count(value), total: count(max) }) });
 }
 
-function cacheOf({ cached_tokens: cached, prompt_tokens: read, reused_tokens: reused }) {
-  const share = Math.round((100 * reused) / read);
+function cacheOf({ cached_tokens: cached, prompt_cache: cache }) {
+  const [blocks, size, limit] = [count(cache.disk_blocks), bytes(cache.disk_bytes), bytes(cache.disk_limit_bytes)];
+  const hits = cache.memory_hit_tokens + cache.disk_hit_tokens;
+  const share = Math.round(100 * cache.hit_rate);
+  const isUsed = cache.hit_rate !== null;
+  const tokens = (number) => text("numTokens", { count: count(number) });
   return factList([
-    [text("inMemory"), text("numTokens", { count: count(cached) })],
-    [text("reused"), read ? text("reusedOf", { reused: count(reused), read: count(read), share }) : null],
+    [text("inMemory"), tokens(cached)],
+    [text("onDisk"), cache.has_disk ? text("blocksOnDisk", { blocks, size, limit }) : text("noDiskCache")],
+    [text("hitRate"), isUsed ? text("hitsOf", { hits: count(hits), prompt: count(cache.prompt_tokens), share }) : null],
+    [text("memoryHits"), isUsed ? tokens(cache.memory_hit_tokens) : null],
+    [text("diskHits"), isUsed && cache.has_disk ? tokens(cache.disk_hit_tokens) : null],
+    [text("misses"), isUsed ? tokens(cache.miss_tokens) : null],
   ]);
 }
 

@@ -394,3 +394,22 @@ def test_ranks_keep_the_same_index(
         for at in lost:
             if there:
                 there[at % len(there)].unlink(missing_ok=True)
+
+
+def test_usage_counts_tokens_in_memory_and_on_disk(tmp_path: Path) -> None:
+    tokens = make_tokens(600)
+    write(tmp_path, tokens)
+    store = open_store(tmp_path)
+    pool = KVCachePool(MODEL, blocks=store)
+    assert (pool.usage.prompt_tokens, pool.usage.disk_blocks) == (0, 2)
+    run_turn(pool, [*tokens, 1])  # two blocks of 256 from disk
+    assert pool.usage == replace(pool.usage, prompt_tokens=601, memory_hit_tokens=0, disk_hit_tokens=512)
+    run_turn(pool, [*tokens, 1, 2])  # all from memory
+    run_turn(pool, make_tokens(300, seed=2))  # nothing
+    usage = pool.usage
+    assert (usage.prompt_tokens, usage.memory_hit_tokens, usage.disk_hit_tokens) == (601 + 602 + 300, 601, 512)
+    assert (usage.disk_blocks, usage.disk_bytes) == (3, 3 * SHAPE.block_bytes)
+    store.close()
+    size = sum(file.stat().st_size for file in files(tmp_path))
+    assert usage.disk_bytes < size <= usage.disk_bytes + 3 * HEADER_BYTES
+    assert KVCachePool(MODEL).usage.disk_limit_bytes is None
