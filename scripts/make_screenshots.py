@@ -28,7 +28,7 @@ from tests.server.running_server import serving  # noqa: E402
 
 FOLDER = ROOT / "docs" / "images"
 MAX_BYTES = 400_000
-NUM_COLORS = 48
+NUM_COLORS = 160
 
 QUESTION = "How do I split a number into its prime factors in Python?"
 REASONING = "Trial division is enough for numbers of this size. I show it with a short loop, then the costs."
@@ -71,7 +71,7 @@ def ask(page: Page, question: str) -> None:
 def take_chat(browser: Browser) -> None:
     """A chat on a wide window; the same on a phone in the dark; its settings."""
     with answering(ANSWER, REASONING, tokens_per_s=300) as server:
-        page = browser.new_page(locale="en", viewport={"width": 1100, "height": 760})
+        page = browser.new_page(locale="en", viewport={"width": 1100, "height": 885})
         page.goto(server.url)
         ask(page, QUESTION)
         save(page, "chat")
