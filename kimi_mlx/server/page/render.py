@@ -1,8 +1,8 @@
 """Markdown to HTML for the web page, block by block.
 
-All tags are written by markdown-it-py and Pygments; none comes from the text. HTML in the text is shown as text, images
-become links, and only links with the schemes of SAFE_LINK stay links. So the text of a model cannot run a script, load
-a resource, or restyle the page.
+All tags are written by markdown-it-py, Pygments and mathml.py; none comes from the text. HTML in the text is
+shown as text, images become links, and only links with the schemes of SAFE_LINK stay links. So the text of a model
+cannot run a script, load a resource, or restyle the page.
 """
 
 from __future__ import annotations
