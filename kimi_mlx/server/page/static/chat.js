@@ -4,12 +4,12 @@ import { Answer } from "./answer.js";
 import { byId, element } from "./dom.js";
 import { count, decimal, text } from "./i18n.js";
 import { focusInput } from "./keyboard.js";
+import { LogScroll } from "./log_scroll.js";
 import { MessageView } from "./message_view.js";
 import { branch, newestLeaf, siblings, textOf } from "./messages.js";
 import { requestBody } from "./request_body.js";
 import * as store from "./store.js";
 
-const AT_END_PIXELS = 60;
 const MAX_TITLE = 60;
 const OTHER_TAB_MS = 5000; // without a part of an answer after which its tab counts as closed
 
@@ -23,13 +23,7 @@ export class Chat {
     this.elsewhere = new Map(); // by message, timers of answers in progress in other tabs
     this.views = new Map();
     this.conversation = null;
-    this.isFollowing = true; // new text scrolls the conversation
-    this.log.addEventListener("scroll", () => this.onScroll(), { passive: true });
-    byId("to-end").addEventListener("click", () => {
-      this.scrollToEnd();
-      byId("input").focus();
-    });
-    this.sizes = new ResizeObserver(() => this.follow());
+    this.scroll = new LogScroll(this.log);
   }
 
   // Show a conversation, or an empty one; resolves with whether it exists.
@@ -93,7 +87,7 @@ export class Chat {
     else {
       view.message = message;
       view.update({ message, isElsewhere: true });
-      this.follow();
+      this.scroll.follow();
     }
   }
 
@@ -122,8 +116,6 @@ export class Chat {
   // Show the branch; `keepsPlace` is whether to stay where the user has scrolled to. Messages that are shown already keep
   // their nodes, so that a long conversation is not rendered again.
   async draw(keepsPlace = false) {
-    const { scrollTop } = this.log;
-    const isFollowing = !keepsPlace || this.isAtEnd();
     const shown = this.views;
     this.views = new Map();
     const nodes = [];
@@ -141,15 +133,10 @@ export class Chat {
       nodes.unshift(view.node);
     }
     if (!nodes.length) nodes.push(this.emptyNode());
-    this.log.replaceChildren(...nodes);
-    this.sizes.disconnect();
-    for (const node of [this.log, ...nodes]) this.sizes.observe(node);
-    this.isFollowing = isFollowing;
-    if (isFollowing) this.scrollToEnd();
-    else this.log.scrollTop = scrollTop;
+    this.scroll.show(nodes, keepsPlace);
     this.showState();
     await Promise.all(isDrawing);
-    this.follow();
+    this.scroll.follow();
   }
 
   // Show everything again, such as after the server was away or has another model.
@@ -176,9 +163,7 @@ export class Chat {
   actions() {
     return {
       redraw: () => this.draw(true),
-      beginEdit: () => {
-        this.isFollowing = false; // the form stays where it is, although it changes the height
-      },
+      beginEdit: () => this.scroll.stopFollowing(), // the form stays where it is, although it changes the height
       edit: (message, content) => this.ask(() => this.send(content, message.parent)),
       retry: (message) => this.ask(() => this.generate(message.parent)),
       continueAnswer: (message) => this.ask(() => this.continueAnswer(message)),
@@ -279,7 +264,7 @@ export class Chat {
     this.onChanged();
     if (conversation !== this.conversation) return;
     await this.views.get(message.id)?.finish();
-    this.follow();
+    this.scroll.follow();
     this.showState();
     const done = text("answerDone", { tokens: count(message.usage?.completion_tokens ?? 0) });
     if (this.isStale) this.reload(conversation.id);
@@ -293,7 +278,7 @@ export class Chat {
       answer.isReset = false;
       this.draw(true);
     } else this.views.get(answer.message.id)?.update(answer);
-    this.follow();
+    this.scroll.follow();
     this.showUsage();
   }
 
@@ -345,31 +330,6 @@ export class Chat {
       parts.push(text("contextUsed", { used: count(last.usage.total_tokens), total: count(this.model.context) }));
     }
     byId("usage").textContent = parts.join(" · ");
-  }
-
-  isAtEnd() {
-    return this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < AT_END_PIXELS;
-  }
-
-  // Scroll to new text, unless the user has scrolled up.
-  follow() {
-    if (this.isFollowing) this.scrollToEnd();
-    else byId("to-end").hidden = this.isAtEnd();
-  }
-
-  scrollToEnd() {
-    this.log.scrollTop = this.log.scrollHeight;
-    this.lastTop = this.log.scrollTop;
-    this.isFollowing = true;
-    byId("to-end").hidden = true;
-  }
-
-  onScroll() {
-    const { scrollTop } = this.log;
-    if (this.isAtEnd()) this.isFollowing = true;
-    else if (scrollTop < this.lastTop) this.isFollowing = false; // growing text does not move it up
-    this.lastTop = scrollTop;
-    byId("to-end").hidden = this.isFollowing;
   }
 
   announce(message) {
