@@ -1,6 +1,6 @@
 """Formulas in Markdown: `$...$` and `\\(...\\)` in a line, `$$...$$` and `\\[...\\]` on lines of their own.
 
-Without these rules Markdown would take the backslashes, underscores and asterisks of TeX for its own.
+Without these rules, Markdown would interpret the backslashes, underscores and asterisks of TeX.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from markdown_it.token import Token
 from kimi_mlx.server.page.mathml import MAX_CHARS, UnknownTexError, to_mathml
 
 CLOSING = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "$": "$"}
-"""What ends a formula, by what begins it; longer ones first."""
+"""Closing delimiter of a formula, by its opening one; longer ones first."""
 
 MAX_LINES = 100
 """Maximum number of lines of a formula."""
@@ -23,7 +23,7 @@ DISPLAYED = ("$$", "\\[")
 
 
 def add_formulas(parser: MarkdownIt) -> None:
-    """Let a parser find formulas; they become tokens of the types `formula` and `formula_block`."""
+    """Add rules for formulas to a parser; they become tokens of the types `formula` and `formula_block`."""
     parser.inline.ruler.before("escape", "formula", _find_in_line)
     parser.block.ruler.before(
         "fence", "formula_block", _find_block, {"alt": ["paragraph", "reference", "blockquote", "list"]}
@@ -31,12 +31,12 @@ def add_formulas(parser: MarkdownIt) -> None:
 
 
 def formula_html(token: Token) -> str:
-    """Return the HTML of a formula: MathML, or the TeX if it has something that is not translated."""
+    """Return the HTML of a formula: MathML, or its TeX if that is not supported."""
     is_display = token.markup in DISPLAYED
     tag = "div" if token.type == "formula_block" else "span"
     try:
         if token.meta.get("is_open"):
-            raise UnknownTexError("still being written")
+            raise UnknownTexError("unfinished")
         html = to_mathml(token.content, is_display=is_display)
     except UnknownTexError:
         closing = "" if token.meta.get("is_open") else CLOSING[token.markup]
@@ -63,7 +63,7 @@ def _find_in_line(state: StateInline, silent: bool) -> bool:
 
 
 def _is_formula(text: str, begin: int, end: int) -> bool:
-    """Return whether two dollar signs enclose a formula; in `$5 and $10` they are money."""
+    """Return whether two dollar signs enclose a formula, and not amounts of money as in `$5 and $10`."""
     before, after = text[begin - 1 : begin], text[end + 1 : end + 2]
     inside = text[begin + 1 : end]
     return not (
@@ -90,7 +90,7 @@ def _find_block(state: StateBlock, first: int, last: int, silent: bool) -> bool:
     number = first
     while closing not in lines[-1]:
         number += 1
-        if number >= last:  # it may still come: the block is not finished
+        if number >= last:  # an unfinished block: the rest may still come
             break
         if state.isEmpty(number) or state.sCount[number] < state.blkIndent:
             return False
@@ -109,7 +109,7 @@ def _find_block(state: StateBlock, first: int, last: int, silent: bool) -> bool:
 
 
 def _may_end(text: str, begin: int, closing: str) -> bool:
-    """Return whether a formula is short enough; this is quick, however many lines look like the beginning of one."""
+    """Return whether a formula that begins here can be short enough: a quick check, as many lines may look like one."""
     limit = begin + MAX_CHARS
     end = text.find(closing, begin, limit)
     return text.count("\n", begin, limit if end < 0 else end) <= MAX_LINES and (end >= 0 or limit >= len(text))

@@ -1,6 +1,6 @@
-"""TeX formulas to MathML, which browsers show without a library: what models write, not all of TeX.
+"""TeX formulas to MathML, which browsers show without a library: the TeX that models write, not all of it.
 
-All tags are written here; what comes from the formula is escaped.
+All tags are written here; all text of the formula is escaped.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ MAX_CHARS = 2000
 """Maximum length of a formula."""
 
 MAX_DEPTH = 60
-"""Maximum depth of what stands in each other."""
+"""Maximum depth of nested groups and arguments."""
 
 
 class UnknownTexError(ValueError):
-    """A formula has something that is not translated; the text is what it is."""
+    """A formula has TeX that is not supported, which the message names."""
 
 
 def to_mathml(tex: str, *, is_display: bool) -> str:
@@ -32,7 +32,7 @@ def to_mathml(tex: str, *, is_display: bool) -> str:
         is_display: whether it stands on lines of its own.
 
     Raises:
-        UnknownTexError: it has something that is not translated.
+        UnknownTexError: the formula has TeX that is not supported.
     """
     if len(tex) > MAX_CHARS:
         raise UnknownTexError(f"{len(tex)} characters")
@@ -49,10 +49,10 @@ TOKEN = re.compile(r"\\[A-Za-z]+\*?|\\.|\d+(?:\.\d+)?|\s+|.", re.DOTALL)
 ESCAPED = re.compile(r"\\([%$#&_{} ])")
 
 SYMBOLS: dict[str, Any] = json.loads((resources.files("kimi_mlx.server.page") / "tex_symbols.json").read_text("utf-8"))
-"""Commands of TeX, without their backslash, by kind, and what they show.
+"""Characters of the commands of TeX (without their backslash), by kind.
 
-`with_limits` are operators whose scripts stand above and below them in a display. `alphabets` have A, a, 0 and the
-letters that stand elsewhere in Unicode; `environments` what stands on both sides of their tables.
+`with_limits` are operators whose scripts stand above and below them in a display. `alphabets` have the characters for
+A, a and 0, which the others follow in Unicode, and the exceptions. `environments` have the delimiters of their tables.
 """
 
 LETTERS, OPERATORS, DELIMITERS = SYMBOLS["letters"], SYMBOLS["operators"], SYMBOLS["delimiters"]
@@ -64,12 +64,12 @@ ALPHABETS, FENCES = SYMBOLS["alphabets"], SYMBOLS["environments"]
 
 @dataclass
 class _Parser:
-    """Translates tokens, from the first to the last.
+    """Translates the tokens of a formula in order.
 
     Args:
         tokens: tokens of the formula.
-        position: index of the next one.
-        depth: number of groups that are open.
+        position: index of the next token.
+        depth: number of open groups and arguments.
     """
 
     tokens: list[str]
@@ -96,7 +96,7 @@ class _Parser:
             raise UnknownTexError(f"no {token}")
 
     def row(self, ends: tuple[str, ...]) -> str:
-        """Translate until one of `ends`, which is not taken, or until the end."""
+        """Translate up to one of the tokens `ends`, which is left, or to the end of the formula."""
         self.go_deeper()
         parts: list[str] = []
         self.skip_spaces()
@@ -114,7 +114,7 @@ class _Parser:
             raise UnknownTexError("too deep")
 
     def scripted(self) -> str:
-        """Translate an atom with what stands above and below it."""
+        """Translate an atom with its superscript, subscript and primes."""
         name = self.token.removeprefix("\\")
         has_limits = self.token.startswith("\\") and (
             name in WITH_LIMITS or name in ("overbrace", "underbrace", "operatorname*")
@@ -200,8 +200,8 @@ class _Parser:
         tag = "mi" if token.isalpha() else "mo"
         return f"<{tag}>{escapeHtml(CHARACTERS.get(token, token))}</{tag}>"
 
-    def fail(self, what: str) -> str:
-        raise UnknownTexError(what)
+    def fail(self, tex: str) -> str:
+        raise UnknownTexError(tex)
 
     def command(self, name: str) -> str:
         if name in LETTERS:

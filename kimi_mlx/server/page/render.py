@@ -157,11 +157,11 @@ class _PageRenderer(RendererHTML):
 
 
 ADDRESS = re.compile(r"\bhttps?://[^\s<>\"'`\u2018-\u201d\u3000-\u303f\uff00-\uff60]+", re.IGNORECASE)
-"""A web address that stands in a text."""
+"""A web address in a text."""
 
 
 def _link_addresses(state: StateCore) -> None:
-    """Make links of the web addresses in texts."""
+    """Turn web addresses in texts into links."""
     for inline in state.tokens:
         children: list[Token] = []
         depth = 0
@@ -190,7 +190,7 @@ TASK = re.compile(r"\[([ xX])\] ")
 
 
 def _show_tasks(state: StateCore) -> None:
-    """Show `[ ]` and `[x]` at the beginning of a list's item as boxes."""
+    """Show `[ ]` and `[x]` at the beginning of a list item as boxes."""
     for item, inline in zip(state.tokens, state.tokens[2:], strict=False):
         if item.type != "list_item_open" or not inline.children or inline.children[0].type != "text":
             continue
