@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import astuple
 from typing import cast
 
@@ -11,7 +12,7 @@ import numpy as np
 from kimi_mlx.engine.free_memory import free_memory_bytes
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.device import device_kind
-from kimi_mlx.model.device_traits import has_fused_attention
+from kimi_mlx.model.device_traits import NUMPY_MIN_MULTIPLY_ADDS, has_fused_attention, uses_numpy
 from kimi_mlx.model.moe import MoE
 from kimi_mlx.parallel.group import Group, gather_on_host
 from kimi_mlx.sizing.engine_limits import EngineLimits, engine_limits
@@ -56,7 +57,7 @@ def agreed_chunk_estimate(model: Model, group: Group, is_pipeline: bool) -> Chun
     cost = chunk_cost(model.config, rank_shape_of(model), len(model.layers), held_experts_of(model), model.tuning)
     costs = gather_on_host(group, np.array(astuple(cost), np.float32)).astype(np.float64)
     agreed = costs.sum(axis=0) if is_pipeline else costs.max(axis=0)
-    return ChunkEstimate(ChunkCost(*cast("list[float]", agreed.tolist())), model.config, model.tuning)
+    return ChunkEstimate(ChunkCost(*cast("list[float]", agreed.tolist())), model.config)
 
 
 def held_experts_of(model: Model) -> HeldExperts:
@@ -100,4 +101,6 @@ def rank_shape_of(model: Model) -> RankShape:
         is_fused=has_fused_attention(
             device_kind(), value_bytes, config.qk_head_dim, config.v_head_dim, model.tuning.prefill_chunk
         ),
+        device=device_kind(),
+        in_numpy=uses_numpy(device_kind(), sys.platform, value_bytes, NUMPY_MIN_MULTIPLY_ADDS),
     )

@@ -20,6 +20,12 @@ NUM_SEQUENCES = 8
 NO_LIMIT = 10**9
 """Value of a constant above all sizes that occur."""
 
+ALWAYS, NEVER = 1e30, 1.0
+"""Speeds of latent attention with which it is always chosen, or for single tokens only."""
+
+MAX_FEW_QUERIES = 256
+"""Largest number of new tokens to start from; on a CPU latent attention has no break-even."""
+
 
 def check(context: Context) -> None:
     """Measure the random model in bfloat16, or in float32 on a CPU."""
@@ -73,21 +79,20 @@ def _decode(context: Context, model: Model) -> None:
 def _few_queries(context: Context, model: Model) -> None:
     """Few new tokens on a long context, attending in the latent space and by heads."""
     cached = context.sizes.contexts[-1] // 4
-    limit = model.tuning.absorb_max_queries
+    limit = model.attention_cost.max_latent_queries(MAX_FEW_QUERIES)
     cache = filled_cache(model, cached)
-    for length in (limit // 2, limit, 2 * limit, 8 * limit):
+    for length in (limit // 4, limit // 2, limit, 2 * limit):
         tokens = random_tokens(length, model.config.vocab_size)
         run = _repeatable_step(model, tokens, [(cache, length)])
-        for label, value in (("latent", NO_LIMIT), ("heads", 0)):
-            seconds = _seconds_with(context, model, run, absorb_max_queries=value)
+        for label, latent_flops in (("latent", ALWAYS), ("heads", NEVER)):
+            seconds = _seconds_with(context, model, run, latent_flops=latent_flops)
             context.measure(f"new tokens on {cached}", f"{length} {label}", seconds * 1e3, "ms")
 
 
 def _stacked_sequences(context: Context, model: Model) -> None:
     """One token of several sequences, with stacked and with separate caches."""
-    limit = model.tuning.stack_max_keys
     tokens = random_tokens(NUM_SEQUENCES, model.config.vocab_size)
-    for cached in (limit // 2, limit - 1, 2 * limit, 8 * limit):
+    for cached in (context.sizes.contexts[-1] // share for share in (128, 32, 8)):
         caches = [filled_cache(model, cached, seed) for seed in range(NUM_SEQUENCES)]
         run = _repeatable_step(model, tokens, [(cache, 1) for cache in caches])
         for label, value in (("stacked", NO_LIMIT), ("separate", 0)):
@@ -146,7 +151,7 @@ def _repeatable_step(
     return run
 
 
-def _seconds_with(context: Context, model: Model, run: Callable[[], Sequence[mx.array]], **constant: int) -> float:
+def _seconds_with(context: Context, model: Model, run: Callable[[], Sequence[mx.array]], **constant: float) -> float:
     """Return the time of `run` with another value of a constant."""
     tuning: Tuning = model.tuning
     model.tune(replace(tuning, **constant))

@@ -7,17 +7,21 @@ Source: DeepSeek-V2 (https://arxiv.org/abs/2405.04434) and DeepSeek-V3 (https://
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from kimi_mlx.model.batch_layout import BatchLayout, DecodeGroup, Segment
+from kimi_mlx.model import numpy_attention
+from kimi_mlx.model.attention_cost import AttentionShape
+from kimi_mlx.model.batch_layout import BatchLayout, DecodeGroup, LatentRun, Segment
 from kimi_mlx.model.blockwise import attend
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import DecoderConfig
 from kimi_mlx.model.device import device_kind
-from kimi_mlx.model.device_traits import has_fused_attention
+from kimi_mlx.model.device_traits import has_fused_attention, uses_numpy
+from kimi_mlx.model.numpy_attention import LatentQueries
 from kimi_mlx.model.sizes import SCORES_MAX, expanded_width, heads_at_once, latent_key_block
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Linear, Matrix, Weight, linear
@@ -53,6 +57,7 @@ class Attention(nn.Module):
         self.num_heads = key.weight.shape[0]
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.latent_dim = config.kv_lora_rank
+        self.shape = AttentionShape.of(config, self.num_heads)
         self.q_dim = config.q_lora_rank or self.num_heads * config.qk_head_dim
         self.scale, self.latent_eps = config.attention_scale, config.latent_norm_eps
         self.qkv_a_proj = linear(weights.matrices("self_attn.qkv_a_proj"))
@@ -108,39 +113,61 @@ class Attention(nn.Module):
     def _attend(
         self, q_nope: mx.array, q_rope: mx.array, caches: Sequence[LatentCache], layout: BatchLayout
     ) -> mx.array:
-        """Attend, each segment to its own keys. Projections of all short segments are computed at once."""
+        """Attend, each segment to its own keys: (B, H, M, V)."""
         outs: list[mx.array] = []
-        if short := layout.num_absorbed_tokens:
-            q = mx.concatenate([self.embed_q.absorb(q_nope[:, :, :short]), q_rope[:, :, :short]], axis=-1)
-            q = (
-                mx.contiguous(q.swapaxes(1, 2)) if short > 1 else q.swapaxes(1, 2)
-            )  # so that the queries of a segment are a slice
-            attended = [self._absorbed(q, caches, group) for group in layout.decode_groups]
-            outs.append(self.unembed_out.matmul(_concatenate(attended, axis=1).swapaxes(1, 2)))
-        if layout.length > short:
-            q = mx.concatenate([q_nope, q_rope], axis=-1)
-            pairs = [pair for pair in zip(layout.segments, caches, strict=True) if pair[0].length]
-            outs += [self._expanded(q, cache, segment) for segment, cache in pairs if segment.stop > short]
+        for run in layout.runs:
+            if isinstance(run, LatentRun):
+                outs.append(self._latent(q_nope, q_rope, caches, run))
+            else:
+                tokens = slice(run.segment.start, run.segment.stop)
+                q = mx.concatenate([q_nope[:, :, tokens], q_rope[:, :, tokens]], axis=-1)
+                outs.append(self._by_heads(q, caches[run.sequence].fetch(run.segment.total), run.segment))
         return _concatenate(outs)
 
-    def _absorbed(self, q: mx.array, caches: Sequence[LatentCache], group: DecodeGroup) -> mx.array:
-        """Attend in the latent space, for a few queries: the cache serves as key and value.
+    def _latent(self, q_nope: mx.array, q_rope: mx.array, caches: Sequence[LatentCache], run: LatentRun) -> mx.array:
+        """Attend in the latent space, where the cache serves as keys and values of all heads: (B, H, M, V)."""
+        tokens = slice(run.start, run.stop)
+        q = mx.concatenate([self.embed_q.absorb(q_nope[:, :, tokens]), q_rope[:, :, tokens]], axis=-1)
+        q = q.swapaxes(1, 2)  # (B, M, H, R + P)
+        multiply_adds = q.shape[0] * run.num_pairs * self.shape.latent_pair
+        if uses_numpy(device_kind(), sys.platform, q.itemsize, multiply_adds):
+            parts = [
+                LatentQueries(segment.start - run.start, segment.stop - run.start, caches[index].fetch(segment.total))
+                for index, segment in run.segments
+            ]
+            out = numpy_attention.attend(q * self.scale, parts, self.latent_dim)
+        else:
+            q = mx.contiguous(q) if run.stop > run.start + 1 else q  # so that the queries of a group are a slice
+            out = _concatenate(
+                [
+                    self.latent_group(q[:, group.start - run.start : group.stop - run.start], caches, group)
+                    for group in run.groups
+                ],
+                axis=1,
+            )
+        return self.unembed_out.matmul(out.swapaxes(1, 2))
+
+    def latent_group(self, q: mx.array, caches: Sequence[LatentCache], group: DecodeGroup) -> mx.array:
+        """Attend in the latent space with the queries of a group, on any device.
+
+        One sequence with more than SCORES_MAX scores attends over blocks of keys with a running softmax. Temporary
+        memory: the scores of a block, at most SCORES_MAX, up to four times in float32; and for the L queries four
+        times H * R values in float32.
 
         Args:
-            q: (B, L, H, R + P), queries of all segments.
+            q: (B, L, H, R + P), queries of all its sequences; B is 1 if there are several.
             caches: caches of all sequences.
-            group: the N sequences that attend; B is 1 if there are several.
+            group: the N sequences.
 
         Returns:
-            (B, tokens of the group, H, R).
+            (B, L, H, R).
         """
-        q = q[:, group.start : group.stop]
         B, L, H, width = q.shape
         N = len(group.indices)
         keys = _concatenate(
             [caches[index].fetch(group.total) for index in group.indices], axis=0
         )  # (B * N, 1, T, R + P)
-        if L > N and L * H * group.total > SCORES_MAX:
+        if N == 1 < L and L * H * group.total > SCORES_MAX:
             q = q.reshape(B, 1, L * H, width) * self.scale
             mask, block = group.segment.diagonal, latent_key_block(L * H)
             return attend(q, keys, self._latent_keys, mask, H, block).reshape(B, L, H, -1)
@@ -151,9 +178,17 @@ class Attention(nn.Module):
         probabilities = mx.softmax(scores, axis=-1, precise=True)
         return (probabilities @ keys[..., : self.latent_dim]).reshape(B, L, H, -1)
 
-    def _expanded(self, q: mx.array, cache: LatentCache, segment: Segment) -> mx.array:
-        """Attend by heads, for prefill. Neither all scores nor, in a long context, all keys are in memory at once."""
-        q, keys = q[:, :, segment.start : segment.stop], cache.fetch(segment.total)
+    def _by_heads(self, q: mx.array, keys: mx.array, segment: Segment) -> mx.array:
+        """Attend by heads. Neither all scores nor, in a long context, all keys are in memory at once.
+
+        Args:
+            q: (B, H, L, N + P), the queries of the segment.
+            keys: (B, 1, T, R + P), its rows of the cache.
+            segment: position of the queries.
+
+        Returns:
+            (B, H, L, V).
+        """
         kind, v_dim = device_kind(), self.unembed_out.rows
         if has_fused_attention(kind, q.itemsize, q.shape[-1], v_dim, q.shape[2]):
             head_bytes = segment.total * expanded_width(self.nope_dim, self.rope_dim, v_dim) * q.itemsize

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, cached_property
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-from kimi_mlx.model.device_traits import CPU_TUNING, Tuning
+from kimi_mlx.model.attention_cost import AttentionCost
 from kimi_mlx.model.rope import Rope, consecutive_ranges
-from kimi_mlx.model.sizes import QUERY_BLOCK
+from kimi_mlx.model.sizes import QUERY_BLOCK, SCORES_MAX
 
-GROUP_MAX_PADDING = 64
-"""Maximum difference in length of the sequences in one group."""
+MIN_PADDING = 64
+"""Difference in length that sequences in one group may always have."""
 
 
 class Segment:
@@ -38,48 +39,87 @@ class Segment:
 
 
 class DecodeGroup:
-    """Adjacent segments that attend in the latent space at once: N of one token each, or one of several tokens.
+    """Adjacent segments of equal length that attend in the latent space at once.
 
     Args:
         index: index of the first segment's sequence.
         segment: the first segment.
-        max_keys: maximum length of caches that are stacked.
+        cost: cost of attention on the device.
 
     Attributes:
-        indices: indices of the sequences.
+        indices: indices of the N sequences.
         segment: the first segment.
         start, stop: range of their tokens in the step.
         total: T of the longest sequence; the keys of the others are padded to it.
+        offsets: number of cached tokens of each sequence, without the new ones.
     """
 
-    def __init__(self, index: int, segment: Segment, max_keys: int):
-        self.indices, self.segment = [index], segment
-        self._totals, self._max_keys = [segment.total], max_keys
+    def __init__(self, index: int, segment: Segment, cost: AttentionCost):
+        self.indices, self.segment, self.offsets = [index], segment, [segment.offset]
         self.start, self.stop, self.total = segment.start, segment.stop, segment.total
-        self._length = segment.length
+        self._cost = cost
         self._masks: dict[tuple[int, mx.Dtype], mx.array] = {}
 
     def add(self, index: int, segment: Segment) -> bool:
         """Add the next segment; return False if it does not fit."""
-        totals = [*self._totals, segment.total]
-        is_single = self._length == segment.length == 1
-        if not is_single or max(totals) > min(self._max_keys, min(totals) + GROUP_MAX_PADDING):
+        length, tuning = self.segment.length, self._cost.tuning
+        offsets = [*self.offsets, segment.offset]
+        shortest, total = min(offsets) + length, max(offsets) + length
+        most = min(tuning.stack_max_keys, shortest + max(MIN_PADDING, int(shortest * tuning.stack_padding)))
+        num_scores = len(offsets) * length * self._cost.shape.heads * total
+        if segment.length != length or total > most or num_scores > SCORES_MAX:
             return False
         self.indices.append(index)
-        self._totals, self.stop, self.total = totals, segment.stop, max(totals)
+        self.offsets, self.stop, self.total = offsets, segment.stop, total
         return True
 
     def mask(self, heads: int, dtype: mx.Dtype) -> mx.array:
         """Return the additive mask for scores (N, 1, length * H, T), grouped by query; (1,) if nothing is masked."""
-        if self._length == 1 and min(self._totals) == self.total:
+        length = self.segment.length
+        if length == 1 and min(self.offsets) + 1 == self.total:
             return no_mask(dtype)
         if (heads, dtype) not in self._masks:
-            if self._length == 1:
-                mask = additive(mx.arange(self.total) < mx.array(self._totals)[:, None, None, None], dtype)
-            else:
-                mask = mx.repeat(causal_mask(self._length, self.total, dtype), heads, axis=0)
-            self._masks[heads, dtype] = mask
+            last = mx.array(self.offsets)[:, None, None, None] + mx.arange(length)[:, None]  # (N, 1, length, 1)
+            mask = additive(mx.arange(self.total) <= last, dtype)
+            self._masks[heads, dtype] = mask if length == 1 else mx.repeat(mask, heads, axis=2)
         return self._masks[heads, dtype]
+
+
+class LatentRun:
+    """Adjacent segments that attend in the latent space; their projections are computed at once.
+
+    Attributes:
+        start, stop: range of their tokens in the step.
+        segments: index of the sequence and segment of each.
+        groups: groups that attend at once; sequences sorted by length give fewer.
+        num_pairs: number of pairs of a query and a key.
+    """
+
+    def __init__(self, start: int):
+        self.start = self.stop = start
+        self.segments: list[tuple[int, Segment]] = []
+        self.groups: list[DecodeGroup] = []
+        self.num_pairs = 0
+
+    def add(self, index: int, segment: Segment, cost: AttentionCost) -> None:
+        """Add the next segment, which has at least one token."""
+        self.stop = segment.stop
+        self.segments.append((index, segment))
+        self.num_pairs += segment.length * segment.total
+        if not (self.groups and self.groups[-1].add(index, segment)):
+            self.groups.append(DecodeGroup(index, segment, cost))
+
+
+class HeadRun(NamedTuple):
+    """A segment that attends by heads.
+
+    Args:
+        sequence: index of the sequence.
+        segment: the segment.
+    """
+
+    sequence: int
+    segment: Segment
 
 
 class BatchLayout:
@@ -88,14 +128,14 @@ class BatchLayout:
     Args:
         rope: rotary embedding of the model.
         lengths: (cached, new) token counts of each sequence; new may be 0.
-        tuning: constants of the device.
+        cost: cost of attention on the device, which decides how each sequence attends.
         positions: positions to which the new tokens are rotated, where the cache lacks earlier ones; None for those
             after the cached tokens.
 
     Attributes:
         segments: segment of each sequence.
         length: number of tokens of the step.
-        num_absorbed_tokens: number of leading tokens whose segments attend in the latent space.
+        runs: the segments with new tokens by the kind of their attention, in order.
         rotate: rotates queries and keys of the new tokens, (B, H, L, P), to their positions.
     """
 
@@ -103,29 +143,30 @@ class BatchLayout:
         self,
         rope: Rope,
         lengths: Sequence[tuple[int, int]],
-        tuning: Tuning = CPU_TUNING,
+        cost: AttentionCost,
         positions: Sequence[int] | None = None,
     ):
         self.segments: list[Segment] = []
-        self.length = self.num_absorbed_tokens = 0
-        for offset, length in lengths:
-            if self.num_absorbed_tokens == self.length and tuning.absorbs(offset, length):
-                self.num_absorbed_tokens += length
-            self.segments.append(Segment(offset, length, self.length))
+        self.runs: list[LatentRun | HeadRun] = []
+        self.length = 0
+        for index, (offset, length) in enumerate(lengths):
+            segment = Segment(offset, length, self.length)
+            self.segments.append(segment)
             self.length += length
+            if length:
+                self._add_to_runs(index, segment, cost)
         ranges = [(offset, length) for offset, length in lengths if length]
         self.rotate = rope.at(ranges if positions is None else consecutive_ranges(positions))
-        self._rope, self._tuning, self._positions = rope, tuning, positions
+        self._rope, self._cost, self._positions = rope, cost, positions
 
-    @cached_property
-    def decode_groups(self) -> list[DecodeGroup]:
-        """Groups of segments that attend in the latent space; sequences sorted by length give fewer groups."""
-        decode_groups: list[DecodeGroup] = []
-        for index, segment in enumerate(self.segments):
-            is_short = segment.length and segment.stop <= self.num_absorbed_tokens
-            if is_short and not (decode_groups and decode_groups[-1].add(index, segment)):
-                decode_groups.append(DecodeGroup(index, segment, self._tuning.stack_max_keys))
-        return decode_groups
+    def _add_to_runs(self, index: int, segment: Segment, cost: AttentionCost) -> None:
+        """Add a segment to the last run if both attend in the latent space, else start a new run."""
+        if not cost.is_latent(segment.offset, segment.length):
+            self.runs.append(HeadRun(index, segment))
+            return
+        if not (self.runs and isinstance(self.runs[-1], LatentRun)):
+            self.runs.append(LatentRun(segment.start))
+        cast(LatentRun, self.runs[-1]).add(index, segment, cost)
 
     def query_layout(self, counts: Sequence[int]) -> QueryLayout:
         """Return the layout of the final tokens of each sequence, as queries.
@@ -133,7 +174,7 @@ class BatchLayout:
         Args:
             counts: number of final tokens of each sequence; at least one in total.
         """
-        return QueryLayout(self._rope, self.segments, counts, self._tuning, self._positions)
+        return QueryLayout(self._rope, self.segments, counts, self._cost, self._positions)
 
     def select(self, x: mx.array) -> mx.array:
         """Select the tokens of this layout from those of the whole step, (B, L, ...)."""
@@ -147,7 +188,7 @@ class QueryLayout(BatchLayout):
         rope: rotary embedding of the model.
         segments: segments of the other layout.
         counts: number of final tokens of each segment.
-        tuning: constants of the device.
+        cost: cost of attention on the device.
         positions: positions of all tokens of the other layout; None for those after the cached tokens.
     """
 
@@ -156,13 +197,13 @@ class QueryLayout(BatchLayout):
         rope: Rope,
         segments: Sequence[Segment],
         counts: Sequence[int],
-        tuning: Tuning = CPU_TUNING,
+        cost: AttentionCost,
         positions: Sequence[int] | None = None,
     ):
         pairs = list(zip(segments, counts, strict=True))
         rows = [row for segment, count in pairs for row in range(segment.stop - count, segment.stop)]
         lengths = [(segment.total - count, count) for segment, count in pairs]
-        super().__init__(rope, lengths, tuning, None if positions is None else [positions[row] for row in rows])
+        super().__init__(rope, lengths, cost, None if positions is None else [positions[row] for row in rows])
         is_contiguous = rows[-1] - rows[0] == len(rows) - 1
         self._rows = slice(rows[0], rows[-1] + 1) if is_contiguous else mx.array(rows)
 

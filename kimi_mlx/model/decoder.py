@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from kimi_mlx.errors import VisionError
 from kimi_mlx.model.attention import Attention
+from kimi_mlx.model.attention_cost import AttentionCost, AttentionShape
 from kimi_mlx.model.batch_layout import BatchLayout
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import ModelConfig
@@ -206,6 +207,8 @@ class Model(nn.Module):
     def tune(self, tuning: Tuning) -> None:
         """Use other constants than those of the device, to measure them."""
         self.tuning = tuning
+        heads = max(layer.self_attn.num_heads for layer in self.layers)
+        self.attention_cost = AttentionCost(AttentionShape.of(self.config, heads), tuning)
         for layer in self.layers:
             if isinstance(layer.mlp, MoE):
                 layer.mlp.sort_min_choices = tuning.sort_min_choices
@@ -308,7 +311,9 @@ class Model(nn.Module):
             x = replace_rows(self.embed_tokens(tokens), features)
         else:
             x = self.communicator.recv_from_previous_stage(tokens)
-        layout = BatchLayout(self._rope, [(slice_.cache[0].offset, slice_.length) for slice_ in slices], self.tuning)
+        layout = BatchLayout(
+            self._rope, [(slice_.cache[0].offset, slice_.length) for slice_ in slices], self.attention_cost
+        )
         caches = list(zip(*(slice_.cache for slice_ in slices), strict=True))
         inputs: list[mx.array] = []
         for layer, layer_caches in zip(self.layers[:-1], caches[:-1], strict=True):

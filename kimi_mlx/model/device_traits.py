@@ -48,11 +48,22 @@ def has_fused_attention(kind: DeviceKind, value_bytes: int, q_dim: int, v_dim: i
     return False
 
 
-ABSORB_ALWAYS = 8
-"""Up to this many new tokens attend in the latent space on a context of any length."""
+NUMPY_MIN_MULTIPLY_ADDS = 2**18
+"""Multiply-adds of a layer's latent attention from which on NumPy's speed outweighs the evaluation of its inputs
+(about 0.1 ms)."""
 
-ABSORB_MIN_KEYS = 4
-"""Cached tokens per query from which on more than ABSORB_ALWAYS queries attend in the latent space."""
+
+def uses_numpy(kind: DeviceKind, platform: str, value_bytes: int, multiply_adds: int) -> bool:
+    """Return whether NumPy computes attention in the latent space (kimi_mlx.model.numpy_attention).
+
+    Args:
+        kind: kind of the device.
+        platform: sys.platform; MLX's wheel for Linux has the reference BLAS, that for macOS Apple's.
+        value_bytes: bytes per value of the compute dtype; NumPy has no bfloat16.
+        multiply_adds: multiply-adds of the scores and values of all queries of a layer.
+    """
+    is_slow = kind == "cpu" and platform == "linux"
+    return is_slow and value_bytes == FLOAT32_BYTES and multiply_adds >= NUMPY_MIN_MULTIPLY_ADDS
 
 
 @dataclass(frozen=True)
@@ -60,12 +71,10 @@ class Tuning:
     """Constants with an optimum that depends on the device. They change speed and memory, never the result.
 
     Args:
-        absorb_max_queries: maximum number of new tokens that attend in the latent space. A query there costs
-            2 * kv_lora_rank + qk_rope_head_dim multiplications per key and head (K2: 1,088) instead of 320, but the
-            keys are not expanded into heads, which costs 131,072 per key. On a long context that pays up to about 170
-            queries.
-        stack_max_keys: maximum length of caches that are stacked in a copy, so that several sequences attend with one
-            set of kernels instead of one set each.
+        stack_max_keys: maximum length of caches that are stacked, so that several sequences attend with one set of
+            kernels instead of one set each.
+        stack_padding: largest share by which the longest cache of a stack exceeds the shortest, besides
+            kimi_mlx.model.batch_layout.MIN_PADDING tokens. What exceeds is computed and masked.
         sort_min_choices: minimum number of (token, expert) pairs that are sorted, so that each expert is read once.
         prefill_chunk: number of prompt tokens per step: large enough to keep the hardware busy, small enough to show
             progress and to cancel quickly.
@@ -73,52 +82,54 @@ class Tuning:
             ones wait. More sequences share each read of the weights, but every answer becomes slower.
         encode_multiply_adds: largest number of multiply-adds of a part of the encoding of images, so that it takes no
             longer than a chunk of a prompt beside decoding.
-        weight_flops: operations per second in products with weights. The three rates only determine the size of
-            chunks of prompts beside decoding (kimi_mlx.sizing.step_time).
-        attention_flops: operations per second in attention.
+        weight_flops: operations per second in products with weights. The rates choose between attention in the latent
+            space and by heads (kimi_mlx.model.attention_cost), and the size of chunks of prompts beside decoding
+            (kimi_mlx.sizing.step_time).
+        attention_flops: operations per second in attention by heads, softmax included.
+        latent_flops: operations per second in attention in the latent space, softmax included.
         read_bytes_per_s: bytes of weights read per second.
     """
 
-    absorb_max_queries: int
     stack_max_keys: int
+    stack_padding: float
     sort_min_choices: int
     prefill_chunk: int
     max_sequences: int
     encode_multiply_adds: int
     weight_flops: float
     attention_flops: float
+    latent_flops: float
     read_bytes_per_s: float
-
-    def absorbs(self, offset: int, length: int) -> bool:
-        """Return whether `length` new tokens after `offset` cached ones attend in the latent space."""
-        return length <= min(self.absorb_max_queries, max(ABSORB_ALWAYS, offset // ABSORB_MIN_KEYS))
 
 
 CPU_TUNING = Tuning(
-    absorb_max_queries=64,
-    stack_max_keys=512,
+    stack_max_keys=512,  # a longer copy takes longer than the operations that it saves
+    stack_padding=0.0,
     sort_min_choices=64,
-    prefill_chunk=512,
+    prefill_chunk=512,  # 1,024 and 2,048 are not faster
     max_sequences=128,
-    encode_multiply_adds=3 * 10**8,
-    weight_flops=3e9,
-    attention_flops=4.5e9,
+    encode_multiply_adds=3 * 10**8,  # 0.2 s
+    weight_flops=3e9,  # 1.2 and 3.8 GMAC/s in MLX's 4-bit products, by layout
+    attention_flops=4.5e9,  # 3 GMAC/s in the reference BLAS of MLX's wheel, 12 ns per exponential
+    latent_flops=4e10,  # 20 to 30 GMAC/s in NumPy's OpenBLAS, 0.5 ns per exponential
     read_bytes_per_s=1e10,
 )
-"""Measured on Linux with two cores (docs/benchmark.md)."""
+"""Measured on Linux with two cores of an AMD EPYC (docs/benchmark.md)."""
 
 METAL_TUNING = replace(
     CPU_TUNING,
-    absorb_max_queries=128,
-    encode_multiply_adds=5 * 10**11,
-    weight_flops=1.6e13,
+    stack_max_keys=2**31,  # stacks stay in memory from step to step (kimi_mlx.model.cache.KeyStack): no copy
+    stack_padding=0.25,  # attention is 5 to 20 % of a decode step, so this wastes at most 5 %
+    encode_multiply_adds=5 * 10**11,  # as long as a decode step of K2
+    weight_flops=1.6e13,  # M3 Ultra, as in the planner
     attention_flops=1.6e13,
+    latent_flops=1.4e13,  # scores are written to memory and read: 8 bytes besides 1,088 multiply-adds
     read_bytes_per_s=6.2e11,
 )
 """Not measured yet: `kimi-mlx doctor --gpu` times the neighbours of the values for text. 10**12 operations take about
-50 ms on an M3 Ultra, as long as a decode step of K2. The rates are those of an M3 Ultra in the planner."""
+50 ms on an M3 Ultra, as long as a decode step of K2."""
 
-CUDA_TUNING = replace(METAL_TUNING, weight_flops=1e14, attention_flops=1e14, read_bytes_per_s=1.5e12)
+CUDA_TUNING = replace(METAL_TUNING, weight_flops=1e14, attention_flops=1e14, latent_flops=8e13, read_bytes_per_s=1.5e12)
 """Not measured yet; rates of a GPU for servers."""
 
 TUNINGS: dict[DeviceKind, Tuning] = {"cpu": CPU_TUNING, "metal": METAL_TUNING, "cuda": CUDA_TUNING}

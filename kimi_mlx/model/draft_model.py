@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from kimi_mlx.model.attention import Attention
+from kimi_mlx.model.attention_cost import AttentionCost
 from kimi_mlx.model.batch_layout import BatchLayout
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.device import device_kind
@@ -52,7 +53,7 @@ class DraftModel(nn.Module):
     ):
         super().__init__()
         self.config, self.captured_layers = config, captured_layers
-        self._rope, self._tuning = Rope(config), TUNINGS[device_kind()]
+        self._rope = Rope(config)
         self._token_ids, self._embedding = token_ids, embedding  # underscores: these are not parameters
         if weights.has("embed_tokens"):
             self._embedding = self.embed_tokens = Embedding(weights.matrix("embed_tokens"))
@@ -64,6 +65,7 @@ class DraftModel(nn.Module):
         self.hidden_norm = weights.array("hidden_norm")
         self.post_attention_layernorm = weights.array("post_attention_layernorm")
         self.self_attn = Attention(config, weights, layer=0)
+        self._attention_cost = AttentionCost(self.self_attn.shape, TUNINGS[device_kind()])
         self.mlp = DenseMLP(weights, "mlp")
         self.norm = weights.array("norm")
         self.lm_head = Linear(weights.matrix("lm_head"))
@@ -92,7 +94,7 @@ class DraftModel(nn.Module):
             positions: positions of all new rows, ascending in each sequence. Rows of earlier positions may be missing
                 in the cache.
         """
-        return BatchLayout(self._rope, lengths, self._tuning, positions)
+        return BatchLayout(self._rope, lengths, self._attention_cost, positions)
 
     def __call__(
         self,

@@ -14,6 +14,12 @@ QUERY_BLOCK = 64
 SCORES_MAX = 2**23
 """Maximum number of scores in the latent space that exist at once, for several queries of a sequence."""
 
+NUMPY_ROW_BLOCK = 256
+"""Rows of queries per block of kimi_mlx.model.numpy_attention, a row per token and head. Tokens are not divided."""
+
+NUMPY_KEY_BLOCK = 1024
+"""Cached tokens per block there: the scores of a block (1 MiB) stay in the processor's second-level cache."""
+
 EXPANDED_MAX_BYTES = 2**29
 """Maximum size of the keys and values that are expanded at once for a fused kernel, which needs the whole context."""
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from kimi_mlx.model.attention_cost import AttentionCost, AttentionShape
 from kimi_mlx.model.config import ModelConfig
-from kimi_mlx.model.device_traits import FLOAT32_BYTES, TUNINGS
-from kimi_mlx.model.sizes import KEY_BLOCK, QUERY_BLOCK, SCORES_MAX, expanded_width, heads_at_once
+from kimi_mlx.model.device_traits import FLOAT32_BYTES, TUNINGS, DeviceKind
+from kimi_mlx.model.sizes import (
+    KEY_BLOCK,
+    NUMPY_KEY_BLOCK,
+    NUMPY_ROW_BLOCK,
+    QUERY_BLOCK,
+    SCORES_MAX,
+    expanded_width,
+    heads_at_once,
+)
 from kimi_mlx.sizing.kv_cache import kv_values_per_token
 
 MIN_CHUNK = 32
@@ -14,9 +24,6 @@ MAX_CHUNK = 2048
 
 PREFILL_CHUNK = TUNINGS["metal"].prefill_chunk
 """Chunk size on a Mac if memory is no limit."""
-
-MAX_ABSORBED = max(tuning.absorb_max_queries for tuning in TUNINGS.values())
-"""Maximum number of queries that attend in the latent space, on any device."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,16 @@ class RankShape:
         expert_rows: number of rows of each expert on the rank, moe_intermediate_size for whole experts.
         value_bytes: bytes per value in the compute dtype.
         is_fused: whether MLX has a fused kernel for the model's attention (kimi_mlx.model.device_traits).
+        device: kind of the rank's device.
+        in_numpy: whether NumPy computes attention in the latent space.
     """
 
     heads: int
     expert_rows: int
     value_bytes: int
     is_fused: bool
+    device: DeviceKind = "metal"
+    in_numpy: bool = False
 
 
 def choose_chunk(
@@ -75,13 +86,15 @@ def attention_bytes(config: ModelConfig, rank_shape: RankShape, chunk: int, cont
     With a fused kernel there are no scores; keys and values of the whole context exist for a few heads at a time.
     Without one, keys and values of one block of tokens (or of the chunk) exist for all heads, and for each query four
     copies of a block's scores and two copies of three partial sums, in float32 (measured by
-    tests/unit/engine/test_free_memory.py). In the latent space there are no expanded keys, but three copies of at most
-    SCORES_MAX scores.
+    tests/unit/engine/test_free_memory.py).
     """
     heads, value = rank_shape.heads, config.v_head_dim
     width = expanded_width(config.qk_nope_head_dim, config.qk_rope_head_dim, value)
     outside = chunk * heads * (3 * config.qk_head_dim + 2 * value) * rank_shape.value_bytes
-    latent = 3 * min(SCORES_MAX, min(chunk, MAX_ABSORBED) * heads * context) * FLOAT32_BYTES
+    cost = AttentionCost(AttentionShape.of(config, heads), TUNINGS[rank_shape.device])
+    latent = _latent_bytes(cost, rank_shape, chunk, context)
+    if cost.break_even == math.inf:
+        return outside + latent
     if rank_shape.is_fused:
         head_bytes = context * width * rank_shape.value_bytes
         return outside + max(latent, heads_at_once(heads, head_bytes) * head_bytes)
@@ -91,6 +104,21 @@ def attention_bytes(config: ModelConfig, rank_shape: RankShape, chunk: int, cont
     sums = 3 * chunk * value
     by_heads = heads * (block * width * rank_shape.value_bytes + (4 * scores + 2 * sums) * FLOAT32_BYTES)
     return outside + max(latent, by_heads)
+
+
+def _latent_bytes(cost: AttentionCost, rank_shape: RankShape, chunk: int, context: int) -> int:
+    """Return the memory of attention in the latent space: three copies of the queries, outputs, and scores.
+
+    There are no expanded keys, but up to four copies of at most SCORES_MAX scores and of the sums, in float32
+    (Attention.latent_group); or in NumPy the scores of one block, and two copies of the outputs.
+    """
+    shape, value_bytes = cost.shape, rank_shape.value_bytes
+    rows = cost.max_latent_queries(chunk) * shape.heads
+    queries = 3 * rows * (shape.latent_dim + shape.rope_dim) * value_bytes
+    if rank_shape.in_numpy:
+        scores = max(NUMPY_ROW_BLOCK, shape.heads) * NUMPY_KEY_BLOCK
+        return queries + (2 * rows * shape.latent_dim + scores) * FLOAT32_BYTES
+    return queries + 4 * (min(SCORES_MAX, rows * context) + rows * shape.latent_dim) * FLOAT32_BYTES
 
 
 def _mlp_values(config: ModelConfig, rank_shape: RankShape, chunk: int) -> int:

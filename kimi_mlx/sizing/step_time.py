@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kimi_mlx.model.attention_cost import AttentionCost, AttentionShape
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.device_traits import Tuning
 from kimi_mlx.sizing.prefill import RankShape
@@ -63,19 +64,19 @@ def chunk_cost(
         experts: the routed experts on the rank.
         tuning: constants of the device.
     """
-    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    width, heads, latent = config.hidden_size, rank_shape.heads, config.kv_lora_rank
-    q_width, expansion = heads * (nope + rope), heads * latent * (nope + value)
+    attention_cost = AttentionCost(AttentionShape.of(config, rank_shape.heads), tuning)
+    shape, width = attention_cost.shape, config.hidden_size
+    q_width = shape.heads * config.qk_head_dim
     q_values = width * q_width if config.q_lora_rank is None else config.q_lora_rank * (width + q_width)
-    attention = q_values + width * (latent + rope) + heads * value * width + expansion
+    kv_values = width * (config.kv_lora_rank + config.qk_rope_head_dim)
+    attention = q_values + kv_values + shape.heads * config.v_head_dim * width + shape.expansion
     mlp = (experts.per_token + config.n_shared_experts) * 3 * width * rank_shape.expert_rows
-    weight_s, pair_s = 2 * num_layers / tuning.weight_flops, 2 * num_layers * heads / tuning.attention_flops
     return ChunkCost(
-        token_s=(attention + mlp) * weight_s,
+        token_s=2 * num_layers * (attention + mlp) / tuning.weight_flops,
         experts_s=experts.num_bytes / tuning.read_bytes_per_s,
-        expand_s=expansion * weight_s,
-        head_pair_s=(nope + rope + value) * pair_s,
-        latent_pair_s=(2 * latent + rope) * pair_s,
+        expand_s=num_layers * attention_cost.expand_s,
+        head_pair_s=num_layers * attention_cost.head_pair_s,
+        latent_pair_s=num_layers * attention_cost.latent_pair_s,
     )
 
 
@@ -85,22 +86,20 @@ class ChunkEstimate:
     Args:
         cost: times that all ranks agree on.
         config: the model's dimensions.
-        tuning: constants of the device.
     """
 
-    def __init__(self, cost: ChunkCost, config: ModelConfig, tuning: Tuning):
-        self._cost, self._tuning = cost, tuning
+    def __init__(self, cost: ChunkCost, config: ModelConfig):
+        self._cost = cost
         self._untouched = 1 - config.num_experts_per_tok / config.n_routed_experts
 
     def seconds(self, offset: int, length: int) -> float:
         """Estimate the time of `length` new tokens after `offset` cached ones."""
         cost, total = self._cost, offset + length
         read_s = cost.experts_s * (1 - self._untouched**length)
-        if self._tuning.absorbs(offset, length):
-            attention_s = length * total * cost.latent_pair_s
-        else:
-            attention_s = total * (cost.expand_s + length * cost.head_pair_s)
-        return max(read_s, length * cost.token_s) + attention_s
+        # as in AttentionCost.is_latent: the projections of the new tokens are part of token_s
+        latent_s = length * total * cost.latent_pair_s
+        heads_s = offset * cost.expand_s + length * total * cost.head_pair_s
+        return max(read_s, length * cost.token_s) + min(latent_s, heads_s)
 
     def largest_chunk(self, offset: int, seconds: float, limit: int) -> int:
         """Return the largest size of a chunk, up to `limit`, that takes at most `seconds`; 0 if none does."""

@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 from kimi_mlx.model import attention
+from kimi_mlx.model.attention_cost import AttentionCost
 from kimi_mlx.model.config import load_config
 from kimi_mlx.weights.assemble import load_model
 from tests.fakes import KIMI_MINI
@@ -30,6 +31,7 @@ def test_latents_are_contiguous_before_they_are_broadcast_to_the_heads(
 
     monkeypatch.setattr(mx, "quantized_matmul", quantized_matmul)
     monkeypatch.setattr(attention, "has_fused_attention", lambda *args: is_fused)
+    monkeypatch.setattr(AttentionCost, "is_latent", lambda cost, offset, length: False)
     tokens = mx.random.randint(0, model.config.vocab_size, (1, 90))
     cache = model.make_cache()
     for part in (tokens[:, :50], tokens[:, 50:]):

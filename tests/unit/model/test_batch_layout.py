@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from kimi_mlx.model.batch_layout import GROUP_MAX_PADDING, BatchLayout
+from kimi_mlx.model.attention_cost import AttentionCost, AttentionShape
+from kimi_mlx.model.batch_layout import MIN_PADDING, BatchLayout, LatentRun
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
-from kimi_mlx.model.device_traits import CPU_TUNING
+from kimi_mlx.model.device_traits import CPU_TUNING, METAL_TUNING, Tuning
 from kimi_mlx.model.rope import ComplexRotation, FastRotation, Rope
 from kimi_mlx.weights.assemble import load_model
 
 STACK_MAX_KEYS = CPU_TUNING.stack_max_keys
 FOLDER = Path(__file__).parents[3] / "kimi_mlx" / "models" / "kimi-mini"
+K2 = AttentionShape(heads=64, nope_dim=128, rope_dim=64, value_dim=128, latent_dim=512)
+
+
+EQUAL_SPEEDS = replace(CPU_TUNING, latent_flops=CPU_TUNING.attention_flops)
+
+
+def layout_of(lengths: list[tuple[int, int]], tuning: Tuning = EQUAL_SPEEDS, heads: int = 64) -> BatchLayout:
+    return BatchLayout(Rope(load_config(FOLDER)), lengths, AttentionCost(replace(K2, heads=heads), tuning))
+
+
+def groups_of(layout: BatchLayout) -> list[list[int]]:
+    return [group.indices for run in layout.runs if isinstance(run, LatentRun) for group in run.groups]
 
 
 @pytest.fixture(scope="module")
@@ -36,28 +50,53 @@ def test_a_shared_rotation_equals_mlx_fast_rope(magnitude: float, offset: int, l
 
 
 def test_mask_is_computed_once_for_all_layers() -> None:
-    step = BatchLayout(Rope(load_config(FOLDER)), [(2, 2)])
-    mask = step.decode_groups[0].mask(heads=3, dtype=mx.float32)
-    assert mask.tolist() == [[0, 0, 0, -np.inf]] * 3 + [[0, 0, 0, 0]] * 3
-    assert step.decode_groups[0].mask(heads=3, dtype=mx.float32) is mask
-    assert step.query_layout([1]).decode_groups[0].mask(heads=3, dtype=mx.float32).tolist() == [0]
+    step = layout_of([(2, 2), (1, 2)])
+    (run,) = step.runs
+    assert isinstance(run, LatentRun)
+    (group,) = run.groups
+    mask = group.mask(heads=3, dtype=mx.float32)
+    first, second = [0, 0, 0, -np.inf], [0, 0, -np.inf, -np.inf]
+    assert mask[:, 0].tolist() == [[first] * 3 + [[0, 0, 0, 0]] * 3, [second] * 3 + [first] * 3]
+    assert group.mask(heads=3, dtype=mx.float32) is mask
+    (query_run,) = step.query_layout([1, 0]).runs
+    assert isinstance(query_run, LatentRun)
+    assert query_run.groups[0].mask(heads=3, dtype=mx.float32).tolist() == [0]
 
 
 @pytest.mark.parametrize(
     ("lengths", "decode_groups"),
     [
         ([(4, 1), (4, 1), (5, 1)], [[0, 1, 2]]),
-        ([(4, 1), (4, 2), (4, 1)], [[0], [1], [2]]),  # several tokens of one sequence stay alone
+        ([(4, 1), (4, 2), (4, 1)], [[0], [1], [2]]),
+        ([(4, 2), (4, 2), (9, 2)], [[0, 1, 2]]),  # drafts of equal length
         ([(4, 1), (4, 0), (9, 1)], [[0, 2]]),  # a sequence without new tokens does not split a group
-        ([(1, 1), (1 + GROUP_MAX_PADDING, 1), (2 + GROUP_MAX_PADDING, 1)], [[0, 1], [2]]),
+        ([(1, 1), (1 + MIN_PADDING, 1), (2 + MIN_PADDING, 1)], [[0, 1], [2]]),
         ([(STACK_MAX_KEYS - 1, 1), (STACK_MAX_KEYS, 1), (STACK_MAX_KEYS + 1, 1)], [[0], [1], [2]]),
-        ([(4, 1), (0, 100), (4, 1)], [[0]]),  # after a long segment all attend by heads
+        ([(4, 1), (0, 1000), (4, 1), (5, 1)], [[0], [2, 3]]),
     ],
 )
-def test_sequences_of_similar_length_with_one_new_token_are_stacked(
+def test_sequences_of_similar_length_are_stacked(
     lengths: list[tuple[int, int]], decode_groups: list[list[int]]
 ) -> None:
-    assert [group.indices for group in BatchLayout(Rope(load_config(FOLDER)), lengths).decode_groups] == decode_groups
+    layout = layout_of(lengths)
+    assert groups_of(layout) == decode_groups
+    covered = [
+        token
+        for run in layout.runs
+        for token in (
+            range(run.start, run.stop) if isinstance(run, LatentRun) else range(run.segment.start, run.segment.stop)
+        )
+    ]
+    assert covered == list(range(layout.length))
+
+
+def test_on_a_gpu_sixteen_long_sequences_are_a_few_groups() -> None:
+    assert groups_of(layout_of([(4_000 + 20 * i, 1) for i in range(16)], METAL_TUNING)) == [list(range(16))]
+    spread = groups_of(layout_of([(4_000 + 1_000 * i, 1) for i in range(16)], METAL_TUNING))
+    assert len(spread) <= 7
+    # the scores of a group are bounded
+    assert len(groups_of(layout_of([(120_000, 1)] * 4, METAL_TUNING))) == 4
+    assert len(groups_of(layout_of([(120_000, 1)] * 4, METAL_TUNING, heads=16))) == 1
 
 
 @pytest.mark.parametrize("runs", [[(5, 1), (70, 1)], [(0, 3), (1_000, 1), (7, 4)]])

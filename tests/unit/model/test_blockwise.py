@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from kimi_mlx.model import attention, blockwise, sizes
+from kimi_mlx.model.attention_cost import AttentionCost
 from kimi_mlx.model.batch_layout import causal_mask
 from kimi_mlx.model.blockwise import attend
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
-from kimi_mlx.model.device_traits import Tuning
 from kimi_mlx.model.sizes import EXPANDED_MAX_BYTES, KEY_BLOCK, QUERY_BLOCK, expanded_width, heads_at_once
 from kimi_mlx.weights.assemble import load_model
 
@@ -72,6 +72,7 @@ def test_chunks_and_groups_of_heads_give_the_same_logits(
 ) -> None:
     model, tokens, expected = one_by_one
     monkeypatch.setattr(blockwise, "KEY_BLOCK", 32)
+    monkeypatch.setattr(AttentionCost, "is_latent", lambda cost, offset, length: False)
     if at_once is not None:
         monkeypatch.setattr(attention, "has_fused_attention", lambda *args: True)
         monkeypatch.setattr(attention, "heads_at_once", lambda heads, head_bytes: at_once)
@@ -95,23 +96,13 @@ def test_many_queries_in_the_latent_space_give_the_same_logits(
     monkeypatch.setattr(attention, "SCORES_MAX", scores_max)
     monkeypatch.setattr(sizes, "SCORES_MAX", scores_max)
     monkeypatch.setattr(sizes, "KEY_BLOCK", 32)
-    tuning = model.tuning
-    model.tune(AlwaysAbsorbing(**vars(tuning)))
-    try:
-        cache, parts, start = model.make_cache(), [], 0
-        for length in chunks:
-            parts.append(model(tokens[:, start : start + length], cache))
-            start += length
-    finally:
-        model.tune(tuning)
+    monkeypatch.setattr(attention, "uses_numpy", lambda *args: False)
+    monkeypatch.setattr(AttentionCost, "is_latent", lambda cost, offset, length: True)
+    cache, parts, start = model.make_cache(), [], 0
+    for length in chunks:
+        parts.append(model(tokens[:, start : start + length], cache))
+        start += length
     np.testing.assert_allclose(np.array(mx.concatenate(parts, axis=1)), expected, rtol=2e-3, atol=2e-3)
-
-
-class AlwaysAbsorbing(Tuning):
-    """A device on which all attention is in the latent space."""
-
-    def absorbs(self, offset: int, length: int) -> bool:
-        return True
 
 
 def test_keys_of_k2_at_128_k_tokens_fit() -> None:

@@ -26,7 +26,7 @@ OFFSETS = (0, 500, 2_000, 8_000, 32_000, 128_000)
 
 def k2_estimate(kind: DeviceKind = "metal") -> ChunkEstimate:
     config = replace(K2, n_routed_experts=384)
-    return ChunkEstimate(chunk_cost(config, HALF_OF_K2, 61, HALF_OF_EXPERTS, TUNINGS[kind]), config, TUNINGS[kind])
+    return ChunkEstimate(chunk_cost(config, HALF_OF_K2, 61, HALF_OF_EXPERTS, TUNINGS[kind]), config)
 
 
 @pytest.mark.parametrize("kind", ["metal", "cpu"])
