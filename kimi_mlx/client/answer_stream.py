@@ -203,4 +203,7 @@ def _read_timings(timings: Mapping[str, Any]) -> Statistics:
         peak_memory_bytes=_read_count(timings, "peak_memory_bytes"),
         decode_steps=_read_count(timings, "decode_steps"),
         encode_s=encode_s,
+        drafted_tokens=_read_count(timings, "draft_n"),
+        accepted_tokens=_read_count(timings, "draft_n_accepted"),
+        drafts_off=str(drafts_off) if (drafts_off := timings.get("drafts_off")) else None,
     )

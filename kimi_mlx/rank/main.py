@@ -29,6 +29,7 @@ from kimi_mlx.parallel.group import Group, barrier
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.rendezvous import join_group
+from kimi_mlx.runtime.draft import open_draft_model, warm_up_draft
 from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import compute_dtype, fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
@@ -80,15 +81,20 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
             choice = tune_all_reduce(group, config.hidden_size, compute_dtype(start["dtype"], config))
     if choice is not None:
         channel.send("note", text=choice.details())
+    has_draft_model = start["draft_folder"] is not None or start["draft_name"] is not None
+    draft_model = open_draft_model(_find_draft_folder(start, group), model, group) if has_draft_model else None
     engine = Engine(
         model,
         count_commands=lambda: min(channel.num_received, channel.num_consumed + MAX_NEW_COMMANDS),
         speculate=start["speculate"],
+        draft_model=draft_model,
         constrain=partial(Constraint, grammars),
         cache_bytes=start["cache_memory_bytes"],
         blocks=_open_blocks(channel, start, group, folder, model),
     )
     warm_up(model)
+    if draft_model is not None:
+        warm_up_draft(draft_model)
     barrier(group)
     if start["speculate"]:
         engine.measure_steps()
@@ -204,5 +210,25 @@ def _find_folder(start: Message, group: Group) -> Path:
             hint="download it to all hosts: `kimi-mlx launch --hosts ... download "
             f"{start['model']} --strategy {start['strategy']}`",
             rank=group.rank,
+        )
+    return folder
+
+
+def _find_draft_folder(start: Message, group: Group) -> Path | None:
+    """Return the folder of the draft model on the host of rank 0; None on other ranks, which need none.
+
+    Raises:
+        MissingModelError: the draft model is not on the host of rank 0.
+    """
+    if group.rank > 0:
+        return None
+    if start["draft_folder"] is not None:
+        return Path(start["draft_folder"])
+    folder = find_local_model(resolve_model_name(start["draft_name"]), 1)
+    if folder is None:
+        raise MissingModelError(
+            f"the draft model `{start['draft_name']}` is not on the host of rank 0",
+            hint=f"download it on that host: `kimi-mlx download {start['draft_name']}`",
+            rank=0,
         )
     return folder

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from kimi_mlx.engine.batch_sizes import BATCH_SIZE_LIMITS, NO_STEPS
 from kimi_mlx.server.api_types import Usage
-from kimi_mlx.session.session import SessionStatus
+from kimi_mlx.session.session import DraftStatus, SessionStatus
 
 TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 TOKEN_GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)
@@ -52,6 +52,10 @@ class Metrics:
         self._waiting = gauge("kimi_mlx_answers_waiting", "Answers waiting in the queue.")
         self._is_up = gauge("kimi_mlx_up", "1 if the engine is up, 0 while its ring restarts.")
         self._restarts = gauge("kimi_mlx_ring_restarts", "Restarts of the ring.")
+        drafts = counter("kimi_mlx_draft_tokens", "Draft tokens that the model has verified.", ["result"])
+        self._drafts = {result: drafts.labels(result) for result in ("accepted", "rejected")}
+        self._draft_totals = {"accepted": 0, "rejected": 0}
+        self._drafts_active = gauge("kimi_mlx_drafts_active", "1 while tokens are drafted, 0 if that gains nothing.")
         self._prompt_totals = (0, 0)
         self._batch_sizes = BatchSizeCollector()
         self._registry.register(self._batch_sizes)
@@ -79,4 +83,12 @@ class Metrics:
         self._restarts.set(status.restarts)
         self._cache_tokens.set(status.cached_tokens)
         self._batch_sizes.sizes = status.batch_sizes
+        self._set_drafts(status.drafts or DraftStatus(off_reason="drafts are not enabled"))
         return generate_latest(self._registry)
+
+    def _set_drafts(self, drafts: DraftStatus) -> None:
+        self._drafts_active.set(drafts.off_reason is None)
+        totals = {"accepted": drafts.accepted_tokens, "rejected": drafts.drafted_tokens - drafts.accepted_tokens}
+        for result, total in totals.items():
+            self._drafts[result].inc(total - self._draft_totals[result])
+        self._draft_totals = totals

@@ -25,11 +25,14 @@ from kimi_mlx.engine.request import Request
 from kimi_mlx.engine.step_errors import step_error
 from kimi_mlx.errors import EngineError, KimiMlxError
 from kimi_mlx.model.config import load_config
+from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.runtime.draft import open_draft_model, warm_up_draft
 from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.runtime.unload import clear_frames, release_memory
 from kimi_mlx.session.session import (
+    DraftStatus,
     EventCallback,
     LoadProgress,
     RankMemory,
@@ -123,7 +126,7 @@ class LocalSession:
         engine, last_step_at = self._engine, self._last_step_at
         if engine is None or self._failure is not None or not self._thread.is_alive():
             return SessionStatus(False, str(self._failure or "the model is not loaded"))
-        num_running = engine.num_running
+        num_running, drafts = engine.num_running, engine.drafts
         failed_at, reason = self._failed_step or (0.0, None)
         if engine.is_idle and time.monotonic() - failed_at > FAILED_STEP_DOWN_S:
             reason = None
@@ -137,6 +140,7 @@ class LocalSession:
             memory=(self._memory,),
             batch_sizes=engine.batch_sizes,
             cache_usage=(engine.cache_usage,),
+            drafts=None if drafts is None else DraftStatus(drafts.num_drafted, drafts.num_accepted, drafts.off_reason),
         )
 
     def reset(self) -> None:
@@ -221,13 +225,17 @@ class LocalSession:
             self._blocks = open_prompt_cache(
                 options.cache_dir, options.cache_disk_bytes, model, fingerprint(folder, config), warn=LOG.warning
             )
+        draft_model = None if options.draft is None else open_draft_model(options.draft, model, SingleGroup())
         engine = Engine(
             model,
             speculate=options.speculate,
+            draft_model=draft_model,
             constrain=partial(Constraint, grammars),
             cache_bytes=options.cache_memory_bytes,
             blocks=self._blocks,
         )
+        if draft_model is not None:
+            warm_up_draft(draft_model)
         if options.speculate:
             engine.measure_steps()
         return engine

@@ -35,6 +35,7 @@ from kimi_mlx.session.image_upload import ImageUploader
 from kimi_mlx.session.job import Job
 from kimi_mlx.session.restart_policy import RESTARTABLE, RestartPolicy
 from kimi_mlx.session.session import (
+    DraftStatus,
     EventCallback,
     RankMemory,
     RankProgress,
@@ -94,6 +95,7 @@ class RingSession:
         self.peak_memory_bytes = [0] * self._cluster.size
         """Peak memory of each rank, as MLX counts it, reported with its last finished request."""
         self._batch_sizes = NO_STEPS
+        self._drafts = DraftStatus() if options.speculate else None
         self._loaded_memory = [RankMemory()] * self._cluster.size
         self._cache_usage = [CacheUsage()] * self._cluster.size
         self._earlier_cache_usage = self._cache_usage  # of the rings before this one
@@ -189,6 +191,7 @@ class RingSession:
             activity=self._ring.activity,
             all_reduce=None if self.all_reduce is None else str(self.all_reduce),
             cache_usage=tuple(self._cache_usage),
+            drafts=self._drafts,
         )
 
     def reset(self) -> None:
@@ -215,6 +218,8 @@ class RingSession:
             dtype=options.dtype,
             strategy=options.strategy,
             speculate=options.speculate,
+            draft_folder=None if options.draft is None else str(options.draft),
+            draft_name=options.draft_name,
             check_every=options.check_every,
             needs_tokenizer_files=needs_tokenizer_files,
             cache_dir=None if options.cache_dir is None else str(options.cache_dir),
@@ -350,7 +355,10 @@ class RingSession:
         if rank == 0 and is_refused:
             job.outcome = decode_error(message)
         elif rank == 0:
-            job.outcome = job.finish_event(message["reason"], Statistics.from_dict(message["statistics"]))
+            statistics = Statistics.from_dict(message["statistics"])
+            job.outcome = job.finish_event(message["reason"], statistics)
+            if self._drafts is not None:
+                self._drafts = self._drafts.after(statistics)
         if not job.pending_ranks and job.outcome is not None:
             with self._lock:
                 self._end_job(job, job.outcome)

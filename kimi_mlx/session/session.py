@@ -11,7 +11,7 @@ from typing import Protocol
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.cluster.ring.watch import RankActivity, RingTimeouts
 from kimi_mlx.engine.batch_sizes import NO_STEPS, BatchSizes
-from kimi_mlx.engine.events import Event, Finished
+from kimi_mlx.engine.events import Event, Finished, Statistics
 from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, UsageError
@@ -34,6 +34,9 @@ FAST_SYNC_CHECK_EVERY = 16
 MAX_DRAFT_TOKENS = 16
 """Maximum number of draft tokens per step. Longer drafts are rarely accepted, and each rejected token costs time."""
 
+DEFAULT_DRAFT_TOKENS = 7
+"""Maximum number of draft tokens per step with a draft model, unless another is set."""
+
 DEFAULT_CACHE_DISK_BYTES = 20 * 10**9
 """Default size limit of a prompt cache's folder: 280 k tokens of K2."""
 
@@ -51,7 +54,9 @@ class SessionOptions:
         cluster: hosts of the ranks; None runs all ranks on this machine.
         max_restarts: maximum number of restarts of a lost ring without progress.
         timeouts: timeouts of a ring.
-        speculate: maximum number of draft tokens per step; 0 turns drafts off.
+        speculate: maximum number of draft tokens per step; 0 turns drafts off, or with a draft model is the default.
+        draft: folder of the draft model, on the host of rank 0; None for drafts by prompt lookup alone.
+        draft_name: name of the draft model, by which the host of rank 0 looks it up if there is no `draft`.
         check_every: number of steps between comparisons of the ranks' results; 0 turns them off, but with
             `fast_sync` they stay on.
         fast_sync: True to use MLX's fast synchronisation between GPU and network on this machine.
@@ -69,6 +74,8 @@ class SessionOptions:
     max_restarts: int = 3
     timeouts: RingTimeouts = field(default_factory=RingTimeouts)
     speculate: int = 0
+    draft: Path | None = None
+    draft_name: str | None = None
     check_every: int = 0
     fast_sync: bool = False
     cache_dir: Path | None = None
@@ -84,6 +91,8 @@ class SessionOptions:
                 f"{self.speculate} draft tokens per step are not between 0 and {MAX_DRAFT_TOKENS}",
                 hint=f"use `--speculate` with 0 to {MAX_DRAFT_TOKENS}",
             )
+        if self.has_draft_model and not self.speculate:
+            object.__setattr__(self, "speculate", DEFAULT_DRAFT_TOKENS)
         if not 0 <= self.check_every <= MAX_CHECK_EVERY:
             raise UsageError(
                 f"a check every {self.check_every} steps is not between 0 and {MAX_CHECK_EVERY}",
@@ -93,6 +102,11 @@ class SessionOptions:
             object.__setattr__(self, "check_every", FAST_SYNC_CHECK_EVERY)
         ranks = self.ranks if self.cluster is None else self.cluster.size
         object.__setattr__(self, "strategy", normalize_strategy(self.strategy, ranks))
+
+    @property
+    def has_draft_model(self) -> bool:
+        """Whether there is a draft model."""
+        return self.draft is not None or self.draft_name is not None
 
     @property
     def effective_cluster(self) -> Cluster:
@@ -119,6 +133,29 @@ class RankMemory:
     memory_bytes: int | None = None
     free_bytes: int | None = None
     peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class DraftStatus:
+    """Status of drafts.
+
+    Args:
+        drafted_tokens: number of draft tokens that the model has verified.
+        accepted_tokens: number of them that were accepted.
+        off_reason: reason why nothing is drafted now; None while drafts are on. For a ring, at the last answer's end.
+    """
+
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    off_reason: str | None = None
+
+    def after(self, answer: Statistics) -> DraftStatus:
+        """Return the status after an answer."""
+        return DraftStatus(
+            self.drafted_tokens + answer.drafted_tokens,
+            self.accepted_tokens + answer.accepted_tokens,
+            answer.drafts_off,
+        )
 
 
 @dataclass(frozen=True)
@@ -155,6 +192,7 @@ class SessionStatus:
         all_reduce: how the ranks add their parts, as text; None if nothing is added or it was not measured.
         cache_usage: use of the prompt cache by each rank since the session was opened; for a ring, after the last
             answer. Empty if it is not known.
+        drafts: status of drafts; None if they are not enabled.
     """
 
     is_up: bool
@@ -170,6 +208,7 @@ class SessionStatus:
     batch_sizes: BatchSizes = NO_STEPS
     all_reduce: str | None = None
     cache_usage: tuple[CacheUsage, ...] = ()
+    drafts: DraftStatus | None = None
 
 
 EventCallback = Callable[[Event | BaseException], None]

@@ -50,7 +50,9 @@ def progress_dict(event: ProgressEvent) -> dict[str, Any]:
 
 
 def timings_dict(statistics: Statistics) -> dict[str, Any]:
-    """Return the times of an answer as llama.cpp reports them, in milliseconds, and three fields of our own at the end.
+    """Return the times of an answer as llama.cpp reports them, in milliseconds, and fields of our own.
+
+    These are `encode_ms`, `drafts_off`, `decode_steps` and `peak_memory_bytes`.
 
     The first new token counts as part of the prompt's time. `prompt_ms` includes `encode_ms`, the encoding of images.
 
@@ -69,6 +71,9 @@ def timings_dict(statistics: Statistics) -> dict[str, Any]:
         "predicted_per_token_ms": predicted_ms / max(statistics.generated_tokens - 1, 1),
         "predicted_per_second": statistics.decode_tok_per_s,
         "encode_ms": statistics.encode_s * 1e3,
+        "draft_n": statistics.drafted_tokens,
+        "draft_n_accepted": statistics.accepted_tokens,
+        "drafts_off": statistics.drafts_off,
         "decode_steps": statistics.decode_steps,
         "peak_memory_bytes": statistics.peak_memory_bytes,
     }

@@ -21,6 +21,8 @@ def statistics_line(statistics: Statistics) -> str:
         parts.append(format_rate(statistics.decode_tok_per_s))
     if statistics.tokens_per_step > 1:
         parts.append(f"{statistics.tokens_per_step:.1f} tokens per step")
+    if statistics.drafts_off:
+        parts.append(f"drafts off: {statistics.drafts_off}")
     if statistics.encode_s:
         parts.append(f"images {format_seconds(statistics.encode_s)}")
     if statistics.prompt_tokens:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -68,7 +69,7 @@ def reference(model: Model, draft: DraftModel, tokens: list[int], length: int) -
     found: list[int] = []
     for at in range(length):
         token = draft.to_token_ids(mx.argmax(draft.logits(output)[0], axis=-1))
-        found += token.tolist()  # pyright: ignore[reportArgumentType]
+        found.append(cast(int, token.item()))
         output = draft(draft.embed(token[None]), output, [cache], draft.layout([(count + at, 1)], [count + at]))
     return tuple(found)
 
