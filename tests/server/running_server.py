@@ -40,7 +40,7 @@ class RunningServer:
         lines = self.server.service.metrics.render(status, is_up=True).decode().splitlines()
         return next((float(line.split()[-1]) for line in lines if line.split()[0] == name), 0)
 
-    def wait_idle(self, timeout_s: float = 10) -> None:
+    def wait_idle(self, timeout_s: float = 30) -> None:
         """Wait until no answer is running or waiting."""
         deadline = time.monotonic() + timeout_s
         while self.server.service.running or self.server.service.waiting:

@@ -1,26 +1,14 @@
 // Requests to the server: the key, errors, and streams of server-sent events.
 
 import { text } from "./i18n.js";
+import { tabStorage } from "./tab_storage.js";
 
 const KEY = "kimi-mlx-key";
-let keyInMemory = "";
 
 // The API key, which is kept until this tab is closed.
 export const key = {
-  get: () => {
-    try {
-      return sessionStorage.getItem(KEY) ?? "";
-    } catch {
-      return keyInMemory; // the browser stores nothing
-    }
-  },
-  set: (value) => {
-    try {
-      sessionStorage.setItem(KEY, value);
-    } catch {
-      keyInMemory = value;
-    }
-  },
+  get: () => tabStorage.get(KEY),
+  set: (value) => tabStorage.set(KEY, value),
 };
 
 // An error response, or no response at all (status 0).

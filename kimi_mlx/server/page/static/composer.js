@@ -3,27 +3,10 @@
 import { Attachments } from "./attachments.js";
 import { byId } from "./dom.js";
 import { isSendKey } from "./keyboard.js";
+import { tabStorage } from "./tab_storage.js";
 
 const MAX_ROWS = 12;
-const DRAFT = "kimi-mlx-draft";
-
-// What is written survives a reload of this tab, which a phone does when it needs memory.
-const draft = {
-  get: () => {
-    try {
-      return sessionStorage.getItem(DRAFT) ?? "";
-    } catch {
-      return ""; // the browser stores nothing
-    }
-  },
-  set: (value) => {
-    try {
-      sessionStorage.setItem(DRAFT, value);
-    } catch {
-      // as above, or the text is very long
-    }
-  },
-};
+const DRAFT = "kimi-mlx-draft"; // what is written survives a reload, which a phone does when it needs memory
 
 export class Composer {
   // `onSend` receives the content of the message, `onStop` nothing, `onError` a text.
@@ -36,10 +19,10 @@ export class Composer {
       this.send();
     });
     byId("stop").addEventListener("click", onStop);
-    this.input.value = draft.get();
+    this.input.value = tabStorage.get(DRAFT);
     this.resize();
     this.input.addEventListener("input", () => {
-      draft.set(this.input.value);
+      tabStorage.set(DRAFT, this.input.value);
       this.resize();
     });
     addEventListener("resize", () => this.resize()); // another width, or another size of the type
@@ -108,7 +91,7 @@ export class Composer {
 
   clear() {
     this.input.value = "";
-    draft.set("");
+    tabStorage.set(DRAFT, "");
     this.attachments.clear();
     this.resize();
   }
