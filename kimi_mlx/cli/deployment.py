@@ -11,7 +11,7 @@ from kimi_mlx.cluster.hosts.host import Cluster
 from kimi_mlx.cluster.hosts.machine import gpu_limit, local_machine
 from kimi_mlx.cluster.network.links import Network
 from kimi_mlx.model.config import ModelConfig
-from kimi_mlx.session.model_status import HostStatus, ModelDeployment
+from kimi_mlx.session.model_status import HostStatus, ModelDeployment, versions
 
 LOCALHOST = "localhost"
 """Name of this machine as the host of local ranks."""
@@ -33,6 +33,7 @@ def deployment_here(name: str, strategy: str, cluster: Cluster | None, config: M
         machine.memory_bytes,
         gpu_limit_bytes=machine.gpu_bytes if machine.is_mac else None,
         macos_version=platform.mac_ver()[0],
+        versions=versions(),
     )
     return ModelDeployment(name, strategy, cluster, config, (host,))
 
@@ -54,7 +55,7 @@ def deployment_on_hosts(
     hosts: Mapping[str, Mapping[str, Any] | None] = doctor.get("hosts") or {}
     machines = tuple(_host_status(host, facts) for host, facts in hosts.items())
     link = "" if network is None else str(Network(**network))
-    return ModelDeployment(name, strategy, cluster, config, machines, link, findings)
+    return ModelDeployment(name, strategy, cluster, config, machines, link, lambda: findings)
 
 
 def _host_status(name: str, facts: Mapping[str, Any] | None) -> HostStatus:
@@ -68,4 +69,13 @@ def _host_status(name: str, facts: Mapping[str, Any] | None) -> HostStatus:
         facts["free_bytes"],
         gpu_limit(memory, str(facts["wired_limit_mb"])) if is_mac and memory else None,
         facts["macos_version"] or "",
+        _versions(facts["python"]),
     )
+
+
+def _versions(python: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the versions that a host's interpreter has; none if it has no interpreter."""
+    if python is None:
+        return {}
+    packages = {name: python["packages"][name] for name in ("kimi-mlx", "mlx") if name in python["packages"]}
+    return {**packages, "python": python["version"]}

@@ -165,6 +165,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
     refuse_mlx_launch()
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.http_server import greet, key_placeholder, make_server, start_log
+    from kimi_mlx.cli.local_checks import with_local_checks
     from kimi_mlx.cli.local_server import local_server
     from kimi_mlx.cli.open_model import launch_context, open_session, prepare_model, session_options
     from kimi_mlx.cli.output import closing_with_status, stderr
@@ -181,6 +182,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
         prepared = prepare_model(launch_context(context), target, run, is_quiet=False)
         opened = open_session(prepared, options, run.ranks, is_quiet=False)
         stack.enter_context(closing_with_status(opened.session))
+        opened = with_local_checks(opened, prepared, run.ranks, disk.cache_dir)
         key = key_placeholder(serving.security.keys)
         on_ready = partial(greet, target.name, server_socket, key, has_page=serving.has_page)
         http_server = make_server(target, opened, server.served_name or (), serving, on_ready)

@@ -178,6 +178,8 @@ def _facts(address: ServerAddress, status: ModelStatus, document: Mapping[str, A
     for machine in status.machines:
         sizes = [(machine.memory_bytes, "memory"), (machine.gpu_limit_bytes, "for the GPU")]
         parts = [machine.chip, *(f"{format_bytes(size)} {name}" for size, name in sizes if size)]
+        parts.append(machine.macos_version and f"macOS {machine.macos_version}")
+        parts += [f"{name} {version}" for name, version in machine.versions.items()]
         yield "host", f"{machine.name}: {', '.join(filter(None, parts))}"
     yield "placement", status.placement
     if status.link:

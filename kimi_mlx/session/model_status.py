@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -50,6 +50,7 @@ class HostStatus:
         free_bytes: memory that was available to programs.
         gpu_limit_bytes: memory that its GPU may wire.
         macos_version: version of macOS; empty on other systems.
+        versions: versions of kimi-mlx, MLX and Python, by name.
     """
 
     name: str
@@ -58,6 +59,7 @@ class HostStatus:
     free_bytes: int | None = None
     gpu_limit_bytes: int | None = None
     macos_version: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class ModelDeployment:
         config: dimensions of the model.
         machines: hosts of the ranks.
         link: network between the hosts, as text; empty if there is none or it is not known.
-        findings: findings of the checks before the start; None if there were no checks.
+        findings: function that returns without waiting what the last checks have found; None if there were none.
         started_at: Unix time in seconds at which the model was ready.
     """
 
@@ -81,7 +83,7 @@ class ModelDeployment:
     config: ModelConfig
     machines: tuple[HostStatus, ...] = ()
     link: str = ""
-    findings: tuple[Finding, ...] | None = None
+    findings: Callable[[], tuple[Finding, ...] | None] = lambda: None
     started_at: float = field(default_factory=time.time)
 
     @property
@@ -148,7 +150,7 @@ class ModelStatus:
         dimensions: size of each axis in RankStatus.holds.
         ranks: ranks in order.
         machines: hosts of the ranks.
-        findings: findings of the checks before the start; None if there were no checks.
+        findings: findings of the last checks of the hosts; None if there were none.
         is_up: whether requests are answered.
         reason: reason for not being up.
         active: number of requests that are running.
@@ -246,7 +248,7 @@ def model_status(deployment: ModelDeployment, session: Session) -> ModelStatus:
         dimensions=_dimensions(config),
         ranks=tuple(_with_activity(rank, status.activity) for rank in ranks),
         machines=deployment.machines,
-        findings=deployment.findings,
+        findings=deployment.findings(),
         is_up=status.is_up,
         reason=status.reason,
         active=status.active,

@@ -188,6 +188,26 @@ def check_disk(facts: Facts, need_bytes: int | None, download: DiskSpace | None 
     return Finding(facts.host, "disk", "ok", message)
 
 
+def check_cache_disk(host: str, folder: str, free_bytes: int | None, reserve_bytes: int) -> Finding:
+    """Check that the disk of the prompt cache has space: the cache leaves some free for other uses.
+
+    Args:
+        host: name of the host.
+        folder: folder of the prompt cache.
+        free_bytes: free bytes on its disk; None if unknown.
+        reserve_bytes: bytes that the prompt cache leaves free.
+    """
+    if free_bytes is None:
+        message = f"free space for the prompt cache in `{folder}` is unknown"
+        return Finding(host, "prompt cache", "warning", message, f"`df -h {_quoted(folder)}`")
+    message = f"{format_bytes(free_bytes)} are free for the prompt cache in `{folder}`"
+    if free_bytes >= reserve_bytes:
+        return Finding(host, "prompt cache", "ok", message)
+    message += f", which leaves {format_bytes(reserve_bytes)} free for other uses: nothing new is stored"
+    remedy = "free disk space, or use another disk: `--cache-dir /Volumes/...`"
+    return Finding(host, "prompt cache", "warning", message, remedy)
+
+
 def clock_offset(facts: Facts, answer: ScriptResult) -> tuple[float, float] | None:
     """Return the offset of a host's clock from ours (positive: ahead) and its uncertainty, in seconds; None if unknown.
 

@@ -7,10 +7,10 @@ Source: gh:jundot/omlx#2184 and #2855; published wired memory of idle Macs (3 to
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import replace
 
+from kimi_mlx.cluster.doctor.local_facts import output_of
 from kimi_mlx.cluster.hosts import probes
 from kimi_mlx.cluster.hosts.facts import Facts
 from kimi_mlx.cluster.hosts.findings import Finding
@@ -18,9 +18,6 @@ from kimi_mlx.units import GIB, format_gib
 
 KERNEL_WIRED_BYTES, KERNEL_WIRED_SHARE = 6 * GIB, 0.03
 """Memory that the kernel and drivers normally wire: a base, and a share of all memory for page tables and the like."""
-
-COMMAND_LIMIT_S = 10.0
-"""Time limit of a command of macOS."""
 
 LEAK_LIMIT_BYTES = 8 * GIB
 """Excess from which wired memory counts as lost: what the kernel wires grows by a few GB over weeks."""
@@ -62,18 +59,11 @@ def find_lost_memory() -> Finding | None:
     """
     if sys.platform != "darwin":
         return None
-    _, wired_bytes = probes.vm_stat(_output("vm_stat"))
-    memory_bytes = probes.number(_output("sysctl", "-n", "hw.memsize").strip())
+    _, wired_bytes = probes.vm_stat(output_of("vm_stat"))
+    memory_bytes = probes.number(output_of("sysctl", "-n", "hw.memsize").strip())
     facts = Facts("this Mac", True, memory_bytes=memory_bytes, wired_bytes=wired_bytes, process_bytes=0)
     if check_wired_memory(facts).state == "ok":
         return None
-    process_bytes = probes.process_memory(_output("top", "-l", "1", "-stats", "pid,mem"))
+    process_bytes = probes.process_memory(output_of("top", "-l", "1", "-stats", "pid,mem"))
     finding = check_wired_memory(replace(facts, process_bytes=process_bytes))
     return None if finding.state == "ok" else finding
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_LIMIT_S, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""

@@ -57,6 +57,7 @@ export class ClusterView {
       summaryOf(status, this.isGone),
       hasProblems && findings,
       section(text("placement"), placementOf(status)),
+      section(text("hosts"), hostsOf(status)),
       section(text("ranks"), ranksOf(status)),
       section(text("speed"), speedOf(status)),
       section(text("answers"), answersOf(status)),
@@ -122,6 +123,23 @@ function summaryOf(status, isGone) {
       [text("versions"), Object.entries(status.versions).map(([name, version]) => `${name} ${version}`).join(", ")],
     ]),
   );
+}
+
+// Return the hosts with their versions, which may differ.
+function hostsOf({ machines }) {
+  if (!machines.length) return null;
+  const systemOf = ({ macos_version: macos, versions }) => [
+    macos && `macOS ${macos}`,
+    ...Object.entries(versions).map(([name, version]) => `${name} ${version}`),
+  ];
+  const rows = machines.map((machine) => [
+    machine.name,
+    machine.chip || null,
+    bytesIfKnown(machine.memory_bytes),
+    bytesIfKnown(machine.gpu_limit_bytes),
+    systemOf(machine).filter(Boolean).join(", ") || null,
+  ]);
+  return table([text("host"), text("chip"), text("memory"), text("gpuLimit"), text("versions")], rows);
 }
 
 const rankName = ({ rank }) => text("rankNumber", { rank });
@@ -241,9 +259,11 @@ function cacheOf({ cached_tokens: cached, prompt_cache: cache }) {
 
 function restartsOf({ restarts }) {
   if (!restarts.length) return hint(text("noRestarts"));
-  const items = restarts.map(({ at, reason }) =>
-    element("li", {}, `${text("ago", { time: duration(Math.max(0, Date.now() / 1000 - at)) })}: ${reason}`),
-  );
+  const items = restarts.map(({ at, reason, downtime_s: downtime }) => {
+    const age = text("ago", { time: duration(Math.max(0, Date.now() / 1000 - at)) });
+    const outcome = downtime === null ? text("stateRestarting") : text("upAfter", { time: duration(downtime) });
+    return element("li", {}, `${age}: ${reason} · ${outcome}`);
+  });
   return element("ul", {}, ...items.reverse());
 }
 
