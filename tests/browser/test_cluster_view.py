@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from kimi_mlx.session.open import open_session
 from kimi_mlx.session.ring import RingSession
 from kimi_mlx.session.session import Session, SessionOptions
 from tests.browser.conftest import OpenPage
-from tests.browser.servers import answering
+from tests.browser.servers import answering, free_port, start_server
 from tests.fakes import KIMI_MINI
 from tests.server.running_server import RunningServer, serving
 
@@ -125,3 +128,36 @@ def test_two_ranks(open_page: OpenPage) -> None:
         assert "Rank 0" in (bar.get_attribute("aria-label") or "")
         assert bar.locator("rect").count() == 2
         chat.page.close()
+
+
+@pytest.mark.ranks
+def test_a_rank_that_is_killed(open_page: OpenPage) -> None:
+    """Of `serve --ranks 2`: the loss with its reason, the restart, versions, and checks of this machine."""
+    port = free_port()
+    process = start_server(port, "--ranks", "2")
+    view = open_page(f"http://127.0.0.1:{port}", "#/cluster")
+    view.wait_text("No restarts", "#cluster-view")
+    view.wait_text("No problems found", "#cluster-view")
+    hosts = view.find("#cluster-view section").filter(has_text="Hosts").locator("td").all_inner_texts()
+    assert hosts[0] == "localhost"
+    assert all(f"{name} {version(name)}" in hosts[-1] for name in ("kimi-mlx", "mlx"))
+    os.kill(rank_processes(process.pid)[1], signal.SIGKILL)
+    view.wait_text("rank 1", "#cluster-view li")
+    view.wait_text("up again after", "#cluster-view li")
+    view.wait_text("Running", "#cluster-view")
+    printed = subprocess.run(
+        [sys.executable, "-m", "kimi_mlx", "status", f"http://127.0.0.1:{port}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "restarts" in printed
+    assert "rank 1" in printed
+    view.page.close()
+
+
+def rank_processes(server: int) -> list[int]:
+    """Return the processes of a server's ranks, which are children of its children, their guards."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = {int(child): int(parent) for child, parent in map(str.split, listed.splitlines())}
+    return sorted(child for child, parent in parents.items() if parents.get(parent) == server)
