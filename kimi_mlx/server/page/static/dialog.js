@@ -22,38 +22,12 @@ export function ask(title, content, buttons) {
       dialog.remove();
       resolve(value || null);
     };
-    const form = element(
-      "form",
-      {
-        method: "dialog",
-        onsubmit: (event) => {
-          event.preventDefault();
-          finish(event.submitter?.value);
-        },
-      },
-      element("h2", { id: "dialog-title" }, title),
-      ...content,
-      element(
-        "div",
-        { class: "row end" },
-        ...buttons.map(({ label, value, kind, check, run }) =>
-          element(
-            "button",
-            {
-              type: kind ? "submit" : "button", // Enter in a field presses the first submit button
-              class: kind ?? "",
-              value,
-              onclick: (event) => {
-                if (run) run();
-                else if (!kind) finish(value);
-                else if (check && !check()) event.preventDefault();
-              },
-            },
-            label,
-          ),
-        ),
-      ),
-    );
+    const onsubmit = (event) => {
+      event.preventDefault();
+      finish(event.submitter?.value);
+    };
+    const row = element("div", { class: "row end" }, ...buttons.map((button) => buttonNode(button, finish)));
+    const form = element("form", { method: "dialog", onsubmit }, element("h2", { id: "dialog-title" }, title), ...content, row);
     dialog.append(form);
     dialog.addEventListener("close", () => finish(null)); // by Escape
     document.body.append(dialog);
@@ -61,6 +35,16 @@ export function ask(title, content, buttons) {
     dialog.showModal();
     (form.querySelector("[autofocus]") ?? form.querySelector("input, textarea, button"))?.focus();
   });
+}
+
+function buttonNode({ label, value, kind, check, run }, finish) {
+  const onclick = (event) => {
+    if (run) run();
+    else if (!kind) finish(value);
+    else if (check && !check()) event.preventDefault();
+  };
+  const type = kind ? "submit" : "button"; // Enter in a field presses the first submit button
+  return element("button", { type, class: kind ?? "", value, onclick }, label);
 }
 
 export const cancelButton = () => ({ label: text("cancel"), value: "" });
