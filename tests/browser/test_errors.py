@@ -44,6 +44,11 @@ def test_a_wrong_key_then_the_right_one(session: Session, open_page: OpenPage) -
         another.wait_text("needs one of the API keys", "#dialog")
         another.click("Cancel")
         another.wait_text("needs one of the API keys", "#banner")
+        another.send("What are you?")  # it is sent once the key is right
+        another.page.fill("#key-input", "secret")
+        another.click("Use")
+        assert "kimi-mini" in another.wait_answer()
+        assert another.find(".message.assistant h2").inner_text() == "kimi-mini"
 
 
 @pytest.mark.slow

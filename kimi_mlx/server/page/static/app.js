@@ -22,7 +22,10 @@ const chat = new Chat(model, {
   onServerError: showServerError,
   askKey: async () => {
     const isRight = await connect();
-    if (isRight) feed.start();
+    if (isRight) {
+      feed.start();
+      await showModel();
+    }
     return isRight;
   },
 });
