@@ -27,6 +27,8 @@ from kimi_mlx.units import format_bytes, format_count, format_duration, format_r
 INTERVAL_S = 1.0
 """Interval of `--watch`."""
 
+RETRY_HINT = "try again, and look at the log of the server"
+
 MAX_ANSWERS = 20
 """Maximum number of answers that are shown; a screen has no room for more."""
 
@@ -125,14 +127,14 @@ def _results(client: HttpClient) -> Iterator[Mapping[str, Any] | ServerError]:
 def _client(url: str | None, key_file: Path | None) -> HttpClient:
     """Return a client of the named server, or of the newest one on this machine."""
     if url is not None:
-        return HttpClient(parse_address(url), read_client_key(key_file))
+        return HttpClient(parse_address(url), read_client_key(key_file), RETRY_HINT)
     servers = find_servers()
     if not servers:
         hint = "start one with `kimi-mlx serve MODEL`, or name one: `kimi-mlx status http://mac-a:8080`"
         raise ServerError("no server of yours is running on this machine", hint=hint)
     for other in servers[1:]:
         print_note(f"also running: {other.model} at {other.url} (`kimi-mlx status {other.url}`)")
-    return HttpClient(parse_address(servers[0].url), read_client_key(key_file))
+    return HttpClient(parse_address(servers[0].url), read_client_key(key_file), RETRY_HINT)
 
 
 def _read(client: HttpClient) -> Mapping[str, Any]:

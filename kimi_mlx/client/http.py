@@ -68,10 +68,12 @@ class HttpClient:
     Args:
         address: address of the server.
         key: API key; None to send none.
+        retry_hint: what to do after a lost connection.
     """
 
-    def __init__(self, address: ServerAddress, key: str | None):
+    def __init__(self, address: ServerAddress, key: str | None, retry_hint: str = RETRY_HINT):
         self.address = address
+        self._retry_hint = retry_hint
         self._headers = {"user-agent": "kimi-mlx", "accept-encoding": "identity"}
         if key is not None:
             self._headers["authorization"] = f"Bearer {key}"
@@ -136,11 +138,11 @@ class HttpClient:
         if isinstance(error, httpx2.ConnectError):
             return ServerError(f"cannot connect to {url}: {_plain_reason(reason)}", hint=_reach_hint(url))
         if isinstance(error, httpx2.ReadTimeout):
-            return ServerError(f"nothing came from {url} for {limit_s:.0f} s", hint=RETRY_HINT)
+            return ServerError(f"nothing came from {url} for {limit_s:.0f} s", hint=self._retry_hint)
         if isinstance(error, httpx2.WriteTimeout | httpx2.WriteError):
-            return ServerError(f"{url} does not accept the request: {reason}", hint=RETRY_HINT)
+            return ServerError(f"{url} does not accept the request: {reason}", hint=self._retry_hint)
         if isinstance(error, httpx2.NetworkError | httpx2.RemoteProtocolError):
-            return ServerError(f"lost the connection to {url}", hint=RETRY_HINT)
+            return ServerError(f"lost the connection to {url}", hint=self._retry_hint)
         return ServerError(f"{url} does not answer as an API server: {reason:.200}", hint=_reach_hint(url))
 
     def refusal(self, response: httpx2.Response, body: bytes) -> ServerError:
@@ -156,7 +158,7 @@ class HttpClient:
             return MissingPathError(f"{url}: {message}", hint="check the address: `--url`")
         if 300 <= status < 400:
             location = response.headers.get("location", "")
-            return ServerError(f"{url} has moved to {location:.200}", hint="use that address with `--url`")
+            return ServerError(f"{url} has moved to {location:.200}", hint="use that address")
         hint = "try again later" if status >= 500 else None
         return ServerError(f"{url}: {message}", hint=hint)
 

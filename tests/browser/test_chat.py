@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from kimi_mlx.session.session import Session
@@ -200,3 +202,59 @@ def test_answers_in_two_tabs_at_once(open_page: OpenPage) -> None:
         first.click("Stop")
         first.wait_answer()
         server.wait_idle()
+
+
+@pytest.mark.slow
+def test_what_the_user_writes_is_kept(open_page: OpenPage) -> None:
+    """While another tab changes the conversation, and while the cluster is shown."""
+    with answering("Word. ", tokens_per_s=50, is_endless=True) as server:
+        first = open_page(server.url)
+        first.send("One")
+        first.wait_text("Word.", ".markdown")
+        first.click("Stop")
+        first.wait_answer()
+        second = first.another_tab().open(first.page.url.removeprefix(f"{server.url}/"))
+        second.wait_answer()
+        second.click("Edit")
+        second.page.fill("form.edit textarea", "Another one")
+        first.send("Two")
+        first.wait_messages(2)
+        first.wait_text("Word.", ".message:last-child .markdown")
+        second.page.fill("#title", "Renamed")
+        second.page.press("#title", "Tab")
+        second.find("#to-cluster").click()
+        second.find("#cluster-view").wait_for()
+        second.find("#to-chat").click()
+        assert second.find("form.edit textarea").input_value() == "Another one"
+        first.click("Stop")
+        first.wait_answer()
+        first.wait_text("Renamed", "#conversations a")  # the end of the answer does not undo it
+        second.find("form.edit").get_by_role("button", name="Cancel").click()
+        second.find("form.edit").wait_for(state="detached")
+        second.wait_text("Two", ".message.user")
+        assert second.find(".message.user .plain").all_inner_texts() == ["One", "Two"]
+
+
+@pytest.mark.slow
+def test_the_conversation_that_was_opened_last_is_shown(running: RunningServer, open_page: OpenPage) -> None:
+    chat = open_page(running.url)
+    messages = [{"role": "user", "content": "word " * 500}] * 500
+    file = {"name": "Large.json", "mimeType": "application/json", "buffer": json.dumps(messages).encode()}
+    chat.page.set_input_files("#import-file", [file])
+    chat.wait_text("Large", "#conversations a")
+    address = chat.find("#conversations a").get_attribute("href")
+    open_both = "(address) => { location.hash = address; setTimeout(() => document.querySelector('#new').click(), 5); }"
+    chat.run(open_both, address)
+    chat.page.wait_for_timeout(1500)
+    assert chat.find(".message").count() == 0
+    assert chat.run("() => location.hash") == "#/"
+
+
+@pytest.mark.slow
+def test_a_clock_that_is_set_back(running: RunningServer, open_page: OpenPage) -> None:
+    chat = open_page(running.url)
+    chat.ask("What are you?")
+    chat.run("() => { const now = Date.now; Date.now = () => now() - 86_400_000; }")
+    chat.click("Retry")
+    chat.wait_text("2 of 2", ".versions")
+    chat.wait_answer()

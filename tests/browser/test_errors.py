@@ -29,9 +29,10 @@ def test_a_wrong_key_then_the_right_one(session: Session, open_page: OpenPage) -
         chat = open_page(server.url)
         chat.allow("status of 401")
         chat.wait_text("needs one of the API keys", "#dialog")
-        chat.page.fill("#key-input", "wrong")
-        chat.page.press("#key-input", "Enter")
-        chat.wait_text("rejects this key", "#dialog")
+        for key in ("wrong", "\u5bc6\u94a5", "copied\u2026"):  # no header can have the last ones
+            chat.page.fill("#key-input", key)
+            chat.page.press("#key-input", "Enter")
+            chat.wait_text("rejects this key", "#dialog")
         chat.page.fill("#key-input", "secret")
         chat.click("Use")
         chat.wait_model("kimi-mini")
@@ -246,3 +247,39 @@ def test_a_broken_answer_of_the_server(running: RunningServer, open_page: OpenPa
     chat.wait_answer()
     assert "The server rejected the request" in chat.remark
     assert "nonsense" in chat.remark
+
+
+FULL_DISK = """() => {
+  const put = IDBObjectStore.prototype.put;
+  IDBObjectStore.prototype.put = function (value) {
+    const request = put.call(this, value);
+    request.addEventListener('success', () => this.transaction.abort());
+    return request;
+  };
+}"""
+
+
+@pytest.mark.slow
+def test_a_browser_that_cannot_save(running: RunningServer, open_page: OpenPage) -> None:
+    """The user is told, and the chat goes on."""
+    chat = open_page(running.url)
+    chat.wait_model("kimi-mini")
+    chat.run(FULL_DISK)
+    assert "kimi-mini" in chat.ask("What are you?")
+    chat.wait_text("cannot save", "#banner")
+    chat.ask("And now?")
+    assert chat.find(".message").count() == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "answer", ["throw new DOMException('', 'SecurityError')", "return {}"], ids=["refused", "silent"]
+)
+def test_a_browser_without_storage(running: RunningServer, open_page: OpenPage, answer: str) -> None:
+    chat = open_page(running.url)
+    chat.page.add_init_script(f"IDBFactory.prototype.open = () => {{ {answer} }}")
+    chat.page.reload()
+    assert "kimi-mini" in chat.ask("What are you?")
+    chat.click("New conversation")
+    chat.find(".empty").wait_for()
+    assert not chat.run("async () => (await import('/page/store.js')).isPersistent")

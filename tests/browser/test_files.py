@@ -180,3 +180,23 @@ def test_export_and_import(running: RunningServer, open_page: OpenPage) -> None:
     assert markdown.startswith("# What are you?\n")
     assert "Be brief." in markdown
     assert download.value.suggested_filename == "What-are-you-.md"
+
+
+def test_import_of_other_programs(running: RunningServer, open_page: OpenPage) -> None:
+    """Contents may be lists, and arguments objects; a file that is not in our form is shown as it is sent."""
+    chat = open_page(running.url)
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "name": "a.txt", "text": "not in a fence"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "**Yes**"}], "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "seen"},
+    ]
+    buffer = json.dumps(messages).encode()
+    chat.page.set_input_files("#import-file", [{"name": "a.json", "mimeType": "application/json", "buffer": buffer}])
+    chat.wait_text("a", "#conversations a")
+    chat.find("#conversations a").click()
+    chat.wait_text("Yes", ".markdown strong")
+    assert chat.find(".file pre").text_content() == "not in a fence"
+    assert json.loads(chat.find(".call pre").inner_text()) == {"at": "it"}
+    chat.ask("And?")
+    assert "refuses" not in chat.remark

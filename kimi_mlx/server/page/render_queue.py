@@ -16,9 +16,14 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.page.render import Block, render_blocks
 
 SHORT_TEXT_CHARS = 4000
-"""Maximum length of a text that is rendered in a thread of this process: milliseconds, 0.2 s for a hostile text.
+SHORT_CODE_CHARS = 1000
+MAX_CELLS = 2000
+"""Largest texts, without and with code, and largest table, that are rendered in a thread of this process.
 
-Python code in a thread delays the streams of the server, so longer texts go to worker processes."""
+They take milliseconds, hostile ones 0.1 s; Python code in a thread delays the streams of the server. So all others go
+to worker processes: 4,000 characters of code may take a lexer 0.7 s, and those of a table may become 65,536 cells."""
+
+CODE_FENCES = ("```", "~~~")
 
 NUM_THREADS = 1
 NUM_PROCESSES = 2
@@ -50,7 +55,7 @@ class RenderQueue:
         """
         work = partial(render_blocks, text, is_final=is_final)
         async with self._turn(client):
-            if len(text) <= SHORT_TEXT_CHARS:
+            if _is_light(text):
                 return await anyio.to_thread.run_sync(work, limiter=self._threads)
             return await self._in_process(work)
 
@@ -90,3 +95,11 @@ class RenderQueue:
     @cached_property
     def _processes(self) -> asyncio.Semaphore:
         return asyncio.Semaphore(NUM_PROCESSES)
+
+
+def _is_light(text: str) -> bool:
+    """Return whether rendering a text takes no time that others notice. A table's rows are as long as its first."""
+    if text.count("|") * (text.count("\n") + text.count("\r")) > MAX_CELLS:
+        return False
+    has_code = any(fence in text for fence in CODE_FENCES)
+    return len(text) <= (SHORT_CODE_CHARS if has_code else SHORT_TEXT_CHARS)

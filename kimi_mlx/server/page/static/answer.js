@@ -11,13 +11,15 @@ const AWAY_MS = 3000; // between checks whether the server is back
 const MAX_AWAY_MS = 3_600_000; // after which an unfinished answer is not continued automatically
 const MAX_LOSSES = 3; // of the connection in a row, without new text
 
-// Receives one answer into a message record; `onUpdate` is called with it after each change. If the connection is lost,
-// the answer is continued once the server is back, as long as it has the model `modelId`.
+// Receives one answer into a message record; `onUpdate` is called with it after each change, `onSaveError` with the first
+// error of the browser's storage. If the connection is lost, the answer is continued once the server is back, as long as
+// it has the model `modelId`.
 export class Answer {
-  constructor(message, modelId, onUpdate) {
+  constructor(message, modelId, { onUpdate, onSaveError }) {
     this.message = message;
     this.modelId = modelId;
     this.onUpdate = onUpdate;
+    this.onSaveError = onSaveError;
     this.progress = null; // {processed, total, seconds} of the prompt
     this.notice = null; // {type, reason} of the ring or the server: it was lost, or is back
     this.busySeconds = null; // seconds until the next attempt, while the server's queue is full
@@ -35,7 +37,7 @@ export class Answer {
     const { message } = this;
     message.finish = null; // null marks an unfinished answer, also after a reload
     delete message.error;
-    await store.saveMessage(message);
+    await this.save();
     try {
       while (message.finish === null) {
         try {
@@ -183,13 +185,18 @@ export class Answer {
 
   async saveSometimes() {
     if (performance.now() - this.savedAt < SAVE_EVERY_MS) return;
-    this.savedAt = performance.now();
-    await store.saveMessage(this.message, true);
+    await this.save(true);
   }
 
-  async save() {
+  // Save the message; the answer goes on if the browser cannot.
+  async save(isPart = false) {
     this.savedAt = performance.now();
-    await store.saveMessage(this.message);
+    try {
+      await store.saveMessage(this.message, isPart);
+    } catch (error) {
+      if (!this.hasSaveError) this.onSaveError(error);
+      this.hasSaveError = true;
+    }
   }
 }
 

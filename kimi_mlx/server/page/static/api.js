@@ -23,6 +23,7 @@ export class ServerError extends Error {
 export async function request(path, { body = null, signal = null } = {}) {
   const headers = {};
   if (key.get()) headers.authorization = `Bearer ${key.get()}`;
+  if (/[^\x20-\xff]/.test(key.get())) throw new ServerError(401, ""); // a header cannot have it, and no key does
   if (body !== null) headers["content-type"] = "application/json";
   let response;
   try {

@@ -47,8 +47,10 @@ const sidebar = new Sidebar({
 
 const composer = new Composer({
   onSend: (content) => {
-    chat.send(content);
-    history.replaceState(null, "", `#/${chat.conversation.id}`);
+    firstView.then(() => {
+      chat.send(content);
+      history.replaceState(null, "", `#/${chat.conversation.id}`);
+    });
   },
   onStop: () => chat.stop(),
   onError: showBanner,
@@ -73,7 +75,7 @@ const feed = new StatusFeed({
 async function showModel() {
   composer.seesImages = model.seesImages;
   await firstView;
-  const isEditing = byId("log").querySelector("form.edit") !== null;
+  const isEditing = [...byId("log").querySelectorAll("textarea")].some((area) => area.value);
   if (chat.answer || isEditing) chat.showName();
   else await chat.drawAll();
 }
@@ -96,13 +98,17 @@ async function showView() {
   cluster.show(isCluster);
   if (isCluster) {
     document.title = `${text("cluster")} · ${model.name}`;
-    if (!chat.conversation) await chat.open(null);
+    if (!chat.conversation && (await chat.open(null)) === null) return;
     byId("to-chat").href = chat.path.length ? `#/${chat.conversation.id}` : "#/";
     await sidebar.refresh(null);
     return;
   }
   if (id && id === chat.conversation?.id) await chat.draw(true);
-  else if (!(await chat.open(id || null))) history.replaceState(null, "", "#/");
+  else {
+    const exists = await chat.open(id || null);
+    if (exists === null) return;
+    if (!exists) history.replaceState(null, "", "#/");
+  }
   await sidebar.refresh(chat.conversation.id);
   focusInput();
 }
@@ -127,7 +133,7 @@ async function changeSettings() {
   const settings = await editSettings(conversation.settings, model.sampling);
   if (settings === null) return;
   conversation.settings = settings;
-  if (chat.path.length) await chat.save();
+  if (chat.path.length) await chat.save(["settings"]);
   chat.showState();
 }
 

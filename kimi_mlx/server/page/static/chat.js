@@ -26,10 +26,12 @@ export class Chat {
     this.scroll = new LogScroll(this.log);
   }
 
-  // Show a conversation, or an empty one; resolves with whether it exists.
+  // Show a conversation, or an empty one; resolves with whether it exists, or null if another was opened meanwhile.
   async open(id) {
+    const number = (this.openings = (this.openings ?? 0) + 1);
     const conversation = id ? await store.conversation(id) : undefined;
     const messages = conversation ? await store.messages(id) : [];
+    if (number !== this.openings) return null;
     this.conversation = conversation ?? {
       id: store.newId(),
       title: "",
@@ -51,8 +53,8 @@ export class Chat {
   // Read the conversation again, because another tab has changed it.
   async reload(id) {
     const isEditing = this.log.contains(document.activeElement) && document.activeElement.matches("textarea");
-    if (id !== this.conversation.id || isEditing) return;
-    this.isStale = this.answer !== null; // read after the answer
+    if (id !== this.conversation.id) return;
+    this.isStale = this.answer !== null || isEditing; // read after that
     if (this.isStale) return;
     const conversation = await store.conversation(id);
     const messages = await store.messages(id);
@@ -100,7 +102,7 @@ export class Chat {
     const conversation = isOpen ? this.conversation : (this.answers.get(id)?.conversation ?? (await store.conversation(id)));
     if (!conversation) return;
     conversation.title = title;
-    if (!isOpen || this.path.length) await this.persist(() => store.saveConversation(conversation));
+    if (!isOpen || this.path.length) await this.persist(() => store.updateConversation(conversation, ["title"]));
     if (isOpen) this.showState();
     this.onChanged();
   }
@@ -135,8 +137,7 @@ export class Chat {
     if (!nodes.length) nodes.push(this.emptyNode());
     this.scroll.show(nodes, keepsPlace);
     this.showState();
-    await Promise.all(isDrawing);
-    this.scroll.follow();
+    Promise.all(isDrawing).then(() => this.scroll.follow()); // a long conversation takes a while
   }
 
   // Show everything again, such as after the server was away or has another model.
@@ -162,14 +163,14 @@ export class Chat {
 
   actions() {
     return {
-      redraw: () => this.draw(true),
+      redraw: () => (this.isStale ? this.reload(this.conversation.id) : this.draw(true)),
       beginEdit: () => this.scroll.stopFollowing(), // the form stays where it is, although it changes the height
       edit: (message, content) => this.ask(() => this.send(content, message.parent)),
       retry: (message) => this.ask(() => this.generate(message.parent)),
       continueAnswer: (message) => this.ask(() => this.continueAnswer(message)),
       select: async (message) => {
         this.conversation.leaf = newestLeaf(this.messages, message);
-        await this.save();
+        await this.save(["leaf"]);
         await this.draw(true);
       },
       needsResults: (message) => message.id === this.conversation.leaf,
@@ -201,7 +202,8 @@ export class Chat {
   }
 
   addMessage(role, content, parent, fields = {}) {
-    const created = Math.max(Date.now(), (this.messages.get(parent)?.created ?? 0) + 1);
+    const newest = [...this.messages.values()].reduce((latest, item) => Math.max(latest, item.created), 0);
+    const created = Math.max(Date.now(), newest + 1); // the clock may have been set back
     const message = { id: store.newId(), conversation: this.conversation.id, parent, role, content, created, ...fields };
     this.messages.set(message.id, message);
     this.conversation.leaf = message.id;
@@ -229,38 +231,36 @@ export class Chat {
     const { settings } = conversation;
     const path = branch(this.messages, message.parent);
     let isDrawn = true;
-    const answer = new Answer(message, this.model.id, () => {
+    const onUpdate = () => {
       if (!isDrawn) return;
       isDrawn = false; // at most once a frame
       requestAnimationFrame(() => {
         isDrawn = true;
         this.showAnswer(answer);
       });
-    });
+    };
+    const onSaveError = (error) => this.onSaveError(error);
+    const answer = new Answer(message, this.model.id, { onUpdate, onSaveError });
     answer.conversation = conversation;
     this.answers.set(conversation.id, answer);
     this.announce(text("answering"));
     answer.ended = this.complete(answer, () => requestBody(path, settings, message));
     this.draw();
-    this.save();
+    this.save(["leaf", "title"]);
     await answer.ended;
   }
 
   // Receive an answer until its end.
   async complete(answer, newBody) {
     const { conversation, message } = answer;
-    try {
-      do await answer.run(newBody);
-      while (message.error?.status === 401 && (await this.askKey()));
-    } catch (error) {
-      this.onServerError({ status: -1, message: text("storageFull", { message: error.message }) });
-    }
+    do await answer.run(newBody);
+    while (message.error?.status === 401 && (await this.askKey()));
     this.answers.delete(conversation.id);
     const isShown = conversation === this.conversation; // then the error stands below the answer
     if (message.error && (message.error.status === 0 || (!isShown && message.error.status !== 401))) this.onServerError(message.error);
     conversation.updated = Date.now();
     conversation.model = this.model.name;
-    await this.persist(() => store.saveConversation(conversation));
+    await this.persist(() => store.updateConversation(conversation, ["updated", "model"]));
     this.onChanged();
     if (conversation !== this.conversation) return;
     await this.views.get(message.id)?.finish();
@@ -292,9 +292,9 @@ export class Chat {
     await answer?.ended;
   }
 
-  async save() {
+  async save(names) {
     this.conversation.updated = Date.now();
-    await this.persist(() => store.saveConversation(this.conversation));
+    await this.persist(() => store.updateConversation(this.conversation, [...names, "updated"]));
     this.onChanged();
   }
 
@@ -302,8 +302,12 @@ export class Chat {
     try {
       await write();
     } catch (error) {
-      this.onServerError({ status: -1, message: text("storageFull", { message: error.message }) });
+      this.onSaveError(error);
     }
+  }
+
+  onSaveError(error) {
+    this.onServerError({ status: -1, message: text("storageFull", { message: error.message }) });
   }
 
   showState() {

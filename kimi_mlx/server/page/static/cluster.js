@@ -257,10 +257,10 @@ function cacheOf({ cached_tokens: cached, prompt_cache: cache }) {
   ]);
 }
 
-function restartsOf({ restarts }) {
+function restartsOf({ restarts, started_at: startedAt, uptime_s: uptime }) {
   if (!restarts.length) return hint(text("noRestarts"));
   const items = restarts.map(({ at, reason, downtime_s: downtime }) => {
-    const age = text("ago", { time: duration(Math.max(0, Date.now() / 1000 - at)) });
+    const age = text("ago", { time: duration(Math.max(0, startedAt + uptime - at)) }); // by the server's clock
     const outcome = downtime === null ? text("stateRestarting") : text("upAfter", { time: duration(downtime) });
     return element("li", {}, `${age}: ${reason} · ${outcome}`);
   });

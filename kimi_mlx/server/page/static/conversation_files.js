@@ -62,8 +62,7 @@ export async function importFile(file) {
   if (!Array.isArray(items)) throw new Error('"conversations" is not a list');
   const imported = items.map(readConversation); // all of them are checked before any is saved
   for (const { conversation, messages } of imported) {
-    for (const message of messages) await store.importMessage(message);
-    await store.saveConversation(conversation);
+    await store.saveAll(conversation, messages);
   }
   return imported.map(({ conversation }) => conversation.id);
 }
@@ -124,7 +123,7 @@ function readMessage(message, ids, conversation, created) {
     conversation,
     parent: isChild ? ids.get(message.parent) : null,
     role: message.role,
-    content: readContent(message.content),
+    content: message.role === "assistant" ? textOf(readContent(message.content)) : readContent(message.content),
     created,
     finish: FINISH_REASONS.includes(message.finish) ? message.finish : "stop",
   };
@@ -140,7 +139,7 @@ function readMessage(message, ids, conversation, created) {
     checked.toolCalls = message.toolCalls.map((call) => ({
       id: String(call?.id ?? ""),
       name: String(call?.name ?? ""),
-      arguments: String(call?.arguments ?? ""),
+      arguments: typeof call?.arguments === "string" ? call.arguments : JSON.stringify(call?.arguments ?? {}),
       broken: call?.broken === true,
     }));
   }

@@ -15,6 +15,7 @@ const SLICE_CHARS = 16_000; // per request: a long text appears from its beginni
 const MAX_CHARS = 100_000; // of one block; a longer one is plain
 const REFERENCE = /^ {0,3}\[[^\]\n]+\]:/m; // defines links of the whole text
 const MAX_REQUESTS = 2; // for complete texts, at the same time
+const PLAIN_AFTER_MS = 2000; // browsers have six connections to a server, and answers may need them all
 
 // Shows a text that grows, block by block. Blocks that are finished are never touched again.
 export class MarkdownView {
@@ -72,6 +73,7 @@ export class MarkdownView {
     const rest = rendered.slice(begin, begin + this.sliceChars);
     const isAll = begin + rest.length === rendered.length;
     let isMore = !isAll;
+    const plain = setInterval(() => this.showPlain(), PLAIN_AFTER_MS);
     try {
       const response = await request("page/render", { body: { text: rest, final: isFinal && isAll } });
       const { blocks } = await response.json();
@@ -80,6 +82,7 @@ export class MarkdownView {
       this.showPlain();
       isMore = false;
     }
+    clearInterval(plain);
     if (isFinal) releaseSlot();
     this.isRendering = false;
     if (isMore) this.render();

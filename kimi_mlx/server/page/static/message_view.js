@@ -32,11 +32,13 @@ export class MessageView {
     if (this.message.role === "assistant") this.node.firstChild.textContent = modelName;
   }
 
-  // Return whether this view shows a message as it is now. One with tool calls is always drawn again: its form depends on the
-  // branch.
+  // Return whether this view shows a message as it is now, or has a form in which the user may be writing. That for the
+  // results of tools depends on the branch.
   isCurrent(message, versions) {
+    if (this.isEdited !== undefined) return this.isEdited; // false after an edit that was cancelled
     const isSame = this.message === message && this.versions.length === versions.length;
-    return isSame && !this.isEdited && !message.toolCalls && (message.role !== "assistant" || this.isFinished);
+    const needsForm = Boolean(this.hasForm) && this.actions.needsResults(message);
+    return isSame && (!message.toolCalls || needsForm) && (message.role !== "assistant" || this.isFinished);
   }
 
   // Show a message of the user, or the result of a tool.
@@ -65,6 +67,7 @@ export class MessageView {
     showEditForm(this.content, this.message.content, {
       onSend: (content) => this.actions.edit(this.message, content),
       onCancel: async () => {
+        this.isEdited = false;
         await this.actions.redraw();
         document.querySelector(`[data-id="${this.message.id}"] button`)?.focus();
       },
@@ -190,9 +193,11 @@ export class MessageView {
 
 const button = (label, onclick) => element("button", { type: "button", class: "small", onclick }, label);
 
+const ATTACHED = /^.*:\n(`{3,})\n([^]*)\n\1$/; // a file as attachments.js writes it: its name, then its text as code
+
 // Return a file of a message, folded.
 function fileNode(part) {
-  const lines = part.text.split("\n").slice(2, -1).join("\n"); // without its name and the fence
+  const lines = part.text.match(ATTACHED)?.[2] ?? part.text;
   const summary = element("summary", {}, `${part.name} · ${bytes(new Blob([lines]).size)}`);
   return element("details", { class: "file" }, summary, element("pre", { class: "result", tabindex: "0" }, lines));
 }

@@ -4,6 +4,7 @@
 import { textOf } from "./messages.js";
 
 const NAME = "kimi-mlx";
+const OPEN_MS = 5000; // some browsers never answer
 
 let database = null; // a promise of it; null if conversations are in memory only
 const inMemory = { conversations: new Map(), messages: new Map() };
@@ -36,6 +37,7 @@ export async function open() {
     opening.onsuccess = () => resolve(opening.result);
     opening.onerror = () => reject(opening.error);
     opening.onblocked = () => reject(new Error("blocked"));
+    setTimeout(() => reject(new Error("no answer")), OPEN_MS);
   });
   try {
     (await database).onversionchange = async () => (await database).close();
@@ -51,9 +53,26 @@ const completion = (operation) =>
     operation.onerror = () => reject(operation.error);
   });
 
-async function put(store, value) {
-  if (database === null) inMemory[store].set(value.id, structuredClone(value));
-  else await completion((await database).transaction(store, "readwrite").objectStore(store).put(value));
+// Save records, by store: all or none. That the disk is full is only known at the end of the transaction.
+async function put(records) {
+  const writes = Object.entries(records).flatMap(([store, values]) => values.map((value) => [store, value]));
+  if (database === null) {
+    for (const [store, value] of writes) inMemory[store].set(value.id, structuredClone(value));
+    return;
+  }
+  const transaction = (await database).transaction(Object.keys(records), "readwrite");
+  const ended = new Promise((resolve, reject) => {
+    transaction.oncomplete = resolve;
+    transaction.onabort = () => reject(transaction.error ?? new Error("aborted"));
+  });
+  try {
+    for (const [store, value] of writes) transaction.objectStore(store).put(value);
+  } catch (error) { // a value that cannot be stored
+    ended.catch(() => {});
+    transaction.abort();
+    throw error;
+  }
+  await ended;
 }
 
 async function remove(store, id) {
@@ -81,21 +100,26 @@ export async function messages(id) {
   return completion(index.getAll(id));
 }
 
-export async function saveConversation(value) {
+// Save some fields of a conversation, which another tab may have changed too; all of them if it is new.
+export async function updateConversation(value, names) {
+  const stored = (await conversation(value.id)) ?? value;
   if (deleted.has(value.id)) return;
-  await put("conversations", value);
+  await put({ conversations: [{ ...stored, ...Object.fromEntries(names.map((name) => [name, value[name]])) }] });
   channel?.postMessage({ id: value.id });
 }
 
 // Save a message. Other tabs show a part of an answer as it is; for other messages they read the conversation again.
 export async function saveMessage(value, isPart = false) {
   if (deleted.has(value.conversation)) return;
-  await put("messages", value);
+  await put({ messages: [value] });
   channel?.postMessage(isPart ? { id: value.conversation, message: value } : { id: value.conversation });
 }
 
-// Save a message of a conversation that is saved later: other tabs do not know it yet.
-export const importMessage = (value) => put("messages", value);
+// Save a new conversation with its messages.
+export async function saveAll(value, messages) {
+  await put({ conversations: [value], messages });
+  channel?.postMessage({ id: value.id });
+}
 
 export async function deleteConversation(id) {
   deleted.add(id);

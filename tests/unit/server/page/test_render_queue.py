@@ -26,12 +26,20 @@ def _collect_processes() -> Iterator[None]:
 HOSTILE = "![" * 4 * SHORT_TEXT_CHARS
 
 
-def test_a_text_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+TABLE = "|a" * 100 + "\n" + "|-" * 100 + "\n" + "|\r" * 400
+"""A short text that becomes 40,000 cells."""
+
+SLOW_CODE = "```java\n" + "\n" * (SHORT_TEXT_CHARS - 20) + "```"
+
+
+@pytest.mark.parametrize("text", [HOSTILE, TABLE, SLOW_CODE], ids=["brackets", "table", "code"])
+def test_a_text_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """It is rendered in another process, which ends."""
     monkeypatch.setattr(render_queue, "LIMIT_S", 0.01)
 
     async def run() -> None:
         with pytest.raises(ApiError, match="takes more than"):
-            await RenderQueue().render("a", HOSTILE, is_final=True)
+            await RenderQueue().render("a", text, is_final=True)
 
     anyio.run(run)
 
