@@ -378,6 +378,7 @@ class RingSession:
                 if (outcome := job.outcome_if_complete(self._context)) is not None:
                     self._end_job(job, outcome)
         self._earlier_cache_usage = list(self._cache_usage)
+        self._cached_tokens = 0
         lost_at = time.monotonic()
         self._restart_log.append(Restart(time.time(), error.message))
         self._policy.record_loss(lost_at - self._up_since)

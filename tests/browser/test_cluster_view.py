@@ -141,8 +141,8 @@ def test_a_rank_that_is_killed(open_page: OpenPage) -> None:
     hosts = view.find("#cluster-view section").filter(has_text="Hosts").locator("td").all_inner_texts()
     assert hosts[0] == "localhost"
     assert all(f"{name} {version(name)}" in hosts[-1] for name in ("kimi-mlx", "mlx"))
-    os.kill(rank_processes(process.pid)[1], signal.SIGKILL)
-    view.wait_text("rank 1", "#cluster-view li")
+    os.kill(rank_processes(process.pid)[0], signal.SIGKILL)
+    view.wait_text("was ended by SIGKILL", "#cluster-view li")
     view.wait_text("up again after", "#cluster-view li")
     view.wait_text("Running", "#cluster-view")
     printed = subprocess.run(
@@ -152,12 +152,12 @@ def test_a_rank_that_is_killed(open_page: OpenPage) -> None:
         check=True,
     ).stdout
     assert "restarts" in printed
-    assert "rank 1" in printed
+    assert "was ended by SIGKILL" in " ".join(printed.split())  # folded at any place
     view.page.close()
 
 
 def rank_processes(server: int) -> list[int]:
-    """Return the processes of a server's ranks, which are children of its children, their guards."""
+    """Return the processes of a server's ranks, in any order: children of its children, their guards."""
     listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     parents = {int(child): int(parent) for child, parent in map(str.split, listed.splitlines())}
-    return sorted(child for child, parent in parents.items() if parents.get(parent) == server)
+    return [child for child, parent in parents.items() if parents.get(parent) == server]
