@@ -138,7 +138,7 @@ class DecoderLayer(nn.Module):
         self.eps = config.rms_norm_eps
         self.communicator = communicator
         self._states_name, self._experts_name = f"hidden states in layer {layer}", f"chosen experts of layer {layer}"
-        self._weights_name = f"expert weights of layer {layer}"
+        self._scores_name = f"scores of chosen experts of layer {layer}"
         self.input_layernorm = weights.array("input_layernorm")
         self.post_attention_layernorm = weights.array("post_attention_layernorm")
         self.self_attn = Attention(config, weights, layer)
@@ -157,10 +157,10 @@ class DecoderLayer(nn.Module):
         residual = x if communicator.owns_residual else None
         if not isinstance(self.mlp, MoE):
             return communicator.sum_experts(self.mlp(h, residual))
-        ids, weights = self.mlp.gate(h)
+        ids, scores = self.mlp.gate(h)
         communicator.check_same(self._experts_name, ids, is_set=True)
-        communicator.check_same(self._weights_name, weights, is_set=True)
-        return communicator.sum_experts(self.mlp(h, residual, ids, weights))
+        communicator.check_same(self._scores_name, scores, is_set=True)
+        return communicator.sum_experts(self.mlp(h, residual, ids, scores))
 
 
 class Model(nn.Module):

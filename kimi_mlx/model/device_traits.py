@@ -66,6 +66,14 @@ def uses_numpy(kind: DeviceKind, platform: str, value_bytes: int, multiply_adds:
     return is_slow and value_bytes == FLOAT32_BYTES and multiply_adds >= NUMPY_MIN_MULTIPLY_ADDS
 
 
+def weighs_activations(kind: DeviceKind) -> bool:
+    """Return whether the weights of experts are applied to their activations, in the kernel of SwiGLU.
+
+    On a GPU that saves the kernels of the weights and of their sum. On a CPU nothing is fused.
+    """
+    return kind != "cpu"
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Constants with an optimum that depends on the device. They change speed and memory, never the result.

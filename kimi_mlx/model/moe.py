@@ -17,8 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from kimi_mlx.model.config import ModelConfig
-from kimi_mlx.model.device import elementwise
-from kimi_mlx.model.device_traits import CPU_TUNING
+from kimi_mlx.model.device import device_kind, elementwise
+from kimi_mlx.model.device_traits import CPU_TUNING, weighs_activations
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Linear, Matrix, linear
 
@@ -34,6 +34,18 @@ def router_scores(logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]
     """Return sigmoid scores, and -(scores + bias), whose smallest values select the experts; all in float32."""
     scores = mx.sigmoid(logits)
     return scores, -(scores + bias)
+
+
+Activation = Callable[[mx.array, mx.array], mx.array]
+"""Function of gate and up."""
+
+
+@cache
+def ones(length: int, dtype: mx.Dtype) -> mx.array:
+    """Return ones, (length,); cached, so that decode steps do not recompute them for each layer."""
+    array = mx.ones((length,), dtype)
+    mx.eval(array)
+    return array
 
 
 @cache
@@ -78,31 +90,56 @@ class Router(nn.Module):
         self.weight = mx.pad(weight, [(0, shared), (0, 0)])
         self.offset = mx.pad(mx.zeros((self.num_routed,)), (0, shared), constant_values=mx.array(-mx.inf))
         self.e_score_correction_bias = mx.pad(bias, (0, shared), constant_values=mx.array(mx.inf))
-        self._weigh = elementwise(self._weigh_with_constants(config, weights.array("input_layernorm").dtype))
+        dtype = weights.array("input_layernorm").dtype
+        self._weigh = elementwise(self._weigh_with_constants(config, dtype))
+        self._weighted_swiglu = elementwise(self._swiglu_with_constants(config, dtype))
 
     def _weigh_with_constants(self, config: ModelConfig, dtype: mx.Dtype) -> Callable[..., mx.array]:
         scale, num_routed = config.routed_scaling_factor, self.num_routed
         is_normed = config.norm_topk_prob and config.num_experts_per_tok > 1
 
-        def weigh(ids: mx.array, chosen: mx.array, total: mx.array) -> mx.array:
-            weights = chosen * scale / (total + 1e-20) if is_normed else chosen * scale
+        def weigh(ids: mx.array, scores: mx.array, total: mx.array) -> mx.array:
+            weights = scores * scale / (total + 1e-20) if is_normed else scores * scale
             return mx.where(ids < num_routed, weights, mx.array(1.0)).astype(dtype)
 
         return weigh
+
+    def _swiglu_with_constants(self, config: ModelConfig, dtype: mx.Dtype) -> Callable[..., mx.array]:
+        weigh = self._weigh_with_constants(config, mx.float32)
+
+        def weighted_swiglu(
+            gate: mx.array, up: mx.array, ids: mx.array, scores: mx.array, *parts: mx.array
+        ) -> mx.array:
+            totals = list(parts)
+            while len(totals) > 1:  # in pairs: mx.compile fuses a limited depth
+                totals = [sum(totals[i + 1 : i + 2], totals[i]) for i in range(0, len(totals), 2)]
+            return (swiglu(gate, up) * weigh(ids, scores, totals[0])).astype(dtype)
+
+        return weighted_swiglu
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Route x: (B, L, D).
 
         Returns:
-            ids (B, L, K + S) uint32 and weights (B, L, K + S) in the compute dtype.
+            ids (B, L, K + S) uint32 and scores (B, L, K + S) float32, from which `weigh` computes the weights.
         """
         logits = mx.addmm(self["offset"], x.astype(mx.float32), self["weight"].swapaxes(-1, -2))
         scores, order = router_scores(logits, self["e_score_correction_bias"])
         if self.n_group > 1:
             order = self._keep_best_groups(order)
         ids = mx.argpartition(order, kth=self.num_chosen - 1, axis=-1)[..., : self.num_chosen]
-        chosen = mx.take_along_axis(scores, ids, axis=-1)
-        return ids, self._weigh(ids, chosen, chosen.sum(axis=-1, keepdims=True))
+        return ids, mx.take_along_axis(scores, ids, axis=-1)
+
+    def weigh(self, ids: mx.array, scores: mx.array) -> mx.array:
+        """Return the weights of the chosen experts, (B, L, K + S) in the compute dtype."""
+        return self._weigh(ids, scores, scores.sum(axis=-1, keepdims=True))
+
+    def weighted_swiglu(self, gate: mx.array, up: mx.array, ids: mx.array, scores: mx.array) -> mx.array:
+        """Return silu(gate) * up * weight, (B, L, K + S, 1, F): one kernel on a GPU, the sum of the scores included."""
+        scores = scores[..., None, None]  # (B, L, K + S, 1, 1)
+        return self._weighted_swiglu(
+            gate, up, ids[..., None, None], scores, *mx.split(scores, self.num_chosen, axis=-3)
+        )
 
     def _keep_best_groups(self, order: mx.array) -> mx.array:
         """Exclude experts outside the topk_group groups with the highest sum of their two best experts."""
@@ -135,20 +172,26 @@ class MoE(nn.Module):
         if weights.has("mlp.shared_experts.down_proj"):
             self.shared_experts = DenseMLP(weights, "mlp.shared_experts")
 
-    def __call__(self, x: mx.array, residual: mx.array | None, ids: mx.array, weights: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, residual: mx.array | None, ids: mx.array, scores: mx.array) -> mx.array:
         """(B, L, D) -> (B, L, D), added to the residual if given.
 
         Args:
             x: hidden states.
             residual: array to add, if any.
             ids: chosen experts from `gate`, (B, L, K + S).
-            weights: their weights.
+            scores: their scores.
         """
         if "shared_experts" in self:
             residual = self.shared_experts(x, residual)
         if self._held is not None:
-            return self._held_experts(x, ids, weights, residual)
-        outputs = self._experts(x, ids)  # (B, L, K + S, D)
+            return self._held_experts(x, ids, self.gate.weigh(ids, scores), residual)
+        if ids.size >= self.sort_min_choices:
+            outputs, weights = self._sorted_experts(x, ids), self.gate.weigh(ids, scores)
+        elif weighs_activations(device_kind()):
+            outputs = self._experts(x, ids, lambda gate, up: self.gate.weighted_swiglu(gate, up, ids, scores))
+            weights = ones(ids.shape[-1], outputs.dtype)
+        else:
+            outputs, weights = self._experts(x, ids), self.gate.weigh(ids, scores)
         weights = weights[..., None, :]  # (B, L, 1, K + S)
         if residual is None:
             return (weights @ outputs).squeeze(-2)
@@ -172,12 +215,13 @@ class MoE(nn.Module):
         outputs = outputs * weights.reshape(-1, 1)[mx.array(choices)]
         return out.reshape(-1, x.shape[-1]).at[tokens].add(outputs).reshape(x.shape)
 
-    def _experts(self, x: mx.array, ids: mx.array) -> mx.array:
+    def _experts(self, x: mx.array, ids: mx.array, activate: Activation = swiglu) -> mx.array:
         """Run each token through its experts: (B, L, D), (B, L, K) -> (B, L, K, D)."""
-        if ids.size < self.sort_min_choices:
-            return self._run(
-                x[..., None, None, :], ids, grid_indices(*ids.shape[:-1], 1), grid_indices(*ids.shape)
-            ).squeeze(-2)
+        tokens, choices = grid_indices(*ids.shape[:-1], 1), grid_indices(*ids.shape)
+        return self._run(x[..., None, None, :], ids, tokens, choices, activate).squeeze(-2)
+
+    def _sorted_experts(self, x: mx.array, ids: mx.array) -> mx.array:
+        """Return the same as _experts for many tokens, reading each expert once."""
         flat = ids.flatten()
         order = mx.argsort(flat)
         tokens = x.reshape(-1, x.shape[-1])[order // ids.shape[-1]]
@@ -185,7 +229,12 @@ class MoE(nn.Module):
         return outputs[mx.argsort(order)].reshape(*ids.shape, -1)
 
     def _run(
-        self, x: mx.array, ids: mx.array, tokens: mx.array | None = None, choices: mx.array | None = None
+        self,
+        x: mx.array,
+        ids: mx.array,
+        tokens: mx.array | None = None,
+        choices: mx.array | None = None,
+        activate: Activation = swiglu,
     ) -> mx.array:
         """Run x through the experts `ids`, which must ascend if no positions are given.
 
@@ -194,7 +243,8 @@ class MoE(nn.Module):
             ids: indices of the experts.
             tokens: position in x of the input of each id; None if x has one row for each id.
             choices: position of each id.
+            activate: function of gate and up, (..., 1, F) each.
         """
         fused = self.gate_up_proj.gather_matmul(x, ids, tokens)
         gate, up = mx.split(fused, 2, axis=-1)
-        return self.down_proj.gather_matmul(swiglu(gate, up), ids, choices)
+        return self.down_proj.gather_matmul(activate(gate, up), ids, choices)

@@ -62,9 +62,9 @@ class EngineProfile:
 
 
 KIMI_MLX = EngineProfile(
-    "kimi-mlx", 29, PREFILL_CHUNK, slices_head=True, gathers=True, returns_states=True, overlaps_chunks=True
+    "kimi-mlx", 27, PREFILL_CHUNK, slices_head=True, gathers=True, returns_states=True, overlaps_chunks=True
 )
-"""29 kernels in bfloat16: counted on the graph, docs/correctness.md."""
+"""27 kernels in bfloat16: counted on the graph, docs/correctness.md."""
 
 MLX_LM = EngineProfile(
     "mlx-lm", 44, 2048, slices_head=False, gathers=False, returns_states=False, overlaps_chunks=False

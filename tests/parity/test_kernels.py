@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from kimi_mlx.model import moe, rope
+from kimi_mlx.model import attention, moe, rope
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.constants import KIMI_MLX
 from kimi_mlx.weights.assemble import load_model
@@ -53,6 +53,8 @@ def metal_like(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("swiglu", "router_scores"):
         monkeypatch.setattr(moe, name, mx.compile(getattr(moe, name)))
     monkeypatch.setattr(moe, "elementwise", mx.compile)
+    for module in (moe, attention):
+        monkeypatch.setattr(module, "device_kind", lambda: "metal")
 
 
 def decode_graph(folder: Path, layers: int, dtype: mx.Dtype) -> Counter[str]:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.ranks
 CASES = [
     ("hybrid", "router", "the chosen experts of layer 1 of rank 1 differ from those of rank 0"),
     ("hybrid", "states", "the hidden states in layer 1 of rank 1 differ"),
-    ("hybrid", "weights", "the expert weights of layer 1 of rank 1 differ"),
+    ("hybrid", "weights", "the scores of chosen experts of layer 1 of rank 1 differ"),
     ("hybrid", "attention", "the compressed queries of layer 1 of rank 1 differ"),
     ("hybrid", "norm", "the final hidden states of rank 1 differ"),
     ("tensor", "router", "the chosen experts of layer 1 of rank 1 differ"),
@@ -25,7 +25,7 @@ CASES = [
     ("tensor", "norm", "the final hidden states of rank 1 differ"),
     ("expert", "router", "the chosen experts of layer 1 of rank 1 differ"),
     ("expert", "states", "the hidden states in layer 1 of rank 1 differ"),
-    ("expert", "weights", "the expert weights of layer 1 of rank 1 differ"),
+    ("expert", "weights", "the scores of chosen experts of layer 1 of rank 1 differ"),
     ("hybrid", None, None),
     ("tensor", None, None),
     ("expert", None, None),
