@@ -13,7 +13,7 @@ from kimi_mlx.cli.model_size import entry_shape
 from kimi_mlx.cli.output import stdout
 from kimi_mlx.cluster.hosts.machine import LocalMachine
 from kimi_mlx.errors import KimiMlxError
-from kimi_mlx.hub.catalogue import CatalogueEntry, SamplingValues
+from kimi_mlx.hub.catalogue import CatalogueEntry, DraftEntry, SamplingValues, draft_of
 from kimi_mlx.hub.licence import notice
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.model_shape import ModelShape
@@ -52,6 +52,11 @@ class Row:
     hosts_needed: int | None
 
     @property
+    def draft(self) -> DraftEntry | None:
+        """Draft model of the model; None if none is known."""
+        return draft_of(self.entry.alias)
+
+    @property
     def memory_bytes(self) -> int | None:
         """Memory needed on one host; None if the model is not supported."""
         return None if self.shape is None else memory_per_host(self.shape)
@@ -66,6 +71,7 @@ class Row:
             "on_this_machine": self.local_state,
             "folder": str(self.folder) if self.folder else None,
             "hosts_needed": self.hosts_needed,
+            "draft": None if self.draft is None else self.draft.alias,
         }
 
 
@@ -138,6 +144,8 @@ def footnotes(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
     ]
     seeing = [row.entry.alias for row in rows if row.sees_images]
     lines.append(f"These models see images: {', '.join(seeing)}.")
+    drafted = [row.entry.alias for row in rows if row.draft is not None]
+    lines.append(f"`--draft auto` speeds up these models with a draft model: {', '.join(drafted)}.")
     lines += [
         f"{row.entry.alias} is not supported: {row.entry.refused}." for row in rows if row.entry.refused is not None
     ]
@@ -157,6 +165,7 @@ def details(row: Row, machine: LocalMachine, has_sources: bool = False) -> Table
         "memory needed": _memory_text(row),
         "context": f"{entry.context_tokens:,} tokens",
         "images": _images_text(row),
+        "draft model": _draft_text(row),
         "sampling": _sampling_text(entry.sampling),
         "without thinking": _sampling_text(entry.instant_sampling),
         "licence": notice(entry) or f"{entry.licence.name}, {entry.licence.url}",
@@ -233,6 +242,14 @@ def _images_text(row: Row) -> str | None:
     except KimiMlxError:  # a broken checkpoint: an error when it is loaded
         return "no"
     return f"no: {error.message}; {error.hint}"
+
+
+def _draft_text(row: Row) -> str | None:
+    """Return the draft model, its published acceptance and where it comes from."""
+    if (draft := row.draft) is None:
+        return None
+    speed = "" if draft.tokens_per_step is None else f"; published: {draft.tokens_per_step:g} tokens a step"
+    return f"{draft.alias} ({draft.repository or 'bundled'}){speed}; use it with `--draft auto`"
 
 
 def _memory_text(row: Row) -> str | None:

@@ -18,12 +18,13 @@ from kimi_mlx.cluster.doctor.wired_memory import find_lost_memory
 from kimi_mlx.cluster.hosts.host import Cluster
 from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.model.config import load_config
+from kimi_mlx.model.draft_config import load_draft_config
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.session import open as session_open
 from kimi_mlx.session.model_status import ModelDeployment
 from kimi_mlx.session.session import Session, SessionOptions
-from kimi_mlx.store.model_ref import ModelRef
+from kimi_mlx.store.model_ref import ModelRef, resolve_draft_name
 from kimi_mlx.units import format_count
 
 
@@ -63,6 +64,8 @@ class PreparedModel:
         choice: placement of the model.
         folder: checkpoint or store on this machine; None on launched hosts, which each have their own.
         launch: launched hosts; None for this machine.
+        draft: folder of the draft model on this machine; None without one, and on launched hosts.
+        draft_name: name by which a launched host looks the draft model up; None without one, and on this machine.
     """
 
     target: ModelRef | None
@@ -70,6 +73,8 @@ class PreparedModel:
     choice: Choice
     folder: Path | None
     launch: LaunchContext | None = None
+    draft: Path | None = None
+    draft_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def prepare_model(
     is_quiet: bool,
     link: LinkProfile | None = None,
 ) -> PreparedModel:
-    """Choose the placement of a model and find its files, which are downloaded if they are not here.
+    """Choose the placement of a model and find its files and those of its draft model; missing ones are downloaded.
 
     Args:
         launch: launched hosts; None for this machine.
@@ -137,14 +142,19 @@ def prepare_model(
     Raises:
         UsageError: the model is large and there is no terminal to ask on, or the strategy does not fit `--ranks`.
         WeightsError: the model cannot be downloaded, or its store is broken or has another placement.
-        ConfigError: the model is not supported.
+        ConfigError: the model is not supported, or the draft model is made for another one.
     """
+    draft = None if run.draft is None else resolve_draft_name(run.draft, target)
     if launch is not None:
-        return PreparedModel(target, target.name, launch.choice, None, launch)
+        draft_name = None if draft is None else name_for_hosts(draft)
+        return PreparedModel(target, target.name, launch.choice, None, launch, draft_name=draft_name)
     choice = place_model(target, run.ranks, run.strategy, is_quiet=is_quiet, link=link)
     folder = fetch_model(target, run.ranks, choice.strategy, is_quiet)
-    load_config(folder)  # before anything is loaded: an unsupported checkpoint gets an error that says so
-    return PreparedModel(target, target.name, choice, folder)
+    config = load_config(folder)  # before anything is loaded: an unsupported checkpoint gets an error that says so
+    draft_folder = None if draft is None else fetch_model(draft, 1, "hybrid", is_quiet)
+    if draft_folder is not None:
+        load_draft_config(draft_folder).captured_layers(config)  # likewise
+    return PreparedModel(target, target.name, choice, folder, draft=draft_folder)
 
 
 def session_options(run: RunOptions, disk: DiskCacheOptions | None = None) -> SessionOptions:
@@ -196,7 +206,7 @@ def open_session(model: PreparedModel, options: SessionOptions, ranks: int, is_q
 
 def options_on_this_machine(model: PreparedModel, options: SessionOptions, ranks: int) -> SessionOptions:
     """Return the options of a session with the folder and the placement of a model on this machine."""
-    return replace(options, folder=model.folder, ranks=ranks, strategy=model.choice.strategy)
+    return replace(options, folder=model.folder, ranks=ranks, strategy=model.choice.strategy, draft=model.draft)
 
 
 def _open_on_hosts(launch: LaunchContext, model: PreparedModel, options: SessionOptions, is_quiet: bool) -> OpenedModel:
@@ -208,6 +218,7 @@ def _open_on_hosts(launch: LaunchContext, model: PreparedModel, options: Session
         options,
         strategy=launch.choice.strategy,
         model=name_for_hosts(model.target),
+        draft_name=model.draft_name,
         cluster=launch.cluster,
         max_restarts=launch.restarts,
         timeouts=launch.timeouts,
@@ -234,5 +245,5 @@ def _opened(session: Session, folder: Path, model: PreparedModel, options: Sessi
 
 def name_for_hosts(target: ModelRef) -> str:
     """Return the name that hosts look a model up by; for a folder its absolute path, which each host must have."""
-    is_packaged = target.entry is not None and target.entry.is_packaged
+    is_packaged = (target.entry is not None and target.entry.is_packaged) or target.draft is not None
     return target.name if target.folder is None or is_packaged else str(target.folder.resolve())

@@ -86,9 +86,20 @@ SpeculateOption = Annotated[
         min=0,
         max=MAX_DRAFT_TOKENS,
         metavar="N",
-        help="Prompt-lookup decoding: propose up to N tokens per step from earlier text. Faster for code and "
-        "quotations; the text stays the same.",
+        help="Propose up to N tokens per step: from earlier text (prompt lookup), which is faster for code and "
+        "quotations, and from --draft, with which the default is 7. The text stays the same.",
         rich_help_panel=ADVANCED,
+    ),
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="auto|NAME|FOLDER",
+        help="Propose tokens with this draft model (EAGLE-3 or 3.1), which may double the speed; the text stays the "
+        "same. `auto`: the known draft model of the model (`kimi-mlx models MODEL` names it).",
+        show_default=False,
+        rich_help_panel=MODEL,
     ),
 ]
 CheckEveryOption = Annotated[
@@ -172,6 +183,7 @@ class RunOptions:
     ranks: RanksOption = 1
     strategy: StrategyOption = None
     dtype: DtypeOption = None
+    draft: DraftOption = None
     speculate: SpeculateOption = 0
     check_every: CheckEveryOption = 0
     fast_sync: FastSyncOption = False

@@ -99,11 +99,55 @@ class CatalogueEntry:
         return Path(str(resources.files("kimi_mlx"))) / "models" / self.alias if self.is_packaged else None
 
 
+@dataclass(frozen=True)
+class DraftEntry:
+    """A known draft model.
+
+    Args:
+        alias: short name.
+        title: full name.
+        repository: repository to download; None if it is bundled with the package.
+        model: alias of the model for which it drafts.
+        licence: licence of the weights; None if it is not known.
+        tokens_per_step: published mean number of tokens per step, with the model's own; None if it is not known.
+        about: one-line description.
+        source: source of each fact, by field name.
+    """
+
+    alias: str
+    title: str
+    repository: str | None
+    model: str
+    licence: Licence | None
+    tokens_per_step: float | None
+    about: str
+    source: Mapping[str, str]
+
+    def packaged_folder(self) -> Path | None:
+        """Return the folder inside the package; None if the draft model is not bundled."""
+        return Path(str(resources.files("kimi_mlx"))) / "models" / self.alias if self.repository is None else None
+
+
 @cache
 def catalogue() -> tuple[CatalogueEntry, ...]:
     """Return all known models, by size and then by age; refused ones last."""
-    text = resources.files("kimi_mlx.hub").joinpath("catalogue.json").read_text(encoding="utf-8")
-    return tuple(parse_entry(raw) for raw in json.loads(text)["models"])
+    return tuple(parse_entry(raw) for raw in _read()["models"])
+
+
+@cache
+def drafts() -> tuple[DraftEntry, ...]:
+    """Return all known draft models, in the order of their models."""
+    return tuple(parse_draft(raw) for raw in _read()["drafts"])
+
+
+def _read() -> dict[str, Any]:
+    return json.loads(resources.files("kimi_mlx.hub").joinpath("catalogue.json").read_text(encoding="utf-8"))
+
+
+def parse_draft(raw: Mapping[str, Any]) -> DraftEntry:
+    """Parse an entry of the draft models. Raises TypeError for a missing or unknown field."""
+    licence = None if raw.get("licence") is None else Licence(**raw["licence"])
+    return DraftEntry(**{**raw, "licence": licence})
 
 
 def parse_entry(raw: Mapping[str, Any]) -> CatalogueEntry:
@@ -122,3 +166,14 @@ def find_entry(name: str) -> CatalogueEntry | None:
         if any(known is not None and known.lower() == lower_name for known in names):
             return entry
     return None
+
+
+def find_draft(name: str) -> DraftEntry | None:
+    """Return the draft model with this alias or repository, ignoring case."""
+    lower_name = name.lower()
+    return next((entry for entry in drafts() if lower_name in (entry.alias, (entry.repository or "").lower())), None)
+
+
+def draft_of(alias: str) -> DraftEntry | None:
+    """Return the draft model of a model; None if none is known."""
+    return next((entry for entry in drafts() if entry.model == alias), None)

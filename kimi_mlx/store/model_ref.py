@@ -11,8 +11,11 @@ from pathlib import Path
 from kimi_mlx.errors import UsageError
 from kimi_mlx.folders import stores_folder
 from kimi_mlx.hub.cache import repository_folder
-from kimi_mlx.hub.catalogue import CatalogueEntry, catalogue, find_entry
+from kimi_mlx.hub.catalogue import CatalogueEntry, DraftEntry, catalogue, draft_of, drafts, find_draft, find_entry
 from kimi_mlx.store.store_folders import source_folder
+
+AUTO = "auto"
+"""Name of the known draft model of a model."""
 
 SIMILAR_NAME_RATIO = 0.7
 """difflib's similarity from which an alias is suggested: `kimi-k25` suggests `kimi-k2.5`, `llama` suggests nothing."""
@@ -27,12 +30,14 @@ class ModelRef:
         folder: folder given by the user, or bundled with the package; None for a repository.
         repository: repository on the hub; None for a folder.
         entry: catalogue entry; None if not in the catalogue.
+        draft: catalogue entry of a draft model; None for any other model.
     """
 
     name: str
     folder: Path | None
     repository: str | None
     entry: CatalogueEntry | None
+    draft: DraftEntry | None = None
 
     @property
     def source(self) -> Path | str:
@@ -54,7 +59,7 @@ class ModelRef:
 
 
 def resolve_model_name(name: str) -> ModelRef:
-    """Resolve a model name.
+    """Resolve the name of a model or draft model.
 
     Args:
         name: alias, folder, or repository `owner/name`.
@@ -64,10 +69,10 @@ def resolve_model_name(name: str) -> ModelRef:
     """
     for entry in catalogue():
         if name == entry.alias and entry.refused is None:
-            folder = entry.packaged_folder()
-            if folder is not None and not (folder / "config.json").is_file():
-                raise UsageError(f"`{name}` is missing from this installation", hint="install kimi-mlx again")
-            return ModelRef(name, folder, repository_of(entry), entry)
+            return ModelRef(name, _check_packaged(name, entry.packaged_folder()), repository_of(entry), entry)
+    for draft in drafts():
+        if name == draft.alias:
+            return ModelRef(name, _check_packaged(name, draft.packaged_folder()), draft.repository, None, draft)
     path = os.path.expanduser(name)
     if os.path.isdir(path):  # unlike Path.is_dir, returns False for invalid paths
         return ModelRef(name, Path(path), None, None)
@@ -83,6 +88,47 @@ def resolve_model_name(name: str) -> ModelRef:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and all(name.split("/")):
         return _resolve_repository(name)
     raise unknown_model_error(name)
+
+
+def _check_packaged(name: str, folder: Path | None) -> Path | None:
+    """Return the folder of a bundled model after a check that it is there."""
+    if folder is not None and not (folder / "config.json").is_file():
+        raise UsageError(f"`{name}` is missing from this installation", hint="install kimi-mlx again")
+    return folder
+
+
+def resolve_draft_name(name: str, model: ModelRef) -> ModelRef:
+    """Resolve the name of a draft model.
+
+    Args:
+        name: alias, folder or repository; `auto` for the known draft model of the model.
+        model: the model for which it drafts.
+
+    Raises:
+        UsageError: unknown name, no known draft model, or a draft model that is known to be for another model.
+    """
+    if name == AUTO:
+        draft = None if model.entry is None else draft_of(model.entry.alias)
+        if draft is None:
+            known = ", ".join(f"`{draft.model}`" for draft in drafts())
+            raise UsageError(
+                f"no draft model is known for `{model.name}`",
+                hint=f"name one, as a folder or a repository, or leave `--draft` out; one is known for {known}",
+            )
+        return resolve_model_name(draft.alias)
+    resolved = resolve_model_name(name)
+    if resolved.entry is not None:
+        own = draft_of(resolved.entry.alias)
+        raise UsageError(
+            f"`{name}` is a model, not a draft model",
+            hint="leave `--draft` out" if own is None else f"its draft model is `{own.alias}`: `--draft {own.alias}`",
+        )
+    if resolved.draft is not None and model.entry is not None and resolved.draft.model != model.entry.alias:
+        raise UsageError(
+            f"`{name}` is the draft model of `{resolved.draft.model}`, not of `{model.name}`",
+            hint="`--draft auto` takes the draft model of the model, if one is known",
+        )
+    return resolved
 
 
 def repository_of(entry: CatalogueEntry) -> str | None:
@@ -106,7 +152,7 @@ def _resolve_repository(name: str) -> ModelRef:
             f"`{name}`: a model name has no revision",
             hint=f"run `kimi-mlx download {repository} --revision {revision}`, then use the folder that it prints",
         )
-    return ModelRef(name, None, name, find_entry(name))
+    return ModelRef(name, None, name, find_entry(name), find_draft(name))
 
 
 def unknown_model_error(name: str) -> UsageError:
@@ -123,7 +169,8 @@ def unknown_model_error(name: str) -> UsageError:
 
 def similar_aliases(name: str) -> list[str]:
     """Return the aliases that a misspelled name may mean, the most similar first."""
-    aliases = {re.sub(r"[^a-z0-9]", "", entry.alias): entry.alias for entry in catalogue() if entry.refused is None}
+    known = [*(entry.alias for entry in catalogue() if entry.refused is None), *(entry.alias for entry in drafts())]
+    aliases = {re.sub(r"[^a-z0-9]", "", alias): alias for alias in known}
     typed = re.sub(r"[^a-z0-9]", "", name.lower())
     similar = difflib.get_close_matches(typed, aliases, n=3, cutoff=SIMILAR_NAME_RATIO)
     if not similar and len(typed) > 1:

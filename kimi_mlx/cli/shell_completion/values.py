@@ -33,6 +33,8 @@ def values_of(name: str, metavar: str | None, hint: Any, word: str) -> Completio
     """
     if metavar == "MODEL" or name in ("model", "source"):
         return Completion(list(model_names()), "folders")
+    if name == "draft":
+        return Completion([("auto", "the known draft model of the model"), *draft_names()], "folders")
     if name == "hosts":
         before = word[: word.rfind(",") + 1]
         given = before.split(",")
@@ -80,6 +82,14 @@ def _paths(hint: Any) -> Literal["none", "files", "folders"]:
         return "none"
     infos = [each for each in get_args(hint) if isinstance(each, ParameterInfo)]
     return "files" if all(each.file_okay for each in infos) else "folders"
+
+
+def draft_names() -> Iterator[tuple[str, str]]:
+    """Yield the known draft models, with their models."""
+    from kimi_mlx.hub.catalogue import drafts
+
+    for entry in drafts():
+        yield entry.alias, f"for {entry.model}"
 
 
 def model_names() -> Iterator[tuple[str, str]]:

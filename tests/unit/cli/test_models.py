@@ -159,7 +159,7 @@ def test_a_higher_gpu_limit_is_suggested_if_it_saves_a_mac() -> None:
 def test_json_has_all_fields() -> None:
     listed = json.loads(run("--json").stdout)
     names = {item.name for item in fields(CatalogueEntry)}
-    computed = {"minimum_memory_bytes", "on_this_machine", "folder", "hosts_needed"}
+    computed = {"minimum_memory_bytes", "on_this_machine", "folder", "hosts_needed", "draft"}
     for entry in listed:
         assert set(entry) == names | computed
     by_alias = {entry["alias"]: entry for entry in listed}
@@ -215,3 +215,16 @@ def test_a_folder_is_not_in_the_list(tmp_path: Path) -> None:
 def test_sources_are_shown_only_on_request() -> None:
     assert "sources" not in run("kimi-k2").stdout
     assert "sources" in run("kimi-k2", "--sources").stdout
+
+
+def test_models_with_a_draft_model_name_it() -> None:
+    text = details_text("kimi-k2.6")
+    assert "kimi-k2.6-draft (lightseekorg/kimi-k2.6-eagle3.1-mla); published: 3.2 tokens a step" in text
+    assert "draft model" not in details_text("kimi-k2")
+    rows = [find_row(entry, STUDIO) for entry in catalogue()]
+    assert "kimi-mini, kimi-k2.5, kimi-k2.6, kimi-k2.7-code" in next(
+        line for line in footnotes(rows, STUDIO) if "--draft" in line
+    )
+    assert {entry["alias"]: entry["draft"] for entry in json.loads(run("--json").stdout)}[
+        "kimi-mini"
+    ] == "kimi-mini-draft"
