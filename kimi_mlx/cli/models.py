@@ -60,6 +60,11 @@ def _find_entry(name: str) -> CatalogueEntry:
     if entry is not None:
         return entry
     target = resolve_model_name(name)
+    if target.draft is not None:
+        raise UsageError(
+            f"`{name}` is the draft model of `{target.draft.model}`",
+            hint=f"`kimi-mlx models {target.draft.model}` shows it; `kimi-mlx download {name}` fetches the draft",
+        )
     if target.folder is not None:
         raise UsageError(
             f"`{name}` is a folder, and not in the list of known models",

@@ -142,6 +142,11 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     """
     outer = raw
     raw = get_object(outer, "text_config", where) or outer
+    if is_draft_config(outer):
+        raise ConfigError(
+            f"`{where}` is that of a draft model, which proposes tokens for another model",
+            hint="name it with `--draft`, and the model for which it drafts as MODEL",
+        )
     _reject_unsupported(outer, raw, where)
     theta, yarn = parse_rope(raw, where)
     dtype = first_given(raw.get("torch_dtype"), raw.get("dtype"), outer.get("dtype"))
@@ -157,6 +162,17 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> ModelCon
     )
     _reject_contradictions(config, where)
     return config
+
+
+def is_draft_config(raw: Mapping[str, Any]) -> bool:
+    """Return whether a parsed `config.json` is that of a draft model, supported or not."""
+    return any("eagle" in name.lower() for name in architectures(raw))
+
+
+def architectures(raw: Mapping[str, Any]) -> list[str]:
+    """Return `architectures` of a parsed `config.json`."""
+    names = raw.get("architectures")
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _reject_unsupported(outer: Mapping[str, Any], raw: Mapping[str, Any], where: str) -> None:

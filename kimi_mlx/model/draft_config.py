@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_mlx.errors import ConfigError
-from kimi_mlx.model.config import DecoderConfig, ModelConfig, read_json
+from kimi_mlx.model.config import DecoderConfig, ModelConfig, architectures, read_json
 from kimi_mlx.model.config_quantization import parse_quantization
 from kimi_mlx.model.config_rope import parse_rope
 from kimi_mlx.model.config_values import INVALID_HINT, ValueRange, check_fields, check_value, first_given, get_object
@@ -134,19 +134,9 @@ def parse_draft_config(raw: Mapping[str, Any], where: str = "config.json") -> Dr
     return config
 
 
-def is_draft_config(raw: Mapping[str, Any]) -> bool:
-    """Return whether a parsed `config.json` is that of a draft model, supported or not."""
-    return any("eagle" in name.lower() for name in _architectures(raw))
-
-
-def _architectures(raw: Mapping[str, Any]) -> list[str]:
-    names = raw.get("architectures")
-    return [str(name) for name in names] if isinstance(names, list) else []
-
-
 def _reject_unsupported(raw: Mapping[str, Any], where: str) -> None:
     """Reject files of other models, and draft models that would compute something else."""
-    names = _architectures(raw)
+    names = architectures(raw)
     if not set(names) & set(ARCHITECTURES):
         found = " and ".join(map(reprlib.repr, names)) or "none"
         raise ConfigError(

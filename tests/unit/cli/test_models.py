@@ -222,9 +222,14 @@ def test_models_with_a_draft_model_name_it() -> None:
     assert "kimi-k2.6-draft (lightseekorg/kimi-k2.6-eagle3.1-mla); published: 3.2 tokens a step" in text
     assert "draft model" not in details_text("kimi-k2")
     rows = [find_row(entry, STUDIO) for entry in catalogue()]
-    assert "kimi-mini, kimi-k2.5, kimi-k2.6, kimi-k2.7-code" in next(
-        line for line in footnotes(rows, STUDIO) if "--draft" in line
-    )
-    assert {entry["alias"]: entry["draft"] for entry in json.loads(run("--json").stdout)}[
-        "kimi-mini"
-    ] == "kimi-mini-draft"
+    note = next(line for line in footnotes(rows, STUDIO) if "--draft" in line)
+    assert "kimi-mini, kimi-k2.5, kimi-k2.6, kimi-k2.7-code" in note
+    listed = {entry["alias"]: entry["draft"] for entry in json.loads(run("--json").stdout)}
+    assert listed["kimi-mini"] == "kimi-mini-draft"
+    assert listed["kimi-k2"] is None
+
+
+def test_a_draft_model_is_not_a_model() -> None:
+    error = run("kimi-k2.6-draft").exception
+    assert isinstance(error, UsageError)
+    assert "draft model of `kimi-k2.6`" in error.message

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from kimi_mlx.errors import ConfigError
-from kimi_mlx.model.config import ModelConfig, load_config, read_json
-from kimi_mlx.model.draft_config import canonical_name, is_draft_config, load_draft_config, parse_draft_config
+from kimi_mlx.model.config import ModelConfig, is_draft_config, load_config, read_json
+from kimi_mlx.model.draft_config import canonical_name, load_draft_config, parse_draft_config
 from tests.drafts import PUBLISHED, draft_config
 from tests.fakes import KIMI_MINI
 
