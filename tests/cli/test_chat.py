@@ -14,8 +14,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from kimi_mlx.model.config import read_json
 from kimi_mlx.store.locate import ensure_downloaded
 from tests.command import call
+from tests.drafts import draft_config, write_draft
+from tests.fakes import KIMI_MINI
 from tests.processes import start
 
 QUESTION = "What are you?"
@@ -293,3 +296,20 @@ def test_a_wrong_image_is_an_error_before_the_model_is_loaded(
     assert words in " ".join(done.stderr.split())
     assert hint in " ".join(done.stderr.split())
     assert done.stdout == ""
+
+
+def test_a_draft_model_changes_the_number_of_steps_but_not_the_text() -> None:
+    plain, drafted = (
+        json.loads(run("chat", "-t", "0", "-p", QUESTION, "--json", *options).stdout)
+        for options in ((), ("--draft", "auto", "--speculate", "5"))
+    )
+    assert drafted["text"] == plain["text"]
+    assert drafted["statistics"]["generated_tokens"] == plain["statistics"]["generated_tokens"]
+
+
+def test_a_draft_model_of_another_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    write_draft(tmp_path, draft_config({**read_json(KIMI_MINI / "config.json"), "vocab_size": 99}))
+    result = run("chat", "-p", QUESTION, "--draft", str(tmp_path))
+    assert result.returncode == 1
+    assert "a vocabulary of 99, but the model has 1792" in result.stderr
+    assert "kimi-mlx models" in result.stderr
