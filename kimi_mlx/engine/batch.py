@@ -139,6 +139,8 @@ class Batch:
             yield from self._step_with_drafts(previous, others_decode, has_chunks)
         else:
             yield from self._step_ahead(previous, others_decode, has_chunks)
+        if self._in_flight is None and previous is not None and previous.captured is not None:
+            previous.captured.receive()  # otherwise the last rank of a pipeline waits until the next step
 
     def _step_ahead(self, previous: InFlightStep | None, others_decode: bool, has_chunks: bool) -> Events:
         """Launch a step on the unread tokens of the previous one, then read these."""

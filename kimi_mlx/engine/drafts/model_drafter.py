@@ -8,6 +8,7 @@ Source: Daliri, Musco and Suresh 2025, "Coupling without Communication and Draft
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 MAX_UNREAD = 64
 """Maximum number of captured states of a sequence that wait for the next draft."""
+
+MAX_LATE = 4
+"""Maximum number of steps without logits whose captured states are taken later, about that of a pipeline's ranks."""
 
 SOURCE = "draft model"
 
@@ -61,15 +65,27 @@ class ModelDrafter:
 
     def __init__(self, model: DraftModel):
         self._model = model
+        self._late: deque[InFlightStep] = deque()
 
     def offer(self, sequence: Sequence, limit: int) -> Offer | None:
         """Offer any length."""
         return Offer(SOURCE, limit)
 
     def observe(self, step: InFlightStep) -> None:
-        """Keep the captured states of a step; read them if there are many."""
+        """Keep the captured states of a step; read them if there are many.
+
+        In a pipeline those of a step without logits come later than its end on this rank. They are taken with those of
+        a later step, so that this rank does not wait for the others, which still compute chunks of the prompt.
+        """
         if step.captured is None:
             return
+        self._late.append(step)
+        while self._late and (step.num_logits or len(self._late) > MAX_LATE):
+            self._keep_states(self._late.popleft())
+
+    def _keep_states(self, step: InFlightStep) -> None:
+        """Keep the captured states of the sequences of a step."""
+        assert step.captured is not None
         states = step.captured.array()
         first = 0
         for entry in step.entries:
