@@ -215,7 +215,7 @@ export default {
   upAfter: "{time}后恢复",
   findings: "检查结果",
   noFindings: "没有发现问题",
-  notChecked: "此服务器启动时没有做检查。如需检查本机或其他主机，请运行",
+  notChecked: "还没有检查结果。如需检查本机或其他主机，请运行",
   problem: "问题",
   warning: "警告",
   remedy: "解决办法",
