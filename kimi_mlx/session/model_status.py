@@ -73,7 +73,7 @@ class ModelDeployment:
         config: dimensions of the model.
         machines: hosts of the ranks.
         link: network between the hosts, as text; empty if there is none or it is not known.
-        findings: function that returns without waiting what the last checks have found; None if there were none.
+        findings: function that returns the findings of the last checks without waiting for new ones, or None.
         started_at: Unix time in seconds at which the model was ready.
     """
 

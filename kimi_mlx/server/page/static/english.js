@@ -215,7 +215,7 @@ export default {
   upAfter: "up again after {time}",
   findings: "Doctor's findings",
   noFindings: "No problems found",
-  notChecked: "There are no findings of checks yet. To check this machine or other hosts, run",
+  notChecked: "No findings yet. To check this machine or other hosts, run",
   problem: "Problem",
   warning: "Warning",
   remedy: "Fix",
