@@ -11,7 +11,7 @@ import { requestBody } from "./request_body.js";
 import * as store from "./store.js";
 
 const MAX_TITLE = 60;
-const OTHER_TAB_MS = 5000; // without a part of an answer after which its tab counts as closed
+const OTHER_TAB_MS = 5000; // without a new part of an answer, after which its tab counts as closed
 
 export class Chat {
   // `model` has name, context; `onChanged` is called when the list of conversations may have changed, `onServerError` with
@@ -19,8 +19,8 @@ export class Chat {
   constructor(model, { onChanged, onServerError, askKey }) {
     Object.assign(this, { model, onChanged, onServerError, askKey });
     this.log = byId("log");
-    this.answers = new Map(); // by conversation, in progress
-    this.elsewhere = new Map(); // by message, timers of answers in progress in other tabs
+    this.answers = new Map(); // answers in progress, by id of their conversation
+    this.elsewhere = new Map(); // timers of answers in progress in other tabs, by id of the message
     this.views = new Map();
     this.conversation = null;
     this.scroll = new LogScroll(this.log);
@@ -54,7 +54,7 @@ export class Chat {
   async reload(id) {
     const isEditing = this.log.contains(document.activeElement) && document.activeElement.matches("textarea");
     if (id !== this.conversation.id) return;
-    this.isStale = this.answer !== null || isEditing; // read after that
+    this.isStale = this.answer !== null || isEditing; // then it is read afterwards
     if (this.isStale) return;
     const conversation = await store.conversation(id);
     const messages = await store.messages(id);
@@ -64,7 +64,7 @@ export class Chat {
     await this.draw(true);
   }
 
-  // Show the name of the model, which is known late if the server needs a key, also above the answer in progress.
+  // Show the name of the model, also above the answer in progress: it is known late if the server needs a key.
   showName() {
     for (const view of this.views.values()) view.showName(this.model.name);
     const heading = this.log.querySelector(".empty .large");
@@ -77,11 +77,11 @@ export class Chat {
     if (message.conversation !== this.conversation.id || this.answers.has(message.conversation)) return;
     const timer = this.elsewhere.get(message.id);
     clearTimeout(timer);
-    const forget = () => {
+    const onSilence = () => {
       this.elsewhere.delete(message.id);
       this.reload(message.conversation);
     };
-    this.elsewhere.set(message.id, setTimeout(forget, OTHER_TAB_MS));
+    this.elsewhere.set(message.id, setTimeout(onSilence, OTHER_TAB_MS));
     this.messages.set(message.id, message);
     const view = this.views.get(message.id);
     const hasLess = message.content.length < (view?.message.content.length ?? 0); // it starts again
@@ -115,21 +115,21 @@ export class Chat {
     return branch(this.messages, this.conversation.leaf);
   }
 
-  // Show the branch; `keepsPlace` is whether to stay where the user has scrolled to. Messages that are shown already keep
-  // their nodes, so that a long conversation is not rendered again.
+  // Show the branch; with `keepsPlace` where the user has scrolled to. Messages that are shown already keep their nodes, so
+  // that a long conversation is not rendered again.
   async draw(keepsPlace = false) {
     const shown = this.views;
     this.views = new Map();
     const nodes = [];
-    const isDrawing = [];
+    const drawings = [];
     for (const message of this.path.reverse()) { // the newest first: they are seen
       const versions = siblings(this.messages, message);
-      const running = this.running(message);
+      const answer = this.answerOf(message);
       let view = shown.get(message.id);
-      if (running || !view?.isCurrent(message, versions)) {
+      if (answer || !view?.isCurrent(message, versions)) {
         view = new MessageView(message, versions, this.actions(), this.model.name);
-        if (running) view.update(running);
-        else if (message.role === "assistant") isDrawing.push(view.finish());
+        if (answer) view.update(answer);
+        else if (message.role === "assistant") drawings.push(view.finish());
       }
       this.views.set(message.id, view);
       nodes.unshift(view.node);
@@ -137,7 +137,7 @@ export class Chat {
     if (!nodes.length) nodes.push(this.emptyNode());
     this.scroll.show(nodes, keepsPlace);
     this.showState();
-    Promise.all(isDrawing).then(() => this.scroll.follow()); // a long conversation takes a while
+    Promise.all(drawings).then(() => this.scroll.follow()); // a long conversation takes a while
   }
 
   // Show everything again, such as after the server was away or has another model.
@@ -146,8 +146,8 @@ export class Chat {
     await this.draw(true);
   }
 
-  // Return the answer that a message is becoming, here or in another tab.
-  running(message) {
+  // Return the answer in progress of a message, in this tab or another; null if there is none.
+  answerOf(message) {
     if (this.answer?.message === message) return this.answer;
     return this.elsewhere.has(message.id) && message.finish === null ? { message, isElsewhere: true } : null;
   }
@@ -165,22 +165,22 @@ export class Chat {
     return {
       redraw: () => (this.isStale ? this.reload(this.conversation.id) : this.draw(true)),
       beginEdit: () => this.scroll.stopFollowing(), // the form stays where it is, although it changes the height
-      edit: (message, content) => this.ask(() => this.send(content, message.parent)),
-      retry: (message) => this.ask(() => this.generate(message.parent)),
-      continueAnswer: (message) => this.ask(() => this.continueAnswer(message)),
+      edit: (message, content) => this.askByButton(() => this.send(content, message.parent)),
+      retry: (message) => this.askByButton(() => this.generate(message.parent)),
+      continueAnswer: (message) => this.askByButton(() => this.continueAnswer(message)),
       select: async (message) => {
         this.conversation.leaf = newestLeaf(this.messages, message);
         await this.save(["leaf"]);
         await this.draw(true);
       },
       needsResults: (message) => message.id === this.conversation.leaf,
-      sendResults: (message, results) => this.ask(() => this.sendResults(message, results)),
+      sendResults: (message, results) => this.askByButton(() => this.sendResults(message, results)),
     };
   }
 
-  // Ask the model as a button in the conversation says. The button is drawn anew, so the focus goes to the next message.
-  ask(run) {
-    const ended = run();
+  // Request an answer after a click in the conversation. The button is drawn again, so the focus moves to the message box.
+  askByButton(request) {
+    const ended = request();
     focusInput();
     return ended;
   }
@@ -216,17 +216,17 @@ export class Chat {
     await this.stopAndWait();
     const { settings } = this.conversation;
     const message = this.addMessage("assistant", "", parent, settings.schema ? { isJson: true } : {});
-    await this.run(message);
+    await this.startAnswer(message);
   }
 
-  // Let the model continue an answer that was cut.
+  // Let the model continue an unfinished answer.
   async continueAnswer(message) {
     await this.stopAndWait();
-    await this.run(message);
+    await this.startAnswer(message);
   }
 
-  // Run an answer; the user may show other conversations meanwhile.
-  async run(message) {
+  // Request an answer, or the rest of one; the user may show other conversations meanwhile.
+  async startAnswer(message) {
     const { conversation } = this;
     const { settings } = conversation;
     const path = branch(this.messages, message.parent);
@@ -244,14 +244,14 @@ export class Chat {
     answer.conversation = conversation;
     this.answers.set(conversation.id, answer);
     this.announce(text("answering"));
-    answer.ended = this.complete(answer, () => requestBody(path, settings, message));
+    answer.ended = this.receive(answer, () => requestBody(path, settings, message));
     this.draw();
     this.save(["leaf", "title"]);
     await answer.ended;
   }
 
   // Receive an answer until its end.
-  async complete(answer, newBody) {
+  async receive(answer, newBody) {
     const { conversation, message } = answer;
     do await answer.run(newBody);
     while (message.error?.status === 401 && (await this.askKey()));

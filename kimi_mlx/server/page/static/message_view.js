@@ -32,8 +32,8 @@ export class MessageView {
     if (this.message.role === "assistant") this.node.firstChild.textContent = modelName;
   }
 
-  // Return whether this view shows a message as it is now, or has a form in which the user may be writing. That for the
-  // results of tools depends on the branch.
+  // Return whether this view can stay: it shows the message as it is now, or has a form in which the user may be writing.
+  // The form for results of tools depends on the branch.
   isCurrent(message, versions) {
     if (this.isEdited !== undefined) return this.isEdited; // false after an edit that was cancelled
     const isSame = this.message === message && this.versions.length === versions.length;

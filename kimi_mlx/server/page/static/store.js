@@ -53,7 +53,7 @@ const completion = (operation) =>
     operation.onerror = () => reject(operation.error);
   });
 
-// Save records, by store: all or none. That the disk is full is only known at the end of the transaction.
+// Save records, by store: all or none. A full disk is only reported at the end of the transaction.
 async function put(records) {
   const writes = Object.entries(records).flatMap(([store, values]) => values.map((value) => [store, value]));
   if (database === null) {
