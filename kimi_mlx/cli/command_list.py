@@ -108,7 +108,7 @@ COMMANDS = (
     ),
     CommandInfo(
         "status",
-        "Show what a server does, and on which hosts.",
+        "Show the state of a server and its hosts.",
         (
             "kimi-mlx status                        your server on this machine",
             "kimi-mlx status http://mac-a:8080 --watch",

@@ -6,16 +6,18 @@ import queue
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.cluster.ring.watch import RankActivity, RingTimeouts
 from kimi_mlx.engine.batch_sizes import NO_STEPS, BatchSizes
 from kimi_mlx.engine.events import Event, Finished, Statistics
-from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.parallel.placement import normalize_strategy
+
+if TYPE_CHECKING:
+    from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 
 LoadProgress = Callable[[int, int], None]
 """Callback with the number of layers loaded and the number of layers."""
