@@ -1,58 +1,15 @@
-"""Drafters and planners for tests: with a given acceptance, and in any order of modes."""
+"""A planner for tests that changes modes in any order."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from kimi_mlx.engine.drafts.decision import Decision
-from kimi_mlx.engine.drafts.drafter import Draft, Drafter, Offer
+from kimi_mlx.engine.drafts.drafter import Draft, Drafter
 from kimi_mlx.engine.drafts.planner import DraftPlanner
 from kimi_mlx.engine.drafts.records import DraftRecords
 from kimi_mlx.engine.sequence import Sequence as EngineSequence
-from kimi_mlx.engine.step_runner import InFlightStep
-
-SOURCE = "oracle"
-
-
-class Oracle:
-    """A drafter that knows the answers.
-
-    Args:
-        answers: prompts and their answers.
-        acceptance: probability that a draft token is the right one.
-        vocab_size: size of the vocabulary.
-        seed: seed of the choice between right and wrong tokens.
-    """
-
-    def __init__(
-        self, answers: Mapping[tuple[int, ...], Sequence[int]], acceptance: float, vocab_size: int, seed: int = 0
-    ):
-        self._answers, self._acceptance, self._vocab_size = answers, acceptance, vocab_size
-        self._random = random.Random(seed)
-        self.lengths: list[int] = []
-        """Lengths of all drafts."""
-
-    def offer(self, sequence: EngineSequence, limit: int) -> Offer | None:
-        """Offer as many tokens as may be generated."""
-        return Offer(SOURCE, limit)
-
-    def draft(self, requests: Sequence[tuple[EngineSequence, Offer, int]]) -> list[Draft]:
-        """Return tokens of the answer, some of them changed."""
-        drafts: list[Draft] = []
-        for sequence, _, length in requests:
-            at = sequence.generated
-            right = list(self._answers.get(sequence.request.prompt, ()))[at : at + length]
-            right += [0] * (length - len(right))
-            draft = [
-                token if self._random.random() < self._acceptance else (token + 1) % self._vocab_size for token in right
-            ]
-            drafts.append(sequence.sampler.allowed_prefix(draft))
-            self.lengths.append(length)
-        return drafts
-
-    def observe(self, step: InFlightStep) -> None:
-        """Do nothing."""
 
 
 class RandomPlanner(DraftPlanner):

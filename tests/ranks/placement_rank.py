@@ -24,7 +24,8 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import Group, MlxGroup
 from kimi_mlx.rank.rendezvous import pin_to_cpu
 from kimi_mlx.runtime.load import load_share, prepare_device
-from tests.drafters import Oracle, RandomPlanner
+from scripts.oracle import Oracle
+from tests.drafters import RandomPlanner
 
 CHUNK = 16
 """Tokens per prefill step; smaller than the long prompts."""

@@ -15,7 +15,7 @@ from kimi_mlx.engine.drafts.decision import Decision
 from kimi_mlx.engine.drafts.drafter import Draft, Drafter, Offer, accepted_length
 from kimi_mlx.engine.drafts.plan import DraftPlan, needed_chance, plan_drafts
 from kimi_mlx.engine.drafts.records import DraftRecords, Off, Trial
-from kimi_mlx.engine.drafts.step_times import Load, StepClock
+from kimi_mlx.engine.drafts.step_times import MIN_SAMPLES, Load, StepClock
 
 if TYPE_CHECKING:
     from kimi_mlx.engine.sequence import Sequence
@@ -27,11 +27,17 @@ START_GAIN, STAY_GAIN = 1.05, 1.02
 FIRST_PROBE_STEPS, MAX_PROBE_STEPS = 16, 512
 """Number of steps without drafts after which one step with drafts is tried; doubled each time that it gains nothing."""
 
+PROBE_SHARE = 0.005
+"""Share of the time that such steps may cost: where it is not reached, they are tried more often."""
+
+MAX_PROBES = 8
+"""Maximum number of such steps that follow each other because draft tokens were accepted."""
+
 FIRST_REFRESH_STEPS, MAX_REFRESH_STEPS = 64, 1024
 """Number of steps with drafts after which steps without drafts are measured; doubled each time."""
 
 REFRESH_STEPS = 4
-"""Number of steps without drafts that are measured then; the first one does not count."""
+"""Number of steps without drafts that are measured then, and in each new load; the first one does not count."""
 
 FIRST_PAUSE_STEPS, MAX_PAUSE_STEPS = 2, 64
 """Number of steps before drafts are considered again after there was nothing to draft when they were to start."""
@@ -70,7 +76,7 @@ class DraftPlanner:
         self._steps_ahead = self._steps_with_drafts = self._steps_without_offer = self._pause = 0
         self._probe_steps, self._pause_steps = FIRST_PROBE_STEPS, FIRST_PAUSE_STEPS
         self._refresh_steps = FIRST_REFRESH_STEPS
-        self._is_probing = self._has_accepted = False
+        self._num_probes, self._has_accepted = 0, False
 
     def observe(self, step: InFlightStep) -> None:
         """Let the drafters take what they need from a step whose tokens are read."""
@@ -107,14 +113,17 @@ class DraftPlanner:
         if self._pause > 0:
             return False
         load = _load(sequences, others_decode)
+        if self._records.times.num_samples(load, load.sequences) < MIN_SAMPLES:
+            return False
         needed = needed_chance(self._records.times, load, self._max_tokens)
-        is_probe_due = self._steps_ahead >= self._probe_steps
+        is_probe_due = self._is_probe_due(load)
         if needed >= 1 and not is_probe_due:
             self._records.off = Off(load, 1.0)
             return False
         candidates = [self._compare(sequence) for sequence in sequences]
         first_chance = max((candidate.chances[0] for candidate in candidates if candidate), default=None)
-        self._records.off = Off(load, first_chance)
+        if _can_continue(sequences):
+            self._records.off = Off(load, first_chance)
         if first_chance is None or is_probe_due:
             return is_probe_due and first_chance is not None
         return first_chance > needed and self._plan(candidates, load).gain > START_GAIN
@@ -131,28 +140,37 @@ class DraftPlanner:
         for sequence in sequences:
             sequence.drafts.trial = None
         if not any(candidates):
-            return self._without_candidates(load)
+            return self._without_candidates(load, _can_continue(sequences))
+        if self._records.times.num_samples(load, load.sequences) < MIN_SAMPLES or self._is_refresh_due():
+            return self._run_ahead(load, REFRESH_STEPS)
         plan = self._plan(candidates, load)
-        is_probe = plan.gain <= STAY_GAIN and self._steps_ahead >= self._probe_steps
+        continues_probe = 0 < self._num_probes < MAX_PROBES and self._has_accepted
+        is_probe = plan.gain <= STAY_GAIN and (continues_probe or self._is_probe_due(load))
         if plan.gain <= STAY_GAIN and not is_probe:
             self._records.off = Off(load, max(candidate.chances[0] for candidate in candidates if candidate))
             self._probe_steps = min(2 * self._probe_steps, MAX_PROBE_STEPS)
-            return self._run_ahead(load, 0 if self._is_probing else self._longer_pause())
-        if not is_probe and self._is_refresh_due():
-            return self._run_ahead(load, REFRESH_STEPS)
+            return self._run_ahead(load, 0 if self._num_probes else self._longer_pause())
         if not is_probe:
             self._probe_steps, self._pause_steps = FIRST_PROBE_STEPS, FIRST_PAUSE_STEPS
         self._records.off = None
         self._steps_ahead = self._steps_without_offer = 0
-        self._is_probing, self._has_accepted = is_probe, False
+        self._num_probes, self._has_accepted = self._num_probes + 1 if is_probe else 0, False
         return Decision(tuple(self._draft(sequences, candidates, plan)), is_drafting=True)
 
-    def _without_candidates(self, load: Load) -> Decision:
+    def _is_probe_due(self, load: Load) -> bool:
+        """Return whether to try a step with drafts, although they are not expected to gain anything."""
+        if self._steps_ahead < FIRST_PROBE_STEPS:
+            return False
+        cost = 2 * (self._records.times.ratio(load, 2 * load.sequences) - 1)  # in steps, with those before and after
+        return self._steps_ahead >= min(self._probe_steps, max(cost / PROBE_SHARE, FIRST_PROBE_STEPS))
+
+    def _without_candidates(self, load: Load, can_continue: bool) -> Decision:
         """Return the decision if there is nothing to draft. Soon there may be again, if the last draft was good."""
         self._steps_without_offer += 1
         if self._has_accepted and self._steps_without_offer <= LINGER_STEPS:
             return Decision(((),) * load.sequences, is_drafting=True)
-        self._records.off = Off(load, None)
+        if can_continue:
+            self._records.off = Off(load, None)
         return self._run_ahead(load, 0 if self._has_accepted else self._longer_pause())
 
     def _longer_pause(self) -> int:
@@ -163,7 +181,7 @@ class DraftPlanner:
     def _run_ahead(self, load: Load, pause: int) -> Decision:
         """Return the decision to run without drafts, for at least `pause` steps."""
         self._pause = pause
-        self._is_probing = self._has_accepted = False
+        self._num_probes, self._has_accepted = 0, False
         self._steps_ahead = self._steps_without_offer = 0
         return Decision(((),) * load.sequences, is_drafting=False)
 
@@ -247,3 +265,8 @@ class DraftPlanner:
 
 def _load(sequences: ListOf[Sequence], others_decode: bool) -> Load:
     return Load.of([len(sequence.tokens) for sequence in sequences], others_decode)
+
+
+def _can_continue(sequences: ListOf[Sequence]) -> bool:
+    """Return whether there may be drafts for a sequence: more than one token may still be generated."""
+    return any(sequence.remaining_tokens > 1 for sequence in sequences)

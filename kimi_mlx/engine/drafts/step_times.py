@@ -17,7 +17,7 @@ DEFAULT_TIMES: Mapping[int, float] = {1: 1.0, 8: 2.0}
 NUM_SAMPLES = 9
 """Number of recent samples whose median counts: interference with some of them does not matter."""
 
-MIN_SAMPLES = 3
+MIN_SAMPLES = 2
 """With fewer samples the expected time counts as well."""
 
 DEPTH_STEP = 1024
@@ -92,7 +92,11 @@ class StepTimes:
         return 0 if times is None else len(times.samples)
 
     def seconds(self, load: Load, tokens: int) -> float:
-        """Return the expected time of a step."""
+        """Return the expected time of a step. With drafts it is at least that without, whatever was measured."""
+        seconds = self._seconds(load, tokens)
+        return seconds if tokens <= load.sequences else max(seconds, self._seconds(load, load.sequences))
+
+    def _seconds(self, load: Load, tokens: int) -> float:
         known = self._loads.get(load)
         if not known:
             return self._expected(tokens) * self._last_scale
@@ -107,7 +111,7 @@ class StepTimes:
             expected = self._expected(tokens) * self._last_scale
         if times is None:
             return expected
-        return statistics.median([*times.samples, expected, expected])
+        return statistics.median([*times.samples, expected])
 
     def ratio(self, load: Load, tokens: int) -> float:
         """Return the time of a step in times of one without drafts."""

@@ -29,8 +29,9 @@ from kimi_mlx.parallel.placement import place
 from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.layer_plan import split_granularity_of
 from kimi_mlx.weights.reader import open_checkpoint
+from scripts.oracle import Oracle
 from tests.divisible import make_prompt, write_divisible
-from tests.drafters import Oracle, RandomPlanner
+from tests.drafters import RandomPlanner
 
 PATIENCE_S = 60
 """Timeout of a message."""

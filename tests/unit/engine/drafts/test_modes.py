@@ -21,8 +21,9 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.sizing import engine_limits
 from kimi_mlx.weights.assemble import load_model
+from scripts.oracle import Oracle
 from tests.checkpoints import load_golden, write_checkpoint
-from tests.drafters import Oracle, RandomPlanner
+from tests.drafters import RandomPlanner
 
 GOLDEN = load_golden("k2")
 Answers = dict[int, tuple[list[int], str]]
