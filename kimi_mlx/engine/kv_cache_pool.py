@@ -103,7 +103,7 @@ class SequenceCache:
         """Allocate memory for `tokens` tokens, at least the current ones, and share none with another cache."""
         rows = padded_length(tokens)
         for layer in self.layers:
-            if layer.keys is not None and layer.keys.shape[2] != rows:
+            if layer.keys is not None and (layer.stack is not None or layer.keys.shape[2] != rows):
                 keys = layer.keys[:, :, : layer.offset]
                 shape = (*keys.shape[:2], rows - layer.offset, keys.shape[3])
                 layer.keys = mx.concatenate([keys, mx.zeros(shape, keys.dtype)], axis=2)
@@ -242,7 +242,8 @@ class KVCachePool:
             cache = longer
         self._idle = [idle for idle in self._idle if not is_prefix(idle.tokens, cache.tokens)]
         self._idle.append(cache)
-        if cache.layers[0].state[0].shape[2] > padded_length(len(cache.tokens)):
+        layer = cache.layers[0]
+        if layer.stack is not None or layer.state[0].shape[2] > padded_length(len(cache.tokens)):
             cache.resize(len(cache.tokens))
         while self._idle and self.busy_tokens + self.idle_tokens > self.budget_tokens:
             del self._idle[0]

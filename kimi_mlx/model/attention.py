@@ -17,7 +17,7 @@ from kimi_mlx.model import numpy_attention
 from kimi_mlx.model.attention_cost import AttentionShape
 from kimi_mlx.model.batch_layout import BatchLayout, DecodeGroup, LatentRun, Segment
 from kimi_mlx.model.blockwise import attend
-from kimi_mlx.model.cache import LatentCache
+from kimi_mlx.model.cache import LatentCache, append_together, fetch_together
 from kimi_mlx.model.config import DecoderConfig
 from kimi_mlx.model.device import device_kind
 from kimi_mlx.model.device_traits import has_fused_attention, uses_numpy
@@ -105,10 +105,18 @@ class Attention(nn.Module):
         latent = mx.fast.rms_norm(latent, self["kv_a_layernorm"], self.latent_eps)[:, None]  # (B, 1, L, R)
         rows = mx.concatenate([latent, k_rope], axis=-1)  # (B, 1, L, R + P)
         check_same(self._keys_name, rows)
-        for segment, cache in zip(layout.segments, caches, strict=True):
-            cache.append(rows[:, :, segment.start : segment.stop])
+        self._append(rows, caches, layout)
         out = self._attend(q_nope, q_rope, caches, query_layout)  # (B, H, M, V)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, M, -1))
+
+    def _append(self, rows: mx.array, caches: Sequence[LatentCache], layout: BatchLayout) -> None:
+        """Append the rows (B, 1, L, R + P) of all new tokens to the caches of their sequences."""
+        for group in layout.stacked_groups:
+            members = [caches[index] for index in group.indices]
+            new = rows[0, 0, group.start : group.stop].reshape(len(members), group.segment.length, -1)
+            append_together(members, new, (group.order, group.positions))
+        for index, segment in layout.separate_segments:
+            caches[index].append(rows[:, :, segment.start : segment.stop])
 
     def _attend(
         self, q_nope: mx.array, q_rope: mx.array, caches: Sequence[LatentCache], layout: BatchLayout
@@ -164,9 +172,7 @@ class Attention(nn.Module):
         """
         B, L, H, width = q.shape
         N = len(group.indices)
-        keys = _concatenate(
-            [caches[index].fetch(group.total) for index in group.indices], axis=0
-        )  # (B * N, 1, T, R + P)
+        keys = fetch_together([caches[index] for index in group.indices], group.total)  # (B * N, 1, T, R + P)
         if N == 1 < L and L * H * group.total > SCORES_MAX:
             q = q.reshape(B, 1, L * H, width) * self.scale
             mask, block = group.segment.diagonal, latent_key_block(L * H)

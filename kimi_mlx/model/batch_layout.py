@@ -73,14 +73,23 @@ class DecodeGroup:
         self.offsets, self.stop, self.total = offsets, segment.stop, total
         return True
 
+    @cached_property
+    def order(self) -> mx.array:
+        """Index of each sequence in the group, (N, 1) int32."""
+        return mx.arange(len(self.indices))[:, None]
+
+    @cached_property
+    def positions(self) -> mx.array:
+        """Number of tokens before each new one in its sequence, (N, length) int32."""
+        return mx.array(self.offsets)[:, None] + mx.arange(self.segment.length)
+
     def mask(self, heads: int, dtype: mx.Dtype) -> mx.array:
         """Return the additive mask for scores (N, 1, length * H, T), grouped by query; (1,) if nothing is masked."""
         length = self.segment.length
         if length == 1 and min(self.offsets) + 1 == self.total:
             return no_mask(dtype)
         if (heads, dtype) not in self._masks:
-            last = mx.array(self.offsets)[:, None, None, None] + mx.arange(length)[:, None]  # (N, 1, length, 1)
-            mask = additive(mx.arange(self.total) <= last, dtype)
+            mask = additive(mx.arange(self.total) <= self.positions[:, None, :, None], dtype)
             self._masks[heads, dtype] = mask if length == 1 else mx.repeat(mask, heads, axis=2)
         return self._masks[heads, dtype]
 
@@ -167,6 +176,18 @@ class BatchLayout:
         if not (self.runs and isinstance(self.runs[-1], LatentRun)):
             self.runs.append(LatentRun(segment.start))
         cast(LatentRun, self.runs[-1]).add(index, segment, cost)
+
+    @cached_property
+    def stacked_groups(self) -> list[DecodeGroup]:
+        """Groups of several sequences whose caches are rows of one array."""
+        groups = [group for run in self.runs if isinstance(run, LatentRun) for group in run.groups]
+        return [group for group in groups if len(group.indices) > 1 and self._cost.tuning.keeps_stacks]
+
+    @cached_property
+    def separate_segments(self) -> list[tuple[int, Segment]]:
+        """Index of the sequence and segment of all others, also of sequences without new tokens."""
+        stacked = {index for group in self.stacked_groups for index in group.indices}
+        return [(index, segment) for index, segment in enumerate(self.segments) if index not in stacked]
 
     def query_layout(self, counts: Sequence[int]) -> QueryLayout:
         """Return the layout of the final tokens of each sequence, as queries.

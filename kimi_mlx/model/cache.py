@@ -1,47 +1,74 @@
 """The KV cache of multi-head latent attention: one tensor per layer.
 
 A token has kv_lora_rank + qk_rope_head_dim values: the normed latent, then the rotated key that all heads share.
-`offset`, `state` and `trim` are those of mlx-lm's caches. Letters: B batch, L new tokens, R kv_lora_rank,
+`offset`, `state` and `trim` are those of mlx-lm's caches. Letters: B batch, L new tokens, N sequences, R kv_lora_rank,
 P qk_rope_head_dim.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+
 import mlx.core as mx
+
+STEP = 256
+"""Number of tokens by which buffers grow."""
 
 
 class LatentCache:
-    """Latents and rotated keys of the tokens so far, in a buffer that grows in steps."""
+    """Latents and rotated keys of the tokens so far, in a buffer that grows in steps, or in a row of a KeyStack."""
 
-    step = 256
-    """Number of tokens by which the buffer grows."""
+    step = STEP
 
     def __init__(self) -> None:
-        self.keys: mx.array | None = None
+        self._keys: mx.array | None = None
+        self._stack: KeyStack | None = None
+        self._row = 0
         self.offset = 0
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The buffer, (B, 1, at least `offset` tokens, R + P). Setting it takes the cache out of its stack."""
+        if self._stack is not None:
+            return self._stack.rows[self._row : self._row + 1, None]
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: mx.array | None) -> None:
+        self._keys, self._stack = keys, None
+
+    @property
+    def stack(self) -> KeyStack | None:
+        """The stack that holds the buffer, if any."""
+        return self._stack
+
+    def move_to(self, stack: KeyStack, row: int) -> None:
+        """Use a row of a stack, which has a copy of the buffer."""
+        self._keys, self._stack, self._row = None, stack, row
 
     def append(self, rows: mx.array) -> None:
         """Append the rows of new tokens, (B, 1, L, R + P)."""
         start, end = self.offset, self.offset + rows.shape[2]
         if self.keys is None:
             self.keys = rows[:, :, :0]
-        self._reserve(end)
-        self.keys[:, :, start:end] = rows
-        self.offset = end
+        keys = self.fetch_buffer(end)
+        keys[:, :, start:end] = rows
+        self.keys, self.offset = keys, end
 
     def fetch(self, length: int) -> mx.array:
         """Return the first `length` rows, (B, 1, length, R + P). Rows from `offset` on are finite but meaningless."""
-        self._reserve(length)
-        assert self.keys is not None
-        return self.keys[:, :, :length]
+        return self.fetch_buffer(length)[:, :, :length]
 
-    def _reserve(self, end: int) -> None:
-        """Grow the buffer to at least `end` tokens."""
-        assert self.keys is not None
-        batch, heads, size, width = self.keys.shape
+    def fetch_buffer(self, end: int) -> mx.array:
+        """Return the buffer, with space for at least `end` tokens."""
+        keys = self.keys
+        assert keys is not None
+        batch, heads, size, width = keys.shape
         if end > size:
-            fresh = mx.zeros((batch, heads, -(-end // self.step) * self.step - self.offset, width), self.keys.dtype)
-            self.keys = mx.concatenate([self.keys[:, :, : self.offset], fresh], axis=2)
+            fresh = mx.zeros((batch, heads, -(-end // STEP) * STEP - self.offset, width), keys.dtype)
+            keys = self.keys = mx.concatenate([keys[:, :, : self.offset], fresh], axis=2)
+        return keys
 
     def copy(self, other: LatentCache, length: int) -> None:
         """Replace the contents with the first `length` tokens of another cache, which must have as many."""
@@ -58,3 +85,68 @@ class LatentCache:
     def state(self) -> list[mx.array]:
         """Arrays to evaluate, so that a prefill chunk is computed."""
         return [] if self.keys is None else [self.keys]
+
+
+class KeyStack:
+    """The buffers of sequences that attend together, in one array, so that a step neither copies nor visits each.
+
+    On a GPU each operation is a dispatch: appending to 16 caches and stacking them takes 32 a layer, a stack takes one.
+
+    Args:
+        caches: caches of N sequences of batch 1, which become its rows.
+        size: number of tokens per row.
+    """
+
+    def __init__(self, caches: Sequence[LatentCache], size: int):
+        earlier = {cache.stack for cache in caches if cache.stack is not None}
+        self.rows = mx.concatenate([cache.fetch_buffer(size)[:, 0, :size] for cache in caches], axis=0)
+        """(N, size, R + P)"""
+        for row, cache in enumerate(caches):
+            cache.move_to(self, row)
+        self._members = [weakref.ref(cache) for cache in caches]
+        left = [member for stack in earlier for member in stack.members if member.stack is stack]
+        for cache in left:  # a single row would keep its whole stack in memory
+            assert cache.keys is not None
+            cache.keys = mx.contiguous(cache.keys)
+        mx.async_eval([cache.state for cache in left])
+
+    @property
+    def members(self) -> list[LatentCache]:
+        """The caches that still exist."""
+        return [cache for reference in self._members if (cache := reference()) is not None]
+
+    def holds(self, caches: Sequence[LatentCache]) -> bool:
+        """Return whether the rows are those of these caches, in this order."""
+        return len(caches) == self.rows.shape[0] and all(
+            cache.stack is self and reference() is cache for cache, reference in zip(caches, self._members, strict=True)
+        )
+
+
+def append_together(caches: Sequence[LatentCache], rows: mx.array, where: tuple[mx.array, mx.array]) -> None:
+    """Append equally many new tokens to each of several caches, in a stack.
+
+    Args:
+        caches: caches of N sequences of batch 1.
+        rows: (N, L, R + P).
+        where: index of the sequence, (N, 1), and number of tokens before each new one in it, (N, L).
+    """
+    end = max(cache.offset for cache in caches) + rows.shape[1]
+    stack = caches[0].stack
+    if stack is None or not stack.holds(caches) or stack.rows.shape[1] < end:
+        for cache in caches:
+            if cache.keys is None:
+                cache.keys = mx.zeros((1, 1, 0, rows.shape[2]), rows.dtype)
+        stack = KeyStack(caches, -(-end // STEP) * STEP)
+    index, positions = where
+    stack.rows[index, positions] = rows
+    for cache in caches:
+        cache.offset += rows.shape[1]
+
+
+def fetch_together(caches: Sequence[LatentCache], length: int) -> mx.array:
+    """Return the first `length` rows of several caches, (B * N, 1, length, R + P); without a copy from a stack."""
+    stack = caches[0].stack
+    if stack is not None and stack.holds(caches) and stack.rows.shape[1] >= length:
+        return stack.rows[:, None, :length]
+    parts = [cache.fetch(length) for cache in caches]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)

@@ -81,6 +81,8 @@ class Tuning:
     Args:
         stack_max_keys: maximum length of caches that are stacked, so that several sequences attend with one set of
             kernels instead of one set each.
+        keeps_stacks: whether the caches of sequences that attend together stay stacked in memory between steps
+            (kimi_mlx.model.cache.KeyStack). Each change of the batch copies them once.
         stack_padding: largest share by which the longest cache of a stack exceeds the shortest, besides
             kimi_mlx.model.batch_layout.MIN_PADDING tokens. What exceeds is computed and masked.
         sort_min_choices: minimum number of (token, expert) pairs that are sorted, so that each expert is read once.
@@ -99,6 +101,7 @@ class Tuning:
     """
 
     stack_max_keys: int
+    keeps_stacks: bool
     stack_padding: float
     sort_min_choices: int
     prefill_chunk: int
@@ -112,6 +115,7 @@ class Tuning:
 
 CPU_TUNING = Tuning(
     stack_max_keys=512,  # a longer copy takes longer than the operations that it saves
+    keeps_stacks=False,  # an operation costs microseconds, and NumPy attends sequence by sequence
     stack_padding=0.0,
     sort_min_choices=64,
     prefill_chunk=512,  # 1,024 and 2,048 are not faster
@@ -126,7 +130,8 @@ CPU_TUNING = Tuning(
 
 METAL_TUNING = replace(
     CPU_TUNING,
-    stack_max_keys=2**31,  # stacks stay in memory from step to step (kimi_mlx.model.cache.KeyStack): no copy
+    stack_max_keys=2**31,
+    keeps_stacks=True,  # 16 sequences: 31 dispatches a layer less
     stack_padding=0.25,  # attention is 5 to 20 % of a decode step, so this wastes at most 5 %
     encode_multiply_adds=5 * 10**11,  # as long as a decode step of K2
     weight_flops=1.6e13,  # M3 Ultra, as in the planner

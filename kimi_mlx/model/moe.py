@@ -215,7 +215,7 @@ class MoE(nn.Module):
         outputs = outputs * weights.reshape(-1, 1)[mx.array(choices)]
         return out.reshape(-1, x.shape[-1]).at[tokens].add(outputs).reshape(x.shape)
 
-    def _experts(self, x: mx.array, ids: mx.array, activate: Activation = swiglu) -> mx.array:
+    def _experts(self, x: mx.array, ids: mx.array, activate: Activation | None = None) -> mx.array:
         """Run each token through its experts: (B, L, D), (B, L, K) -> (B, L, K, D)."""
         tokens, choices = grid_indices(*ids.shape[:-1], 1), grid_indices(*ids.shape)
         return self._run(x[..., None, None, :], ids, tokens, choices, activate).squeeze(-2)
@@ -234,7 +234,7 @@ class MoE(nn.Module):
         ids: mx.array,
         tokens: mx.array | None = None,
         choices: mx.array | None = None,
-        activate: Activation = swiglu,
+        activate: Activation | None = None,
     ) -> mx.array:
         """Run x through the experts `ids`, which must ascend if no positions are given.
 
@@ -243,8 +243,8 @@ class MoE(nn.Module):
             ids: indices of the experts.
             tokens: position in x of the input of each id; None if x has one row for each id.
             choices: position of each id.
-            activate: function of gate and up, (..., 1, F) each.
+            activate: function of gate and up, (..., 1, F) each; None for swiglu.
         """
         fused = self.gate_up_proj.gather_matmul(x, ids, tokens)
         gate, up = mx.split(fused, 2, axis=-1)
-        return self.down_proj.gather_matmul(activate(gate, up), ids, choices)
+        return self.down_proj.gather_matmul((activate or swiglu)(gate, up), ids, choices)
