@@ -17,6 +17,7 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.device import device_kind
 from kimi_mlx.model.draft_config import load_draft_config
 from kimi_mlx.model.draft_model import DraftModel
+from kimi_mlx.model.draft_quantization import load_quantization
 from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks
 from kimi_mlx.parallel.communicator import RankCommunicator
 from kimi_mlx.parallel.group import Group, MlxGroup, barrier
@@ -132,6 +133,8 @@ def load_share(
 def load_draft_model(folder: Path, model: Model, dtype: mx.Dtype | None = None) -> DraftModel:
     """Load a draft model for a loaded model, on the leader. Other ranks need only its `captured_layers`.
 
+    On a GPU float matrices are quantized to 8 bits (kimi_mlx.model.draft_quantization).
+
     Args:
         folder: folder of the draft model.
         model: the model, or the leader's share of it.
@@ -143,7 +146,8 @@ def load_draft_model(folder: Path, model: Model, dtype: mx.Dtype | None = None) 
     """
     config = load_draft_config(folder)
     layers = config.captured_layers(model.config)
-    return load_draft(folder, config, dtype or model.dtype, layers, model.get("embed_tokens"))
+    quantization = load_quantization(device_kind())
+    return load_draft(folder, config, dtype or model.dtype, layers, model.get("embed_tokens"), quantization)
 
 
 def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> None:

@@ -11,13 +11,20 @@ from kimi_mlx.model.names import CheckpointLayout
 from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_values_per_token
 
 
-def draft_weight_bytes(config: DraftConfig, has_embedding: bool = False, value_bytes: int = BFLOAT16_BYTES) -> int:
-    """Return the bytes of a draft model's weights: 3.7 GB for those of K2.5 to K2.7 as published.
+def draft_weight_bytes(
+    config: DraftConfig,
+    has_embedding: bool = False,
+    value_bytes: int = BFLOAT16_BYTES,
+    quantization: Quantization | None = None,
+) -> int:
+    """Return the bytes of a draft model's weights: for those of K2.5 to K2.7 3.7 GB as published, 2.0 GB on a GPU.
 
     Args:
         config: dimensions of the draft model; a quantization in it counts for all matrices.
         has_embedding: whether its files have an embedding; otherwise it uses that of the model.
         value_bytes: bytes per float.
+        quantization: quantization of float matrices when they are loaded, from
+            kimi_mlx.model.draft_quantization.load_quantization; None keeps them.
     """
     layout = CheckpointLayout(lambda name: has_embedding and name == "embed_tokens.weight", config.quantization_of)
     shapes = {
@@ -27,10 +34,12 @@ def draft_weight_bytes(config: DraftConfig, has_embedding: bool = False, value_b
         for source in part
         for path in source.paths
     }
-    return sum(
-        _matrix_bytes(prod(shape), config.quantization_of(path) if len(shape) > 1 else None, value_bytes)
-        for path, shape in shapes.items()
-    )
+    total = 0
+    for path, shape in shapes.items():
+        applied = config.quantization_of(path) or (None if path == "embed_tokens" else quantization)
+        is_quantized = applied is not None and len(shape) > 1 and shape[-1] % applied.group_size == 0
+        total += _matrix_bytes(prod(shape), applied if is_quantized else None, value_bytes)
+    return total
 
 
 def draft_cache_bytes_per_token(config: DraftConfig, value_bytes: int = BFLOAT16_BYTES) -> int:

@@ -9,11 +9,13 @@ import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.errors import WeightsError
+from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.draft_config import LAYER, DraftConfig, canonical_name
 from kimi_mlx.model.draft_model import DraftModel
 from kimi_mlx.model.draft_names import IS_DRAFTED, TOKEN_OFFSETS, draft_entries
 from kimi_mlx.model.names import IGNORED_SUFFIXES, TreeEntry
-from kimi_mlx.model.weight import Embedding
+from kimi_mlx.model.tree import LayerWeights
+from kimi_mlx.model.weight import Embedding, Weight
 from kimi_mlx.weights.assemble import load_layer
 from kimi_mlx.weights.checkpoint import CheckpointTensors
 from kimi_mlx.weights.header import TensorInfo
@@ -82,6 +84,7 @@ def load_draft(
     dtype: mx.Dtype,
     captured_layers: tuple[int, ...],
     embedding: Embedding | None,
+    quantization: Quantization | None = None,
 ) -> DraftModel:
     """Load a draft model.
 
@@ -91,6 +94,7 @@ def load_draft(
         dtype: compute dtype, that of the model.
         captured_layers: layers of the model whose inputs it reads.
         embedding: embedding of the model, used if the files have none.
+        quantization: affine quantization of matrices that are stored as floats; None keeps them.
 
     Raises:
         WeightsError: as of read_draft_checkpoint, or the tables of a reduced vocabulary are wrong, or there is no
@@ -107,7 +111,23 @@ def load_draft(
     )
     weights = load_layer(reader, plan, dtype)
     reader.close()
+    if quantization is not None:
+        entries = {
+            name: parts if name == "embed_tokens" else [_quantize(part, quantization) for part in parts]
+            for name, parts in weights.entries.items()
+        }
+        weights = LayerWeights(entries, weights.latent_first)
     return DraftModel(config, weights, captured_layers, embedding, token_ids)
+
+
+def _quantize(part: Weight, quantization: Quantization) -> Weight:
+    """Quantize a float matrix whose rows are whole groups; return others as they are."""
+    bits, group_size = quantization.bits, quantization.group_size
+    if part.quantization is not None or part.weight.ndim < 2 or part.weight.shape[-1] % group_size:
+        return part
+    arrays = mx.quantize(part.weight, group_size, bits)
+    mx.eval(arrays)  # one matrix at a time
+    return Weight(*arrays, quantization=quantization, dtype=part.dtype)
 
 
 def _check_embedding(folder: Path, config: DraftConfig, embedding: Embedding | None) -> None:

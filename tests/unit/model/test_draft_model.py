@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -89,6 +90,42 @@ def test_several_steps_of_feeding_back_equal_the_formula(
         expected = reference.outputs(embeddings, states, positions)
         close(draft.logits(output), reference.logits(expected)[-1:])
     assert cache.offset == 31
+
+
+def test_rows_of_several_sequences_at_once_equal_those_of_each_alone(tmp_path: Path, model: Model) -> None:
+    draft, _, config = make_draft(tmp_path, model)
+    mx.random.seed(4)
+    size, steps = config["hidden_size"], [(0, 7, 9), (3, 1, 1), (1, 1, 1), (1, 0, 2)]  # new rows of three sequences
+    together, alone = ([draft.make_cache() for _ in range(3)] for _ in range(2))
+    for counts in steps:
+        embeddings, states = mx.random.normal((2, 1, sum(counts), size))
+        # Each sequence lacks its first rows: rows are rotated further than their number in the cache.
+        positions = [[5 * i + cache.offset + row for row in range(counts[i])] for i, cache in enumerate(alone)]
+        lengths = [(cache.offset, count) for cache, count in zip(together, counts, strict=True)]
+        layout = draft.layout(lengths, [position for each in positions for position in each])
+        got = draft(embeddings, states, together, layout, [min(count, 1) for count in counts])
+        expected, start = [], 0
+        for cache, count, own in zip(alone, counts, positions, strict=True):
+            if count:
+                rows = slice(start, start + count)
+                layout = draft.layout([(cache.offset, count)], own)
+                expected.append(draft(embeddings[:, rows], states[:, rows], [cache], layout)[:, -1:])
+            start += count
+        np.testing.assert_allclose(np.array(got), np.array(mx.concatenate(expected, axis=1)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_draft_model_of_one_thread_is_used_in_another(tmp_path: Path, model: Model) -> None:
+    def logits(draft: DraftModel) -> np.ndarray:
+        states = draft.fuse(mx.ones((1, 2, 3 * draft.config.target_hidden_size)))
+        embeddings = draft.embed(mx.array([[1, 2]]))
+        output = draft(embeddings, states, [draft.make_cache()], draft.layout([(0, 2)], [0, 1]))
+        return np.array(draft.scatter(draft.logits(output)))
+
+    with ThreadPoolExecutor(1) as thread:
+        draft, _, _ = thread.submit(make_draft, tmp_path, model, draft_vocab_size=500).result()
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(logits, draft).result()
+    np.testing.assert_array_equal(found, logits(draft))
 
 
 def test_captured_states_are_the_inputs_of_their_layers_for_all_tokens(model: Model) -> None:

@@ -9,7 +9,9 @@ import pytest
 from mlx.utils import tree_reduce
 
 from kimi_mlx.model.config import read_json
+from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.draft_config import load_draft_config, parse_draft_config
+from kimi_mlx.model.draft_quantization import EIGHT_BITS
 from kimi_mlx.model.weight import Embedding, Weight
 from kimi_mlx.sizing.draft import captured_bytes_per_token, draft_cache_bytes_per_token, draft_weight_bytes
 from kimi_mlx.weights.draft import load_draft
@@ -21,6 +23,7 @@ def test_published_draft_models_take_3_7_gb_without_embedding() -> None:
     config = parse_draft_config(PUBLISHED)
     assert draft_weight_bytes(config) == 3_682_441_216
     assert draft_weight_bytes(config, has_embedding=True) - draft_weight_bytes(config) == 2 * 163840 * 7168
+    assert draft_weight_bytes(config, quantization=EIGHT_BITS) == 1_956_345_856
     assert draft_cache_bytes_per_token(config) == 2 * (512 + 64)
     assert captured_bytes_per_token(config) == 2 * 3 * 7168
 
@@ -30,13 +33,15 @@ def _embedding() -> Embedding:
 
 
 @pytest.mark.parametrize("has_embedding", [False, True])
-@pytest.mark.parametrize("is_quantized", [False, True])
-def test_weights_take_as_many_bytes_as_predicted(tmp_path: Path, has_embedding: bool, is_quantized: bool) -> None:
+@pytest.mark.parametrize(("is_quantized", "quantization"), [(False, None), (True, None), (False, EIGHT_BITS)])
+def test_weights_take_as_many_bytes_as_predicted(
+    tmp_path: Path, has_embedding: bool, is_quantized: bool, quantization: Quantization | None
+) -> None:
     config = draft_config(read_json(KIMI_MINI / "config.json"), draft_vocab_size=512)
     folder = write_draft(tmp_path / "draft", config, has_embedding=has_embedding)
     if is_quantized:
         folder = quantize_draft(folder, tmp_path / "quantized", bits=4, group_size=32)
     parsed = load_draft_config(folder)
-    draft = load_draft(folder, parsed, mx.float32, (0, 2, 3), None if has_embedding else _embedding())
+    draft = load_draft(folder, parsed, mx.float32, (0, 2, 3), None if has_embedding else _embedding(), quantization)
     total = tree_reduce(lambda total, array: total + array.nbytes, draft.parameters(), 0)
-    assert total == draft_weight_bytes(parsed, has_embedding, value_bytes=4)
+    assert total == draft_weight_bytes(parsed, has_embedding, 4, quantization)

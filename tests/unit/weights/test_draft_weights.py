@@ -14,6 +14,7 @@ from kimi_mlx.errors import KimiMlxError, WeightsError
 from kimi_mlx.model.config import load_config, read_json
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.draft_model import DraftModel
+from kimi_mlx.model.draft_quantization import EIGHT_BITS, load_quantization
 from kimi_mlx.runtime.load import load_draft_model
 from kimi_mlx.weights.assemble import load_model
 from tests.checkpoints import Config
@@ -88,6 +89,19 @@ def test_quantized_files_have_the_values_of_their_dequantized_matrices(tmp_path:
     mx.save_safetensors(str(source / "model.safetensors"), values)
     found, expected = (outputs_of(load_draft_model(each, model)) for each in (folder, source))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_float_matrices_are_quantized_on_a_gpu(tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [load_quantization(kind) for kind in ("cpu", "metal", "cuda")] == [None, EIGHT_BITS, EIGHT_BITS]
+    folder = write_draft(tmp_path, config_of(kv_lora_rank=96), has_embedding=True)  # 96 is no whole number of groups
+    exact = load_draft_model(folder, model)
+    monkeypatch.setattr("kimi_mlx.runtime.load.device_kind", lambda: "metal")
+    quantized = load_draft_model(folder, model)
+    assert quantized.lm_head.quantization == quantized.self_attn.o_proj.quantization == EIGHT_BITS
+    assert quantized.self_attn.unembed_out.quantization is None
+    assert quantized.embed_tokens.quantization is None
+    found, expected = outputs_of(quantized), outputs_of(exact)
+    assert 0 < np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def test_a_reduced_vocabulary_is_mapped_to_the_whole(tmp_path: Path, model: Model) -> None:
