@@ -229,8 +229,11 @@ def measure(
 def make_batch(
     case: Case, repetition: int, plan: BenchmarkPlan, vocab_size: int, placeholder_id: int = 0
 ) -> RequestBatch:
-    """Return the requests of one repetition: a shared random prefix, then images and a random prompt each."""
-    prefix = random_prompt(vocab_size, case.depth, repetition, plan.seed)
+    """Return the requests of one repetition: a shared random prefix, then images and a random prompt each.
+
+    All repetitions and cases of a depth have the same prefix, so that sides need not fill their caches each time.
+    """
+    prefix = random_prompt(vocab_size, case.depth, 0, plan.seed)
     requests: list[Request] = []
     for number in range(1, case.concurrency + 1):
         images = _make_images(case, repetition, plan, number)

@@ -47,13 +47,14 @@ def serve(channel: Channel, start: Message) -> None:
     model = load(Path(start["folder"]), start["dtype"], start["mode"], group)
     channel.send("ready")
     caches: list[Cache] = []
+    filled = FilledCache(channel, model)
     while True:
         command = channel.next_command()
         channel.report_progress("prefill")
         try:
             if command["kind"] == "fill":
                 caches.clear()
-                caches = fill_caches(channel, model, command["prefix"], command["copies"])
+                caches = filled.copies(command["prefix"], command["copies"])
                 channel.report_progress("idle")
                 channel.send("filled")
                 continue
@@ -103,18 +104,35 @@ def load(folder: Path, dtype: str | None, mode: str, group: mx.distributed.Group
         ) from error
 
 
-def fill_caches(channel: Channel, model: nn.Module, prefix: Sequence[int], copies: int) -> list[Cache]:
-    """Return `copies` independent caches that hold a prefix."""
-    with wired_limit(model, _streams()):
-        cache = make_prompt_cache(model)
-        if prefix:
-            # as mlx-lm does for a prompt: no token is generated
-            for _ in _steps(channel, model, prefix, 0, cache):
-                pass
-        caches = [cache, *(copy.deepcopy(cache) for _ in range(copies - 1))]
-        if prefix:
+class FilledCache:
+    """A cache with the prefix of the last batch, which is kept for batches with the same one.
+
+    Args:
+        channel: channel to the front.
+        model: mlx-lm's model.
+    """
+
+    def __init__(self, channel: Channel, model: nn.Module):
+        self._channel, self._model = channel, model
+        self._prefix: list[int] = []
+        self._cache: Cache | None = None
+
+    def copies(self, prefix: list[int], count: int) -> list[Cache]:
+        """Return `count` independent caches that hold a prefix."""
+        with wired_limit(self._model, _streams()):
+            if not prefix:
+                self._prefix, self._cache = [], None
+                return [make_prompt_cache(self._model) for _ in range(count)]
+            if self._cache is None or prefix != self._prefix:
+                self._prefix, self._cache = prefix, make_prompt_cache(self._model)
+                # as mlx-lm does for a prompt: no token is generated
+                for _ in _steps(self._channel, self._model, prefix, 0, self._cache):
+                    pass
+            caches = [copy.deepcopy(self._cache) for _ in range(count)]
+            for layer in (layer for cache in caches for layer in cache):
+                layer.state = tuple(array + 0 for array in layer.state)  # shares no memory
             _synchronize(caches)
-        return caches
+            return caches
 
 
 class BatchRun:

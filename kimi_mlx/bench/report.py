@@ -63,7 +63,7 @@ class Report:
             "is_complete": self.is_complete,
             "towers": [row.to_dict() for row in self.towers],
             "results": [row.to_dict() for row in table_rows],
-            "ratios": [ratio.to_dict() for ratio in ratios(table_rows)],
+            "ratios": [ratio.to_dict() for ratio in ratios(self.runs)],
             "same_tokens": [asdict(agreement) for agreement in agreements(self.runs)],
             "notes": notes(self.runs, self.sides),
             "runs": [run.to_dict() for run in self.runs],
@@ -90,8 +90,8 @@ class Report:
         ]
 
     def summary(self) -> list[str]:
-        """Return ratios, agreement of tokens, notes, and the roofline."""
-        lines = [*_ratio_lines(ratios(self.rows)), *ratio_lines(self.towers)]
+        """Return ratios of a single case, agreement of tokens, notes, and the roofline."""
+        lines = [*([] if self._ratio_rows else _ratio_lines(ratios(self.runs))), *ratio_lines(self.towers)]
         for agreement in agreements(self.runs):
             if agreement.first_difference is None:
                 lines.append(f"{agreement.side}: same tokens as kimi-mlx in all {agreement.answers} answers")
@@ -108,18 +108,37 @@ class Report:
         return lines
 
     def tables(self) -> list[Table]:
-        """Return a table of speeds, a table of times, and one of the towers if they were measured."""
+        """Return a table of speeds, one of times, and those of ratios and of the towers if there are any."""
         speeds = [column for column in self._columns() if " ms" not in column[0]]
         times = [column for column in self._columns() if " tok/s" not in column[0] and column[0] not in RESOURCES]
         tables = [_table(columns, self.rows) for columns in (speeds, times)]
+        if self._ratio_rows:
+            tables.append(_table(self._ratio_columns(), self._ratio_rows))
         return [*tables, _table(TOWER_COLUMNS, self.towers)] if self.towers else tables
 
     def markdown(self) -> str:
-        """Return the report as Markdown: heading, one table, summary."""
+        """Return the report as Markdown: heading, tables, summary."""
         table = markdown_table(self._columns(), self.rows, "side")
+        ratio_table = markdown_table(self._ratio_columns(), self._ratio_rows, "against") if self._ratio_rows else ""
         towers = markdown_table(TOWER_COLUMNS, self.towers, "tower") if self.towers else ""
         bullets = "\n".join(f"- {line}" for line in self.summary())
-        return "\n\n".join(part for part in ("\n".join(self.heading()), table, towers, bullets) if part) + "\n"
+        return (
+            "\n\n".join(part for part in ("\n".join(self.heading()), table, ratio_table, towers, bullets) if part)
+            + "\n"
+        )
+
+    @property
+    def _ratio_rows(self) -> list[RatioRow]:
+        """Ratios of each case; empty for a single case, whose ratios are in the summary."""
+        by_case: dict[Case, dict[str, SpeedRatio]] = {}
+        for ratio in ratios(self.runs):
+            by_case.setdefault(ratio.case, {})[ratio.figure] = ratio
+        return [RatioRow(case, figures) for case, figures in by_case.items()] if len(by_case) > 1 else []
+
+    def _ratio_columns(self) -> list[tuple[str, Callable[[RatioRow], str]]]:
+        """Return the columns that are not empty in these rows."""
+        has_depth = any(row.case.depth for row in self._ratio_rows)
+        return [column for column in RATIO_COLUMNS if column[0] != "depth" or has_depth]
 
     def _columns(self) -> list[Column]:
         """Return the columns that are not empty in these rows."""
@@ -163,6 +182,34 @@ COLUMNS: Sequence[Column] = (
 )
 
 
+@dataclass(frozen=True)
+class RatioRow:
+    """Speed of kimi-mlx relative to mlx-lm in one case.
+
+    Args:
+        case: the case.
+        figures: ratio of each figure that is compared.
+    """
+
+    case: Case
+    figures: dict[str, SpeedRatio]
+
+    def cell(self, figure: str) -> str:
+        """Format a ratio with its spread; empty if the figure is not compared."""
+        return _ratio(self.figures[figure]) if figure in self.figures else ""
+
+
+RATIO_COLUMNS: Sequence[tuple[str, Callable[[RatioRow], str]]] = (
+    ("prompt", lambda row: str(row.case.prompt_tokens)),
+    ("depth", lambda row: str(row.case.depth)),
+    ("at once", lambda row: str(row.case.concurrency)),
+    ("prefill ratio", lambda row: row.cell("prefill_tok_per_s")),
+    ("decode ratio", lambda row: row.cell("decode_tok_per_s")),
+    ("together ratio", lambda row: row.cell("aggregate_tok_per_s")),
+    ("against", lambda row: ", ".join(dict.fromkeys(ratio.against for ratio in row.figures.values()))),
+)
+
+
 TOWER_COLUMNS: Sequence[tuple[str, Callable[[TowerRow], str]]] = (
     ("images", lambda row: str(row.images)),
     ("tokens", lambda row: str(row.image_tokens)),
@@ -175,7 +222,7 @@ TOWER_COLUMNS: Sequence[tuple[str, Callable[[TowerRow], str]]] = (
 def _table(columns: Sequence[tuple[str, Callable[[Row], str]]], table_rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, _ in columns:
-        table.add_column(name, justify="left" if name in ("side", "tower") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("side", "tower", "against") else "right", no_wrap=True)
     for row in table_rows:
         table.add_row(*(cell(row) for _, cell in columns))
     return table
@@ -185,9 +232,13 @@ def _ratio_lines(all_ratios: Sequence[SpeedRatio]) -> list[str]:
     """Return a line per case."""
     by_case: dict[Case, list[str]] = {}
     for ratio in all_ratios:
-        text = f"{ratio.ratio:.2f} in {FIGURE_NAMES[ratio.figure]} (`{ratio.against}`)"
+        text = f"{_ratio(ratio)} in {FIGURE_NAMES[ratio.figure]} (`{ratio.against}`)"
         by_case.setdefault(ratio.case, []).append(text)
     return [f"{case}: kimi-mlx / mlx-lm = {', '.join(texts)}" for case, texts in by_case.items()]
+
+
+def _ratio(ratio: SpeedRatio) -> str:
+    return f"{ratio.ratio:.2f} ({ratio.spread.min:.2f}-{ratio.spread.max:.2f})"
 
 
 def _seconds(spread: Spread) -> str:

@@ -108,12 +108,14 @@ class SpeedRatio:
         case: the case.
         figure: one of RATES: prefill and decode for single requests, the aggregate for several.
         ratio: the quotient.
+        spread: quotients of the two runs of each repetition, which follow each other.
         against: name of the best other side.
     """
 
     case: Case
     figure: str
     ratio: float
+    spread: Spread
     against: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,11 +155,7 @@ def rows(runs: Sequence[Run], share_of: ShareOf | None = None) -> list[ResultRow
 
 def _row(runs: Sequence[Run], share_of: ShareOf | None) -> ResultRow:
     answers = [answer for run in runs for answer in run.answers]
-    rates = {
-        "prefill_tok_per_s": Spread.of([answer.statistics.prefill_tok_per_s for answer in answers]),
-        "decode_tok_per_s": Spread.of([answer.statistics.decode_tok_per_s for answer in answers]),
-        "aggregate_tok_per_s": Spread.of([run.new_tokens / run.outcome.wall_s for run in runs]),
-    }
+    rates = _rates(runs)
     gaps = [gap for answer in answers for gap in np.diff(answer.arrivals_s)]
     joules = [run.energy_j / run.new_tokens for run in runs if run.energy_j is not None]
     peaks = zip(*(run.outcome.peak_memory_bytes for run in runs), strict=True)
@@ -175,6 +173,15 @@ def _row(runs: Sequence[Run], share_of: ShareOf | None) -> ResultRow:
     )
 
 
+def _rates(runs: Sequence[Run]) -> dict[str, Spread]:
+    answers = [answer for run in runs for answer in run.answers]
+    return {
+        "prefill_tok_per_s": Spread.of([answer.statistics.prefill_tok_per_s for answer in answers]),
+        "decode_tok_per_s": Spread.of([answer.statistics.decode_tok_per_s for answer in answers]),
+        "aggregate_tok_per_s": Spread.of([run.new_tokens / run.outcome.wall_s for run in runs]),
+    }
+
+
 def _encoding(image_tokens: int, statistics: Sequence[Statistics]) -> Encoding | None:
     if not image_tokens:
         return None
@@ -187,16 +194,26 @@ def _encoding(image_tokens: int, statistics: Sequence[Statistics]) -> Encoding |
     )
 
 
-def ratios(table_rows: Sequence[ResultRow]) -> list[SpeedRatio]:
+def ratios(runs: Sequence[Run]) -> list[SpeedRatio]:
     """Compare kimi-mlx with the best other side in each case; empty if there is none."""
+    table_rows = rows(runs)
     all_ratios: list[SpeedRatio] = []
     for ours in (row for row in table_rows if row.side == OURS):
         others = [row for row in table_rows if row.side != OURS and row.case == ours.case]
         for figure in (RATES[2:] if ours.case.concurrency > 1 else RATES[:2]) if others else ():
             best = max(others, key=lambda row, figure=figure: row.rates[figure].median)
             ratio = ours.rates[figure].median / best.rates[figure].median
-            all_ratios.append(SpeedRatio(ours.case, figure, ratio, best.side))
+            mine, theirs = (_by_repetition(runs, ours.case, side, figure) for side in (OURS, best.side))
+            quotients = [mine[repetition] / theirs[repetition] for repetition in mine if repetition in theirs]
+            spread = Spread.of(quotients or [ratio])
+            all_ratios.append(SpeedRatio(ours.case, figure, ratio, spread, best.side))
     return all_ratios
+
+
+def _by_repetition(runs: Sequence[Run], case: Case, side: str, figure: str) -> dict[int, float]:
+    """Return a rate of each counted repetition, the median of its requests."""
+    counted = [run for run in runs if (run.case, run.side) == (case, side) and not run.is_warmup]
+    return {run.repetition: _rates([run])[figure].median for run in counted}
 
 
 def agreements(runs: Sequence[Run]) -> list[TokenAgreement]:

@@ -85,6 +85,10 @@ class Side(Protocol):
         ...
 
 
+MAX_KEPT_RUNS = 8
+"""Runs after which caches are emptied although the next one has the same prefix, so that old ones do not pile up."""
+
+
 class SessionSide:
     """kimi-mlx, through the session that all commands use."""
 
@@ -93,6 +97,8 @@ class SessionSide:
         self._session = session
         self._ring = session if isinstance(session, RingSession) else None
         self.not_batched_because: str | None = None
+        self._prefix: tuple[int, ...] = ()
+        self._num_kept_runs = 0
 
     @property
     def all_reduce(self) -> AllReduceChoice | None:
@@ -101,13 +107,20 @@ class SessionSide:
 
     def run(self, batch: RequestBatch) -> BatchResult:
         """Run a batch, one thread per request."""
-        self._session.reset()
-        if batch.depth:
-            self._run_one(replace(batch.requests[0], prompt=batch.prefix, max_tokens=1), time.perf_counter())
+        self._fill_cache(batch)
         started = time.perf_counter()
         answers = self._run_concurrently(batch.requests, started)
         own_peak = [max(answer.statistics.peak_memory_bytes for answer in answers)]
         return BatchResult(tuple(answers), started, tuple(self._ring.peak_memory_bytes if self._ring else own_peak))
+
+    def _fill_cache(self, batch: RequestBatch) -> None:
+        """Put the prefix into the cache, as the sequence that was used last; reuse that of the last batch."""
+        self._num_kept_runs += 1
+        if not batch.depth or batch.prefix != self._prefix or self._num_kept_runs > MAX_KEPT_RUNS:
+            self._session.reset()
+            self._prefix, self._num_kept_runs = batch.prefix, 0
+        if batch.depth:
+            self._run_one(replace(batch.requests[0], prompt=batch.prefix, max_tokens=1, images=()), time.perf_counter())
 
     def _run_concurrently(self, requests: Sequence[Request], started: float) -> list[TimedAnswer]:
         with ThreadPoolExecutor(len(requests)) as pool:

@@ -62,7 +62,8 @@ def test_requests_of_a_batch_share_only_the_prefix() -> None:
     assert {len(prompt) for prompt in prompts} == {28}
     assert {prompt[:20] for prompt in prompts} == {first.prefix}
     assert len({prompt[20:] for prompt in prompts}) == 3
-    assert first.prefix != second.prefix
+    assert first.prefix == second.prefix  # sides keep it
+    assert first.requests[0].prompt != second.requests[0].prompt
 
 
 def test_generation_is_greedy_and_has_no_stop() -> None:

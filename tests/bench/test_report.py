@@ -95,11 +95,30 @@ def test_the_heading_names_the_set_up() -> None:
 def test_the_summary_has_ratios_and_agreement() -> None:
     lines = make_report().summary()
     assert lines == [
-        "prompt 100: kimi-mlx / mlx-lm = 2.00 in prefill (`mlx-lm tensor`), 2.03 in decode (`mlx-lm pipeline`)",
+        "prompt 100: kimi-mlx / mlx-lm = 2.00 (2.00-2.00) in prefill (`mlx-lm tensor`), "
+        "2.03 (2.03-2.03) in decode (`mlx-lm pipeline`)",
         "mlx-lm tensor: same tokens as kimi-mlx in all 4 answers",
         "mlx-lm pipeline: same tokens as kimi-mlx in 0 of 4 answers; earliest difference at token 10",
         "roofline: 2.0 GB/s (measured)",
     ]
+
+
+def test_several_cases_have_a_table_of_ratios() -> None:
+    cases = [Case(8192, 16, 1), Case(8192, 64, 1)]
+    sides = (("kimi-mlx", (40.0, 60.0)), ("mlx-lm", (10.0, 20.0)))
+    runs = [
+        make_run(side, repetition, rate, 5.0, case=case)
+        for case in cases
+        for side, rates in sides
+        for repetition, rate in enumerate(rates)
+    ]
+    report = make_report(runs)
+    lines = report.markdown().splitlines()
+    assert "| prompt | depth | at once | prefill ratio | decode ratio | together ratio | against |" in lines
+    assert "| 16 | 8192 | 1 | 3.33 (3.00-4.00) | 1.00 (1.00-1.00) |  | mlx-lm |" in lines
+    assert not any("kimi-mlx / mlx-lm" in line for line in lines)
+    assert len(report.tables()) == 3
+    assert report.to_dict()["ratios"][0]["spread"] == {"median": 3.5, "min": 3.0, "max": 4.0}
 
 
 def test_an_interrupted_report_says_so() -> None:

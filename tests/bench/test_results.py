@@ -59,7 +59,7 @@ def test_joules_are_per_new_token() -> None:
 
 
 def test_ratios_are_to_the_best_other_side_in_each_rate() -> None:
-    prefill, decode = ratios(rows(RUNS))
+    prefill, decode = ratios(RUNS)
     assert (round(prefill.ratio, 3), prefill.against) == (2.005, "mlx-lm tensor")
     assert (round(decode.ratio, 3), decode.against) == (2.033, "mlx-lm pipeline")
 
@@ -72,7 +72,7 @@ def test_each_case_has_its_ratios_and_concurrent_requests_an_aggregate() -> None
         make_run("mlx-lm", 0, 50, 10, case=single),
         make_run("mlx-lm", 0, 100, 5, case=concurrent),
     ]
-    results = ratios(rows(runs))
+    results = ratios(runs)
     assert [(ratio.case, ratio.figure) for ratio in results] == [
         (single, "prefill_tok_per_s"),
         (single, "decode_tok_per_s"),
@@ -90,7 +90,7 @@ def test_tokens_are_compared_answer_by_answer() -> None:
 
 def test_a_shorter_answer_differs_at_its_end() -> None:
     assert agreements([make_run("mlx-lm", 0, 1, 1)]) == []
-    assert ratios(rows(RUNS[:4])) == []
+    assert ratios(RUNS[:4]) == []
 
 
 def test_notes_name_unbatched_sides_and_uncached_tokens() -> None:

@@ -95,6 +95,16 @@ def test_the_depth_is_cached_and_every_token_has_a_time(tiny: Path) -> None:
         assert 0 < answer.arrivals_s[-1] <= outcome.wall_s
 
 
+def test_the_prefix_is_kept_from_batch_to_batch(tiny: Path) -> None:
+    """mlx-lm's side is compared with it below."""
+    shorter, later = make_batch(Case(16, 9, 1), 1, PLAN, 512), make_batch(Case(16, 24, 3), 1, PLAN, 512)
+    assert shorter.prefix == later.prefix == DEEP.prefix
+    with open_kimi_mlx(SessionOptions(tiny)) as side:
+        outcomes = [side.run(batch) for batch in (DEEP, shorter, later, SINGLE, later)]
+    assert ids_of(outcomes[2].answers) == ids_of(outcomes[4].answers)
+    assert [outcome.answers[0].statistics.cached_tokens for outcome in outcomes] == [16, 16, 16, 0, 16]
+
+
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_kimi_mlx_on_ranks_caches_the_depth_and_reports_memory_per_rank(tiny: Path) -> None:
@@ -131,8 +141,8 @@ def test_mlx_lm_generates_the_same_tokens_and_is_idle_between_batches(tiny: Path
     expected, expected_deep = kimi_mlx_answers(tiny, SINGLE), kimi_mlx_answers(tiny, DEEP)
     for mode in MODES[ranks > 1]:
         with open_mlx_lm(SessionOptions(tiny, ranks), mode) as side:
-            deep = side.run(DEEP)
-            assert ids_of(deep.answers) == expected_deep
+            first, deep = side.run(DEEP), side.run(DEEP)  # the second with the prefix that was kept
+            assert ids_of(first.answers) == ids_of(deep.answers) == expected_deep
             assert [answer.statistics.cached_tokens for answer in deep.answers] == [16, 16, 16]
             assert (side.not_batched_because is None) == (ranks == 1)
             outcome = side.run(SINGLE)
