@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # before huggingface_hub and tokenizers are imported
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,6 +20,10 @@ from hypothesis import settings
 
 from kimi_mlx.model.device import has_gpu
 from tests import processes
+
+if TYPE_CHECKING:
+    from kimi_mlx.session.session import Session
+    from tests.server.running_server import RunningServer
 
 # Signals that were ignored by whoever started the tests (in the background, under nohup) would be ignored by all
 # processes that the tests start.
@@ -69,6 +75,27 @@ def kill_started_processes() -> Iterator[None]:
     """Kill the processes that a test has started."""
     yield
     processes.end_all()
+
+
+@pytest.fixture(scope="session")
+def session() -> Iterator[Session]:
+    """A session with kimi-mini, for all tests of the client, the server and the page."""
+    from kimi_mlx.session.open import open_session
+    from kimi_mlx.session.session import SessionOptions
+    from tests.fakes import KIMI_MINI
+
+    mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
+    with closing(open_session(SessionOptions(KIMI_MINI))) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def running(session: Session) -> Iterator[RunningServer]:
+    """The server with kimi-mini."""
+    from tests.server.running_server import serving  # the server's packages, which few tests need
+
+    with serving(session) as server:
+        yield server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

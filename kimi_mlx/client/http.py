@@ -284,6 +284,8 @@ class _Sockets:
             self._timer.daemon = True
             self._timer.start()
         if self._is_cut:
+            for open_socket in self._open:  # in the thread that reads; no one else has a socket that was just connected
+                open_socket.close()
             raise httpx2.ReadError("the request was cancelled")
 
     def cut(self) -> None:

@@ -5,17 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import pytest
 
-from kimi_mlx.session.open import open_session
-from kimi_mlx.session.session import Session, SessionOptions
 from tests.browser.chat_page import ChatPage, Watcher
-from tests.fakes import KIMI_MINI
-from tests.server.running_server import RunningServer, serving
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -76,17 +70,3 @@ def open_page(browser: Browser) -> Iterator[OpenPage]:
         context.close()
     for watcher in watchers:
         watcher.check()
-
-
-@pytest.fixture(scope="session")
-def session() -> Iterator[Session]:
-    mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
-    with closing(open_session(SessionOptions(KIMI_MINI))) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="session")
-def running(session: Session) -> Iterator[RunningServer]:
-    """The server with kimi-mini."""
-    with serving(session) as server:
-        yield server

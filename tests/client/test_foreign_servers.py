@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import ssl
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,21 @@ def test_https_and_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert re.match("cancelled|stop", getattr(finished[-1], "reason", ""))
     with foreign_server() as server, pytest.raises(ServerError):
         RemoteChatModel(parse_address(server.url.replace("http", "https")))
+
+
+def test_a_request_that_is_cancelled_while_it_connects_leaves_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[socket.socket] = []
+    trace = http._Sockets.trace
+
+    def cut_when_connected(self: http._Sockets, event: str, info: Mapping[str, Any]) -> None:
+        if event == "connection.connect_tcp.complete":
+            opened.append(info["return_value"].get_extra_info("socket"))
+            self.cut()
+        trace(self, event, info)
+
+    monkeypatch.setattr(http._Sockets, "trace", cut_when_connected)
+    with foreign_server(events(delta("stop"))) as server:
+        reader = http.HttpClient(parse_address(server.url), None).open_stream("/chat/completions", {}, 60)
+        with pytest.raises(ServerError, match="lost the connection"):
+            reader.take()
+    assert [used.fileno() for used in opened] == [-1]

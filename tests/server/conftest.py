@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 
-import mlx.core as mx
 import openai
 import pytest
 
-from kimi_mlx.session.open import open_session
-from kimi_mlx.session.session import Session, SessionOptions
-from tests.fakes import KIMI_MINI
-from tests.server.running_server import RunningServer, serving
-
-
-@pytest.fixture(scope="session")
-def session() -> Iterator[Session]:
-    mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
-    with closing(open_session(SessionOptions(KIMI_MINI))) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="session")
-def running(session: Session) -> Iterator[RunningServer]:
-    with serving(session) as server:
-        yield server
+from tests.server.running_server import RunningServer
 
 
 @pytest.fixture

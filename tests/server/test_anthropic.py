@@ -177,10 +177,11 @@ def test_async_client(url: str):
 
 
 def test_errors_have_anthropics_format(client: anthropic.Anthropic, url: str):
-    with pytest.raises(anthropic.AuthenticationError):
-        anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0).messages.create(
-            model="kimi-mini", max_tokens=1, messages=SUM
-        )
+    with (
+        anthropic.Anthropic(base_url=url, api_key="wrong", max_retries=0) as intruder,
+        pytest.raises(anthropic.AuthenticationError),
+    ):
+        intruder.messages.create(model="kimi-mini", max_tokens=1, messages=SUM)
     with pytest.raises(anthropic.NotFoundError, match="is not served here"):
         client.messages.create(model="gpt-9", max_tokens=1, messages=SUM)
     image: Any = {"type": "image", "source": {"type": "url", "url": "https://example.org/x.png"}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,10 @@ OUTPUTS = (r'get_weather {"city": "Paris"}\n.*21', r"name=.* age=\d+", r"Hello!.
 
 
 def run_example(code: str, server: RunningServer) -> None:
-    exec(compile(code.replace("http://127.0.0.1:8080", server.url), "docs/serve.md", "exec"), {"__name__": "example"})
+    """Run an example; close its client, whose socket the garbage collector may find before the client itself."""
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(code.replace("http://127.0.0.1:8080", server.url), "docs/serve.md", "exec"), names)
+    names["client"].close()
 
 
 @pytest.mark.parametrize(
