@@ -11,6 +11,7 @@ import pytest
 
 from kimi_mlx.model.config import load_config, read_json
 from kimi_mlx.model.decoder import Model, SequenceSlice
+from kimi_mlx.model.device_traits import CPU_TUNING, METAL_TUNING, TUNINGS, Tuning
 from kimi_mlx.model.draft_model import DraftModel
 from kimi_mlx.runtime.load import load_draft_model
 from kimi_mlx.weights.assemble import load_model
@@ -92,12 +93,18 @@ def test_several_steps_of_feeding_back_equal_the_formula(
     assert cache.offset == 31
 
 
-def test_rows_of_several_sequences_at_once_equal_those_of_each_alone(tmp_path: Path, model: Model) -> None:
+@pytest.mark.parametrize("tuning", [CPU_TUNING, METAL_TUNING], ids=["cpu", "metal"])
+def test_rows_of_several_sequences_at_once_equal_those_of_each_alone(
+    tmp_path: Path, model: Model, tuning: Tuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TUNINGS, "cpu", tuning)
     draft, _, config = make_draft(tmp_path, model)
     mx.random.seed(4)
-    size, steps = config["hidden_size"], [(0, 7, 9), (3, 1, 1), (1, 1, 1), (1, 0, 2)]  # new rows of three sequences
+    size, steps = config["hidden_size"], [(0, 7, 9), (3, 1, 1), (1, 1, 1), (1, 1, 1), (1, 0, 2), (2, 2, 2), (1, 1, 1)]
     together, alone = ([draft.make_cache() for _ in range(3)] for _ in range(2))
-    for counts in steps:
+    for number, counts in enumerate(steps):
+        for cache in (*together, *alone) if number == 3 else ():
+            cache.trim(1)  # as after a draft
         embeddings, states = mx.random.normal((2, 1, sum(counts), size))
         # Each sequence lacks its first rows: rows are rotated further than their number in the cache.
         positions = [[5 * i + cache.offset + row for row in range(counts[i])] for i, cache in enumerate(alone)]
