@@ -84,19 +84,19 @@ class Attention(nn.Module):
             caches: cache of each sequence; all L tokens are appended.
             layout: layout of the L new tokens.
             query_layout: layout of the M tokens that are queries.
-            check_same: function of a name and a value that every rank computes for itself.
+            check_same: function of a name and a value that every rank computes for itself; not of queries that the
+                ranks divide.
 
         Returns:
             (B, M, D).
         """
         B, M = x.shape[0], query_layout.length
-        qkv = self.qkv_a_proj(x)
-        q = query_layout.select(qkv[..., : self.q_dim])
-        latent = qkv[..., self.q_dim : self.q_dim + self.latent_dim]
-        k_rope = qkv[..., self.q_dim + self.latent_dim :]
+        q, kv = self._compress(x, layout, query_layout)
+        latent, k_rope = kv[..., : self.latent_dim], kv[..., self.latent_dim :]
         if "q_b_proj" in self:
             q = mx.fast.rms_norm(q, self["q_a_layernorm"], self.latent_eps)
-            check_same(self._queries_name, q)
+            if not query_layout.is_share:
+                check_same(self._queries_name, q)
             q = self.q_b_proj(q)
         q = q.reshape(B, M, self.num_heads, self.nope_dim + self.rope_dim).swapaxes(1, 2)  # (B, H, M, N + P)
         q_nope, q_rope = q[..., : self.nope_dim], q[..., self.nope_dim :]
@@ -117,6 +117,14 @@ class Attention(nn.Module):
             append_together(members, new, (group.order, group.positions))
         for index, segment in layout.separate_segments:
             caches[index].append(rows[:, :, segment.start : segment.stop])
+
+    def _compress(self, x: mx.array, layout: BatchLayout, query_layout: BatchLayout) -> tuple[mx.array, mx.array]:
+        """Return compressed queries (B, M, ...) and keys (B, L, R + P), before their norms."""
+        if query_layout.length == layout.length:
+            qkv = self.qkv_a_proj(x)
+            return qkv[..., : self.q_dim], qkv[..., self.q_dim :]
+        q = self.qkv_a_proj.some_rows(query_layout.select(x), 0, self.q_dim)
+        return q, self.qkv_a_proj.some_rows(x, self.q_dim, self.q_dim + self.latent_dim + self.rope_dim)
 
     def _attend(
         self, q_nope: mx.array, q_rope: mx.array, caches: Sequence[LatentCache], layout: BatchLayout

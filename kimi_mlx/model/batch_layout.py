@@ -145,6 +145,8 @@ class BatchLayout:
         segments: segment of each sequence.
         length: number of tokens of the step.
         runs: the segments with new tokens by the kind of their attention, in order.
+        share: this rank's queries if the ranks divide them; otherwise None.
+        is_share: whether the tokens are the share of another layout.
         rotate: rotates queries and keys of the new tokens, (B, H, L, P), to their positions.
     """
 
@@ -167,6 +169,10 @@ class BatchLayout:
         ranges = [(offset, length) for offset, length in lengths if length]
         self.rotate = rope.at(ranges if positions is None else consecutive_ranges(positions))
         self._rope, self._cost, self._positions = rope, cost, positions
+        self._step_segments: Sequence[Segment] = self.segments
+        self._first_rows = [segment.start for segment in self.segments]  # in the step, of each segment
+        self.share: QueryShare | None = None
+        self.is_share = False
 
     def _add_to_runs(self, index: int, segment: Segment, cost: AttentionCost) -> None:
         """Add a segment to the last run if both attend in the latent space, else start a new run."""
@@ -195,7 +201,30 @@ class BatchLayout:
         Args:
             counts: number of final tokens of each sequence; at least one in total.
         """
-        return QueryLayout(self._rope, self.segments, counts, self._cost, self._positions)
+        rows = [(segment.stop - count, count) for segment, count in zip(self.segments, counts, strict=True)]
+        return QueryLayout(self._rope, self.segments, rows, self._cost, self._positions)
+
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """(cached, new) token counts of each sequence; in a layout of queries the new ones are queries."""
+        return [(segment.offset, segment.length) for segment in self.segments]
+
+    def divide(self, bounds: Sequence[int], rank: int) -> None:
+        """Divide the tokens over ranks, as queries; set `share`.
+
+        Args:
+            bounds: the tokens of rank r are those from bounds[r] to bounds[r + 1] (excluded); none has an empty range.
+            rank: this rank.
+        """
+        start, stop = bounds[rank], bounds[rank + 1]
+        rows: list[tuple[int, int]] = []
+        for segment, first_row in zip(self.segments, self._first_rows, strict=True):
+            first = min(max(start, segment.start), segment.stop)
+            end = max(min(stop, segment.stop), first)
+            rows.append((first_row + first - segment.start, end - first))
+        layout = QueryLayout(self._rope, self._step_segments, rows, self._cost, self._positions)
+        layout.is_share = True
+        self.share = QueryShare(layout, tuple(bounds))
 
     def select(self, x: mx.array) -> mx.array:
         """Select the tokens of this layout from those of the whole step, (B, L, ...)."""
@@ -203,34 +232,48 @@ class BatchLayout:
 
 
 class QueryLayout(BatchLayout):
-    """The layout of some tokens of another layout.
+    """The layout of some tokens of a step, which are queries.
 
     Args:
         rope: rotary embedding of the model.
-        segments: segments of the other layout.
-        counts: number of final tokens of each segment.
+        segments: segments of the step.
+        rows: (first row in the step, number of rows) of each segment; adjacent rows of a sequence, or none.
         cost: cost of attention on the device.
-        positions: positions of all tokens of the other layout; None for those after the cached tokens.
+        positions: positions of all tokens of the step; None for those after the cached tokens.
     """
 
     def __init__(
         self,
         rope: Rope,
         segments: Sequence[Segment],
-        counts: Sequence[int],
+        rows: Sequence[tuple[int, int]],
         cost: AttentionCost,
         positions: Sequence[int] | None = None,
     ):
-        pairs = list(zip(segments, counts, strict=True))
-        rows = [row for segment, count in pairs for row in range(segment.stop - count, segment.stop)]
-        lengths = [(segment.total - count, count) for segment, count in pairs]
-        super().__init__(rope, lengths, cost, None if positions is None else [positions[row] for row in rows])
-        is_contiguous = rows[-1] - rows[0] == len(rows) - 1
-        self._rows = slice(rows[0], rows[-1] + 1) if is_contiguous else mx.array(rows)
+        pairs = list(zip(segments, rows, strict=True))
+        selected = [row for first, count in rows for row in range(first, first + count)]
+        lengths = [(segment.offset + first - segment.start, count) for segment, (first, count) in pairs]
+        super().__init__(rope, lengths, cost, None if positions is None else [positions[row] for row in selected])
+        self._positions = positions
+        self._step_segments, self._first_rows = segments, [first for first, _ in rows]
+        is_contiguous = selected[-1] - selected[0] == len(selected) - 1
+        self._rows = slice(selected[0], selected[-1] + 1) if is_contiguous else mx.array(selected)
 
     def select(self, x: mx.array) -> mx.array:
         """Select the tokens of this layout from those of the whole step, (B, L, ...)."""
         return x[:, self._rows]
+
+
+class QueryShare(NamedTuple):
+    """This rank's queries, where each rank computes the attention of some.
+
+    Args:
+        layout: this rank's queries.
+        bounds: bounds of the queries of each rank.
+    """
+
+    layout: QueryLayout
+    bounds: tuple[int, ...]
 
 
 @cache

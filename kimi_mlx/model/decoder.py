@@ -79,6 +79,18 @@ class Communicator:
     has_next_stage = False
     """Whether another rank has the next layers and needs the hidden states of all tokens."""
 
+    def divide_queries(self, layout: BatchLayout) -> None:
+        """Divide the queries of a layout over the ranks if that saves time; the same decision on all ranks."""
+
+    def gather_queries(self, attended: mx.array, bounds: Sequence[int]) -> mx.array:
+        """Concatenate the attention outputs of all ranks' queries: (B, own queries, D) -> (B, M, D).
+
+        Args:
+            attended: outputs of this rank's queries.
+            bounds: bounds of the queries of each rank.
+        """
+        return attended
+
     def add_attention(self, x: mx.array, partial: mx.array) -> mx.array:
         """Return x + the sum of all ranks' partial attention outputs, the same bits on each rank."""
         return x + partial
@@ -150,7 +162,11 @@ class DecoderLayer(nn.Module):
         """(B, L, D) -> (B, M, D), the hidden states of the M queries. The caches get all L tokens."""
         communicator = self.communicator
         h = mx.fast.rms_norm(x, self["input_layernorm"], self.eps)
-        attended = self.self_attn(h, caches, layout, query_layout, communicator.check_same)
+        share = query_layout.share
+        own_layout = query_layout if share is None else share.layout
+        attended = self.self_attn(h, caches, layout, own_layout, communicator.check_same)
+        if share is not None:
+            attended = communicator.gather_queries(attended, share.bounds)
         x = communicator.add_attention(query_layout.select(x), attended)
         h = mx.fast.rms_norm(x, self["post_attention_layernorm"], self.eps)
         communicator.check_same(self._states_name, h)
@@ -314,6 +330,7 @@ class Model(nn.Module):
         layout = BatchLayout(
             self._rope, [(slice_.cache[0].offset, slice_.length) for slice_ in slices], self.attention_cost
         )
+        self.communicator.divide_queries(layout)
         caches = list(zip(*(slice_.cache for slice_ in slices), strict=True))
         inputs: list[mx.array] = []
         for layer, layer_caches in zip(self.layers[:-1], caches[:-1], strict=True):
@@ -324,11 +341,10 @@ class Model(nn.Module):
             self.captured = self.communicator.capture([h for number, h in numbered if number in self._captured_layers])
         counts = [slice_.num_logits for slice_ in slices]
         num_logits = sum(counts)
-        query_layout = (
-            layout
-            if self.communicator.has_next_stage
-            else layout.query_layout(counts if num_logits else [1, *counts[1:]])
-        )
+        query_layout = layout
+        if not self.communicator.has_next_stage:
+            query_layout = layout.query_layout(counts if num_logits else [1, *counts[1:]])
+            self.communicator.divide_queries(query_layout)
         return self.communicator.send_to_next_stage(
             self.layers[-1](x, caches[-1], layout, query_layout), tokens, num_logits
         )

@@ -67,7 +67,10 @@ class Matrix(nn.Module):
         return stored if self.quantization is None else stored * 32 // self.quantization.bits
 
     def matmul(self, x: mx.array, transpose: bool = True, stack: slice | None = None) -> mx.array:
-        """Return x @ weight.T, or x @ weight; leading dimensions broadcast. `stack` selects matrices of a stack."""
+        """Return x @ weight.T, or x @ weight; leading dimensions broadcast. `stack` selects matrices of a stack.
+
+        Of a single matrix it selects rows.
+        """
         weight = self["weight"] if stack is None else self["weight"][stack]
         if self.quantization is None:
             return x @ (weight.swapaxes(-1, -2) if transpose else weight)
@@ -108,6 +111,10 @@ class Linear(Matrix):
         """(..., columns) -> (..., rows)."""
         return self.matmul(x)
 
+    def some_rows(self, x: mx.array, start: int, stop: int) -> mx.array:
+        """Return the outputs from start to stop (excluded): (..., columns) -> (..., stop - start)."""
+        return self.matmul(x, stack=slice(start, stop))
+
 
 class ConcatLinear(nn.Module):
     """Matrices with the same input and concatenated outputs, for parts that are quantized differently."""
@@ -119,6 +126,17 @@ class ConcatLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(..., columns) -> (..., sum of rows)."""
         return mx.concatenate([part(x) for part in self.parts], axis=-1)
+
+    def some_rows(self, x: mx.array, start: int, stop: int) -> mx.array:
+        """Same as Linear.some_rows."""
+        outputs: list[mx.array] = []
+        first = 0
+        for part in self.parts:
+            begin, end = max(start - first, 0), min(stop - first, part.rows)
+            if begin < end:
+                outputs.append(part.some_rows(x, begin, end))
+            first += part.rows
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
 
     def gather_matmul(self, x: mx.array, ids: mx.array, inputs: mx.array | None = None) -> mx.array:
         """Same as Matrix.gather_matmul, with the outputs of all parts concatenated."""

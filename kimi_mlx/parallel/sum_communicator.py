@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.errors import RingError
+from kimi_mlx.model.batch_layout import BatchLayout
+from kimi_mlx.model.query_split import QuerySplit
 from kimi_mlx.parallel.communicator import (
     HEADER_SIZE,
     SEQUENCE_MODULUS,
@@ -30,6 +33,27 @@ class SumCommunicator(RankCommunicator):
         self.owns_residual = self.is_leader
         self._digests: list[tuple[str, mx.array]] = []
         self._num_broadcasts = 0
+        self.query_split: QuerySplit | None = None
+        """Decides on the division of queries, from kimi_mlx.parallel.tune_split; None for no division."""
+
+    @property
+    def can_divide_queries(self) -> bool:
+        """Whether each rank has all weights of the attention."""
+        return not self._has_sharded_heads
+
+    def divide_queries(self, layout: BatchLayout) -> None:
+        """Divide the queries of a layout over the ranks if that saves time."""
+        if self.query_split is not None and (bounds := self.query_split.bounds(layout.lengths)) is not None:
+            layout.divide(bounds, self.group.rank)
+
+    def gather_queries(self, attended: mx.array, bounds: Sequence[int]) -> mx.array:
+        """Concatenate the outputs of all ranks' queries: one gather. Fewer are padded to equal shapes."""
+        counts = [stop - start for start, stop in pairwise(bounds)]
+        padding = max(counts) - attended.shape[1]
+        if padding:
+            attended = mx.pad(attended, [(0, 0), (0, padding), (0, 0)])
+        parts = self.group.gather(attended)  # (ranks, B, most queries, D)
+        return mx.concatenate([parts[rank, :, :count] for rank, count in enumerate(counts)], axis=1)
 
     def add_attention(self, x: mx.array, partial: mx.array) -> mx.array:
         """Add the attention to x: one collective if the heads are sharded, otherwise none."""

@@ -27,6 +27,7 @@ from kimi_mlx.parallel.all_reduce import tune_all_reduce
 from kimi_mlx.parallel.communicator import RankCommunicator
 from kimi_mlx.parallel.group import Group, barrier
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
+from kimi_mlx.parallel.tune_split import tune_query_split
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.rendezvous import join_group
 from kimi_mlx.runtime.draft import open_draft_model, warm_up_draft
@@ -79,6 +80,7 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         model.communicator.check_every = start["check_every"]
         if not isinstance(model.communicator, PipelineCommunicator):
             choice = tune_all_reduce(group, config.hidden_size, compute_dtype(start["dtype"], config))
+            tune_query_split(group, model, choice)
     if choice is not None:
         channel.send("note", text=choice.details())
     has_draft_model = start["draft_folder"] is not None or start["draft_name"] is not None

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from kimi_mlx.engine.events import Finished, Token
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.config import load_config
+from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.group import Group, MlxGroup
+from kimi_mlx.parallel.sum_communicator import SumCommunicator
+from kimi_mlx.parallel.tune_split import tune_query_split
 from kimi_mlx.rank.rendezvous import pin_to_cpu
 from kimi_mlx.runtime.load import load_share, prepare_device
 from scripts.oracle import Oracle
@@ -53,11 +57,14 @@ def answer(case: dict[str, Any], group: Group | None) -> Answers:
     """Return the answers to a case's requests: to the first one alone, then to all at the same time.
 
     Args:
-        case: `folder`, `strategy`, `requests`, `speculate`; with drafts also `answers`, which most draft tokens are of.
+        case: `folder`, `strategy`, `requests`, `speculate`, `divides_queries`; with drafts also `answers`, which most
+            draft tokens are of.
         group: ranks that share the model; None for one process.
     """
     folder = Path(case["folder"])
     model = load_share(folder, load_config(folder), "float32", group, strategy=case["strategy"])
+    if case["divides_queries"] and group is not None:
+        divide_all_queries(model, group)
     requests = dict(enumerate(map(Request.from_dict, case["requests"])))
     drafters = None
     if case["speculate"]:
@@ -70,6 +77,16 @@ def answer(case: dict[str, Any], group: Group | None) -> Answers:
     alone = generate(engine, {0: requests[0]})[0]
     engine.clear()
     return [alone, *generate(engine, requests).values()]
+
+
+def divide_all_queries(model: Model, group: Group) -> None:
+    """Divide the queries of every step over the ranks, as if the link took no time."""
+    tune_query_split(group, model, None)
+    communicator = model.communicator
+    assert isinstance(communicator, SumCommunicator)
+    assert communicator.query_split is not None
+    cost = replace(communicator.query_split.cost, read_s=0.0)
+    communicator.query_split = replace(communicator.query_split, cost=cost, gathers=((1.0, 0.0),))
 
 
 def generate(engine: Engine, requests: dict[int, Request]) -> dict[int, list[int]]:

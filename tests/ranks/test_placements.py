@@ -62,9 +62,16 @@ def expected(folders: dict[str, Path]) -> Callable[[str], Answers]:
 
 
 def case(folder: Path, strategy: str, speculate: int = 0, indices: Sequence[int] = ALL) -> dict[str, Any]:
-    """Return a case for placement_rank.answer."""
+    """Return a case for placement_rank.answer. Queries are divided in `expert`, and in `hybrid` with uneven shares."""
     requests = [REQUESTS[index].to_dict() for index in indices]
-    return {"folder": str(folder), "strategy": strategy, "requests": requests, "speculate": speculate}
+    divides_queries = strategy.startswith(("hybrid:", "expert"))
+    return {
+        "folder": str(folder),
+        "strategy": strategy,
+        "requests": requests,
+        "speculate": speculate,
+        "divides_queries": divides_queries,
+    }
 
 
 def assert_equal(actual: Answers, expected: Answers) -> None:
