@@ -12,6 +12,7 @@ from kimi_mlx.gpu_check import (
     batches,
     cache_blocks,
     compiled,
+    draft,
     logits,
     rotations,
     timings,
@@ -27,7 +28,7 @@ from kimi_mlx.model import vision as tower
 from kimi_mlx.model.attention import Attention
 from kimi_mlx.model.vision_positions import rotate
 
-QUICK = (rotations, compiled, unload, vision)
+QUICK = (rotations, compiled, draft, unload, vision)
 LONG = (logits, attention, batches, cache_blocks, timings)
 
 Messages = list[dict[str, Any]]
