@@ -19,7 +19,7 @@ from kimi_mlx.engine.drafts.planner import DraftPlanner
 from kimi_mlx.engine.drafts.step_times import Load
 from kimi_mlx.engine.events import Event, FinishReason, Prefilled
 from kimi_mlx.engine.feature_store import FeatureStore
-from kimi_mlx.engine.kv_cache_pool import KVCachePool, padded_length
+from kimi_mlx.engine.kv_cache_pool import KVCachePool
 from kimi_mlx.engine.prefill_order import PrefillOrder
 from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.step_runner import InFlightStep, StepRunner
@@ -91,8 +91,10 @@ class Batch:
     @property
     def growth(self) -> int:
         """Maximum number of tokens that the next step adds to the caches; prompts count in full from the start."""
-        lengths = [(len(member.tokens), min(2 + self._speculate, member.remaining_tokens)) for member in self.members]
-        return sum(padded_length(length + new) - padded_length(length) for length, new in lengths)
+        return sum(
+            member.padded_length(min(2 + self._speculate, member.remaining_tokens)) - member.padded_length(0)
+            for member in self.members
+        )
 
     def choose_encoding(self) -> bool:
         """Choose the next step: return True for a part of an image, False for chunks. If there are both, alternate."""

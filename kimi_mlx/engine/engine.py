@@ -282,8 +282,10 @@ class Engine:
             return
         prefilling = [sequence for sequence in running if sequence.num_computed_tokens < len(sequence.tokens)]
         for sequence in self._waiting.in_turn():
-            needed = len(sequence.tokens) + min(RESERVED_TOKENS, sequence.remaining_tokens)
-            if len(running) >= self._max_sequences or (running and not self._pool.has_room(needed)):
+            new_tokens = min(RESERVED_TOKENS, sequence.remaining_tokens)
+            if len(running) >= self._max_sequences or (
+                running and not self._pool.has_room(sequence.tokens, new_tokens)
+            ):
                 return
             if any(_is_about_to_prefill(other, sequence) for other in prefilling):
                 continue

@@ -3,6 +3,8 @@
 The tokens of a sequence are those of its prompt and of its answer. The key of an image (ImageInput.key) replaces its
 placeholder tokens, so two prompts share nothing from their first different image on.
 
+Running sequences that begin with the same tokens share the rows of these (kimi_mlx.engine.shared_prefix).
+
 All decisions depend only on tokens and on the order of calls, not on time or on free memory. Ranks make the same calls
 and therefore always agree on the length of the cached prefix.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -20,6 +22,7 @@ from kimi_mlx.engine.drafts.draft_cache import DraftCache
 from kimi_mlx.engine.prompt_cache.block_file import BLOCK_TOKENS, Block, BlockShape
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.prompt_cache.usage import CacheUsage
+from kimi_mlx.engine.shared_prefix import SharedPrefix, length_to_share
 from kimi_mlx.errors import CacheError
 from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.decoder import Model
@@ -76,6 +79,21 @@ class SequenceCache:
         self.layers: list[LatentCache] = model.make_cache()
         self.tokens: list[int] = []
         self.draft = draft
+        self._prefix: SharedPrefix | None = None
+
+    @property
+    def prefix(self) -> SharedPrefix | None:
+        """Prefix whose rows are shared with other caches, if any."""
+        return self._prefix if self.layers[0].shared is not None else None
+
+    @property
+    def num_shared(self) -> int:
+        """Number of tokens whose rows are shared with other caches."""
+        return self.layers[0].num_shared
+
+    def padded_length(self, tokens: int) -> int:
+        """Return the number of tokens that this cache allocates for `tokens` tokens, without its shared prefix."""
+        return padded_length(tokens - self.num_shared)
 
     def sync(self) -> None:
         """Trim layers and `tokens` to their common length."""
@@ -91,21 +109,34 @@ class SequenceCache:
         del self.tokens[length:]
         self.sync()
 
-    def copy(self, other: SequenceCache, length: int) -> None:
-        """Replace the contents with the first `length` tokens of another cache; at least one."""
-        for layer, other_layer in zip(self.layers, other.layers, strict=True):
-            layer.copy(other_layer, length)
+    def copy(self, other: SequenceCache, length: int, prefix: SharedPrefix | None = None) -> None:
+        """Replace the contents with the first `length` tokens of another cache; at least one.
+
+        Args:
+            other: the other cache.
+            length: number of tokens.
+            prefix: the first of these tokens, whose rows are shared instead of copied.
+        """
+        for at, (layer, other_layer) in enumerate(zip(self.layers, other.layers, strict=True)):
+            layer.copy(other_layer, length, None if prefix is None else prefix.layers[at])
+        self._prefix = prefix
         self.tokens = other.tokens[:length]
         if self.draft is not None and other.draft is not None:
             self.draft.copy(other.draft, length)
 
+    def share(self, prefix: SharedPrefix) -> None:
+        """Use the rows of a prefix, with which this cache begins, instead of its own."""
+        for layer, rows in zip(self.layers, prefix.layers, strict=True):
+            layer.copy(layer, layer.offset, rows)
+        self._prefix = prefix
+
     def resize(self, tokens: int) -> None:
-        """Allocate memory for `tokens` tokens, at least the current ones, and share none with another cache."""
-        rows = padded_length(tokens)
+        """Allocate memory for `tokens` tokens, at least the current ones; share only the prefix with other caches."""
         for layer in self.layers:
+            rows, used = padded_length(tokens - layer.num_shared), layer.num_own
             if layer.keys is not None and (layer.stack is not None or layer.keys.shape[2] != rows):
-                keys = layer.keys[:, :, : layer.offset]
-                shape = (*keys.shape[:2], rows - layer.offset, keys.shape[3])
+                keys = layer.keys[:, :, :used]
+                shape = (*keys.shape[:2], rows - used, keys.shape[3])
                 layer.keys = mx.concatenate([keys, mx.zeros(shape, keys.dtype)], axis=2)
         mx.async_eval([layer.state for layer in self.layers])
 
@@ -128,13 +159,13 @@ class SequenceCache:
 
     def rows(self, start: int, stop: int) -> mx.array:
         """Return the rows of some tokens, (layers, stop - start, width), not evaluated."""
-        return mx.stack([layer.keys[0, 0, start:stop] for layer in self.layers if layer.keys is not None])
+        return mx.stack([layer.fetch(stop)[0, 0, start:] for layer in self.layers if layer.keys is not None])
 
 
 class KVCachePool:
     """The caches of one model: those in use, and idle ones up to a budget, evicted least recently used first.
 
-    A cache in use counts with all of its prompt from the start.
+    A cache in use counts with all of its prompt from the start. A prefix that caches share counts once.
 
     Args:
         model: model of the caches.
@@ -159,6 +190,7 @@ class KVCachePool:
         """Least recently used first."""
         self._busy: list[tuple[SequenceCache, int]] = []
         """Pairs of a cache and the length of its prompt."""
+        self._num_prefixes = 0
         self._lookups = CacheUsage()
 
     @property
@@ -176,17 +208,31 @@ class KVCachePool:
 
     @property
     def idle_tokens(self) -> int:
-        """Number of tokens of the budget that idle caches use."""
-        return sum(padded_length(len(cache.tokens)) for cache in self._idle)
+        """Number of tokens of the budget that only idle caches use."""
+        own = sum(cache.padded_length(len(cache.tokens)) for cache in self._idle)
+        return own + sum(map(len, _prefixes(self._idle) - self._busy_prefixes))
 
     @property
     def busy_tokens(self) -> int:
         """Number of tokens of the budget that caches in use take."""
-        return sum(padded_length(max(len(cache.tokens), prompt)) for cache, prompt in self._busy)
+        own = sum(cache.padded_length(max(len(cache.tokens), prompt)) for cache, prompt in self._busy)
+        return own + sum(map(len, self._busy_prefixes))
 
-    def has_room(self, tokens: int) -> bool:
-        """Return whether a sequence of `tokens` tokens fits in addition to those in use; `acquire` makes the room."""
-        return self.busy_tokens + padded_length(tokens) <= self.budget_tokens
+    @property
+    def _busy_prefixes(self) -> set[SharedPrefix]:
+        return _prefixes(cache for cache, _ in self._busy)
+
+    def has_room(self, prompt: Sequence[int], new_tokens: int = 0) -> bool:
+        """Return whether a sequence fits in addition to those in use; `acquire` makes the room.
+
+        Args:
+            prompt: its known tokens.
+            new_tokens: number of further tokens.
+        """
+        free, total = self.budget_tokens - self.busy_tokens, len(prompt) + new_tokens
+        if padded_length(total) <= free:
+            return True
+        return self._needed_tokens(total, self._longest_prefix(list(prompt[:-1]))) <= free
 
     def make_room(self, tokens: int) -> bool:
         """Evict idle caches until those in use can grow by `tokens`. If they cannot, return False and evict none.
@@ -214,20 +260,57 @@ class KVCachePool:
         cache = source if source in self._idle and _is_continued_in(source.tokens, reusable, common) else None
         if cache is not None:
             self._idle.remove(cache)
-        while self._idle and self.busy_tokens + self.idle_tokens + padded_length(len(prompt)) > self.budget_tokens:
+        prefix = self._prefix_to_share(reusable, source, common)
+        needed = self._needed_tokens(len(prompt), prefix)
+        while self._idle and self.busy_tokens + self.idle_tokens + needed > self.budget_tokens:
             if self._idle.pop(0) is source:
                 cache = source  # no room for both
         if cache is None:
             cache = SequenceCache(self._model, DraftCache() if self._has_draft_caches else None)
             if source is not None:
-                cache.copy(source, common)
+                cache.copy(source, common, prefix)
         cache.truncate(common)
+        if prefix is not None and cache.prefix is not prefix:
+            cache.share(prefix)
         cache.resize(len(prompt))
         self._load(cache, reusable, len(prompt))
         lookup = CacheUsage(len(prompt), common, len(cache.tokens) - common)
         self._lookups = self._lookups.with_earlier(lookup)
         self._busy.append((cache, len(prompt)))
         return cache, len(cache.tokens)
+
+    def _prefix_to_share(self, tokens: list[int], source: SequenceCache | None, common: int) -> SharedPrefix | None:
+        """Return the prefix of which a new sequence shares the rows.
+
+        It is one that others share already, or a longer one that a running sequence then shares, too.
+
+        Args:
+            tokens: tokens of the new sequence.
+            source: cache with the longest common prefix, if any.
+            common: its length.
+        """
+        prefix = self._longest_prefix(tokens)
+        prompt = next((prompt for busy, prompt in self._busy if busy is source), None)
+        length = length_to_share(common, len(prefix or ()))
+        if source is None or prompt is None or not length:
+            return prefix
+        self._num_prefixes += 1
+        prefix = SharedPrefix.of(self._num_prefixes, tokens[:length], source.layers)
+        source.share(prefix)
+        source.resize(max(len(source.tokens), prompt))
+        return prefix
+
+    def _longest_prefix(self, tokens: list[int]) -> SharedPrefix | None:
+        """Return the longest shared prefix with which a sequence begins, if any."""
+        prefixes = _prefixes([*self._idle, *(busy for busy, _ in self._busy)])
+        matching = [prefix for prefix in prefixes if is_prefix(prefix.tokens, tokens)]
+        return max(matching, key=lambda prefix: (len(prefix), prefix.number), default=None)
+
+    def _needed_tokens(self, tokens: int, prefix: SharedPrefix | None) -> int:
+        """Return the number of tokens of the budget that a sequence of `tokens` tokens takes in addition."""
+        if prefix is None:
+            return padded_length(tokens)
+        return padded_length(tokens - len(prefix)) + len(prefix) * (prefix not in self._busy_prefixes)
 
     def release(self, cache: SequenceCache) -> None:
         """Return a synced cache to the pool."""
@@ -243,7 +326,7 @@ class KVCachePool:
         self._idle = [idle for idle in self._idle if not is_prefix(idle.tokens, cache.tokens)]
         self._idle.append(cache)
         layer = cache.layers[0]
-        if layer.stack is not None or layer.state[0].shape[2] > padded_length(len(cache.tokens)):
+        if layer.stack is not None or layer.state[0].shape[2] > cache.padded_length(len(cache.tokens)):
             cache.resize(len(cache.tokens))
         while self._idle and self.busy_tokens + self.idle_tokens > self.budget_tokens:
             del self._idle[0]
@@ -277,12 +360,18 @@ class KVCachePool:
             assert self._blocks is not None
             start = index * BLOCK_TOKENS
             block_tokens = tokens[start : start + BLOCK_TOKENS]
+            shared = max(cache.num_shared - start, 0)
             try:
                 rows = self._blocks.read(block, block_tokens)
             except CacheError:  # later blocks cannot be used without it
                 return
-            cache.truncate(start)
-            cache.append(block_tokens, rows, capacity)
+            cache.truncate(start + shared)
+            cache.append(block_tokens[shared:], rows[:, shared:], capacity)
+
+
+def _prefixes(caches: Iterable[SequenceCache]) -> set[SharedPrefix]:
+    """Return the prefixes that caches share with others."""
+    return {cache.prefix for cache in caches if cache.prefix is not None}
 
 
 def _is_continued_in(tokens: list[int], prompt: list[int], common: int) -> bool:

@@ -64,6 +64,11 @@ class Sequence:
         """Number of tokens that may still be generated."""
         return self.max_tokens - self.generated
 
+    def padded_length(self, new_tokens: int) -> int:
+        """Return the number of tokens that its cache allocates for its tokens and further ones."""
+        assert self.cache is not None
+        return self.cache.padded_length(len(self.tokens) + new_tokens)
+
     @property
     def remaining_prompt(self) -> int:
         """Number of known tokens that must be computed before the next one can be sampled."""

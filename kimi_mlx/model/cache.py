@@ -16,8 +16,23 @@ STEP = 256
 """Number of tokens by which buffers grow."""
 
 
+class SharedRows:
+    """Rows of one layer for the first tokens of several sequences. No cache changes them.
+
+    Args:
+        keys: (B, 1, T, R + P).
+    """
+
+    def __init__(self, keys: mx.array):
+        self.keys = keys
+        self.length: int = keys.shape[2]
+
+
 class LatentCache:
-    """Latents and rotated keys of the tokens so far, in a buffer that grows in steps, or in a row of a KeyStack."""
+    """Latents and rotated keys of the tokens so far.
+
+    They are in a buffer that grows in steps, or in a row of a KeyStack; those of the first tokens may be shared.
+    """
 
     step = STEP
 
@@ -26,10 +41,21 @@ class LatentCache:
         self._stack: KeyStack | None = None
         self._row = 0
         self.offset = 0
+        self.shared: SharedRows | None = None
+
+    @property
+    def num_shared(self) -> int:
+        """Number of tokens whose rows are shared with other caches."""
+        return 0 if self.shared is None else self.shared.length
+
+    @property
+    def num_own(self) -> int:
+        """Number of tokens whose rows are in the buffer."""
+        return self.offset - self.num_shared
 
     @property
     def keys(self) -> mx.array | None:
-        """The buffer, (B, 1, at least `offset` tokens, R + P). Setting it takes the cache out of its stack."""
+        """The buffer, (B, 1, at least `num_own` tokens, R + P). Setting it takes the cache out of its stack."""
         if self._stack is not None:
             return self._stack.rows[self._row : self._row + 1, None]
         return self._keys
@@ -49,15 +75,27 @@ class LatentCache:
 
     def append(self, rows: mx.array) -> None:
         """Append the rows of new tokens, (B, 1, L, R + P)."""
-        start, end = self.offset, self.offset + rows.shape[2]
+        start, end = self.num_own, self.num_own + rows.shape[2]
         if self.keys is None:
             self.keys = rows[:, :, :0]
         keys = self.fetch_buffer(end)
         keys[:, :, start:end] = rows
-        self.keys, self.offset = keys, end
+        self.keys, self.offset = keys, self.offset + rows.shape[2]
 
     def fetch(self, length: int) -> mx.array:
-        """Return the first `length` rows, (B, 1, length, R + P). Rows from `offset` on are finite but meaningless."""
+        """Return the first `length` rows, (B, 1, length, R + P). Rows from `offset` on are finite but meaningless.
+
+        With shared rows this is a copy.
+        """
+        if self.shared is None:
+            return self.fetch_own(length)
+        num_own = length - self.shared.length
+        if num_own <= 0:
+            return self.shared.keys[:, :, :length]
+        return mx.concatenate([self.shared.keys, self.fetch_own(num_own)], axis=2)
+
+    def fetch_own(self, length: int) -> mx.array:
+        """Return the first `length` rows after the shared ones."""
         return self.fetch_buffer(length)[:, :, :length]
 
     def fetch_buffer(self, end: int) -> mx.array:
@@ -66,19 +104,28 @@ class LatentCache:
         assert keys is not None
         batch, heads, size, width = keys.shape
         if end > size:
-            fresh = mx.zeros((batch, heads, -(-end // STEP) * STEP - self.offset, width), keys.dtype)
-            keys = self.keys = mx.concatenate([keys[:, :, : self.offset], fresh], axis=2)
+            fresh = mx.zeros((batch, heads, -(-end // STEP) * STEP - self.num_own, width), keys.dtype)
+            keys = self.keys = mx.concatenate([keys[:, :, : self.num_own], fresh], axis=2)
         return keys
 
-    def copy(self, other: LatentCache, length: int) -> None:
-        """Replace the contents with the first `length` tokens of another cache, which must have as many."""
-        assert other.keys is not None
-        self.keys, self.offset = other.keys[:, :, :length], length
+    def copy(self, other: LatentCache, length: int, shared: SharedRows | None = None) -> None:
+        """Replace the contents with the first `length` tokens of a cache, which must have as many.
+
+        Args:
+            other: the cache; it may be this one.
+            length: number of tokens.
+            shared: rows of the first of these tokens, to be shared instead of copied.
+        """
+        start = 0 if shared is None else shared.length
+        keys = other.fetch_own(length - start) if other.num_shared == start else other.fetch(length)[:, :, start:]
+        self.shared, self.keys, self.offset = shared, keys, length
 
     def trim(self, n: int) -> int:
         """Remove the last n tokens; return the number of removed tokens."""
         n = min(self.offset, n)
         self.offset -= n
+        if self.offset < self.num_shared:
+            self.keys, self.shared = self.fetch(self.offset), None
         return n
 
     @property
@@ -89,6 +136,8 @@ class LatentCache:
 
 class KeyStack:
     """The buffers of sequences that attend together, in one array, so that a step neither copies nor visits each.
+
+    Rows that the sequences share are not in it.
 
     On a GPU each operation is a dispatch: appending to 16 caches and stacking them takes 32 a layer, a stack takes one.
 
@@ -128,9 +177,9 @@ def append_together(caches: Sequence[LatentCache], rows: mx.array, where: tuple[
     Args:
         caches: caches of N sequences of batch 1.
         rows: (N, L, R + P).
-        where: index of the sequence, (N, 1), and number of tokens before each new one in it, (N, L).
+        where: index of the sequence, (N, 1), and number of tokens before each new one in its buffer, (N, L).
     """
-    end = max(cache.offset for cache in caches) + rows.shape[1]
+    end = max(cache.num_own for cache in caches) + rows.shape[1]
     stack = caches[0].stack
     if stack is None or not stack.holds(caches) or stack.rows.shape[1] < end:
         for cache in caches:
@@ -144,9 +193,9 @@ def append_together(caches: Sequence[LatentCache], rows: mx.array, where: tuple[
 
 
 def fetch_together(caches: Sequence[LatentCache], length: int) -> mx.array:
-    """Return the first `length` rows of several caches, (B * N, 1, length, R + P); without a copy from a stack."""
+    """Return the first `length` own rows of several caches, (B * N, 1, length, R + P); without a copy from a stack."""
     stack = caches[0].stack
     if stack is not None and stack.holds(caches) and stack.rows.shape[1] >= length:
         return stack.rows[:, None, :length]
-    parts = [cache.fetch(length) for cache in caches]
+    parts = [cache.fetch_own(length) for cache in caches]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)

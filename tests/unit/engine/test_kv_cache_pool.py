@@ -118,8 +118,8 @@ def test_make_room_evicts_only_idle_caches_and_only_if_that_is_enough() -> None:
     assert pool.idle_tokens == 1024
     assert pool.make_room(512)
     assert pool.idle_tokens == 512
-    assert pool.has_room(1280)
-    assert not pool.has_room(1281)
+    assert pool.has_room([0] * 1280)
+    assert not pool.has_room([0] * 1280, 1)
     pool.clear()
     assert (pool.busy_tokens, pool.idle_tokens) == (768, 0)
     append_tokens(busy, make_tokens(700, 3))
@@ -161,7 +161,7 @@ def test_the_budget_is_kept_and_ranks_agree(turns: list[tuple[list[int], list[in
 
     for prompt, answer, number, is_read in turns:
         prompt = [token for drawn in prompt for token in [drawn] * STRETCH] + [9]
-        if pools[0].has_room(len(prompt)):
+        if pools[0].has_room(prompt):
             kept = [*pools[0]._idle, *(cache for cache, _ in pools[0]._busy)]
             expected = max((common_prefix(cache.tokens, prompt[:-1]) for cache in kept), default=0)
             taken = [pool.acquire(prompt) for pool in pools]
