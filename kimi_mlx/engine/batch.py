@@ -204,12 +204,12 @@ class Batch:
         """Return entries for the sequences that the previous step samples."""
         entries: list[BatchEntry] = []
         continued = [
-            (entry.sequence.num_computed_tokens, index, entry)
+            (*entry.sequence.attention_order, index, entry)
             for index, entry in enumerate([] if previous is None else previous.entries)
             if entry.num_logits and entry.is_alive and entry.sequence.remaining_tokens > 1
         ]
-        # By length: see kimi_mlx.model.batch_layout.DecodeGroup.
-        for _, index, entry in sorted(continued, key=lambda item: item[:2]):
+        # See kimi_mlx.model.batch_layout.DecodeGroup.
+        for *_, index, entry in sorted(continued, key=lambda item: item[:3]):
             sequence = entry.sequence
             sequence.num_computed_tokens += 1
             position = sequence.num_computed_tokens
@@ -217,13 +217,13 @@ class Batch:
         return entries
 
     def _known_sequences(self) -> list[Sequence]:
-        """Return the sequences whose last token is known and not computed, by length: see DecodeGroup."""
+        """Return the sequences whose last token is known and not computed, in the order of their attention."""
         known = [
             member
             for member in self.members
             if member.generated and member.num_computed_tokens == len(member.tokens) - 1
         ]
-        return sorted(known, key=lambda member: member.num_computed_tokens)
+        return sorted(known, key=lambda member: member.attention_order)
 
     def _entries_with_drafts(self, sequences: list[Sequence]) -> list[BatchEntry]:
         """Return entries for sequences whose last token is known, each with its draft."""

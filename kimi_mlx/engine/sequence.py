@@ -70,6 +70,12 @@ class Sequence:
         return self.cache.padded_length(len(self.tokens) + new_tokens)
 
     @property
+    def attention_order(self) -> tuple[int, int]:
+        """Key to sort sequences, so that those next to each other attend together: common prefix, then length."""
+        prefix = None if self.cache is None else self.cache.prefix
+        return (0 if prefix is None else prefix.number, self.num_computed_tokens)
+
+    @property
     def remaining_prompt(self) -> int:
         """Number of known tokens that must be computed before the next one can be sampled."""
         return len(self.tokens) - self.num_computed_tokens

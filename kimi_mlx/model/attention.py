@@ -16,7 +16,7 @@ import mlx.nn as nn
 from kimi_mlx.model import numpy_attention
 from kimi_mlx.model.attention_cost import AttentionShape
 from kimi_mlx.model.batch_layout import BatchLayout, DecodeGroup, LatentRun, Segment
-from kimi_mlx.model.blockwise import attend
+from kimi_mlx.model.blockwise import attend, attend_all, merge, softmax_state
 from kimi_mlx.model.cache import LatentCache, append_together, fetch_together
 from kimi_mlx.model.config import DecoderConfig
 from kimi_mlx.model.device import device_kind
@@ -148,20 +148,65 @@ class Attention(nn.Module):
         multiply_adds = q.shape[0] * run.num_pairs * self.shape.latent_pair
         if uses_numpy(device_kind(), sys.platform, q.itemsize, multiply_adds):
             parts = [
-                LatentQueries(segment.start - run.start, segment.stop - run.start, caches[index].fetch(segment.total))
+                LatentQueries(
+                    segment.start - run.start, segment.stop - run.start, caches[index].fetch_own(segment.own.total)
+                )
                 for index, segment in run.segments
             ]
-            out = numpy_attention.attend(q * self.scale, parts, self.latent_dim)
+            out = numpy_attention.attend(q * self.scale, parts, self.latent_dim, self._shared_keys(caches, run))
         else:
             q = mx.contiguous(q) if run.stop > run.start + 1 else q  # so that the queries of a group are a slice
-            out = _concatenate(
-                [
-                    self.latent_group(q[:, group.start - run.start : group.stop - run.start], caches, group)
-                    for group in run.groups
-                ],
-                axis=1,
-            )
+            if run.shared is None:
+                out = _concatenate(
+                    [
+                        self.latent_group(q[:, group.start - run.start : group.stop - run.start], caches, group)
+                        for group in run.groups
+                    ],
+                    axis=1,
+                )
+            else:
+                out = self.latent_shared(q, caches, run)
         return self.unembed_out.matmul(out.swapaxes(1, 2))
+
+    def latent_shared(self, q: mx.array, caches: Sequence[LatentCache], run: LatentRun) -> mx.array:
+        """Attend in the latent space after a common prefix: to its rows with all queries at once, on any device.
+
+        The sums over the prefix and those over the own rows of each sequence are merged. Temporary memory: as for one
+        sequence with all queries, and the own rows of a group.
+
+        Args:
+            q: (1, M, H, R + P), queries of all sequences.
+            caches: caches of all sequences.
+            run: the sequences; they share rows.
+
+        Returns:
+            (1, M, H, R).
+        """
+        _, M, H, width = q.shape
+        keys = self._shared_keys(caches, run)
+        assert keys is not None
+        scaled = q.reshape(1, 1, M * H, width) * self.scale
+        prefix = attend_all(scaled, keys, self._latent_keys, latent_key_block(M * H))
+        outs: list[mx.array] = []
+        for group in run.groups:
+            L, N, first = group.stop - group.start, len(group.indices), group.start - run.start
+            before = prefix.rows(first * H, (first + L) * H)
+            own = fetch_together([caches[index] for index in group.indices], group.total)  # (N, 1, T, R + P)
+            if N == 1 < L and L * H * group.total > SCORES_MAX:
+                queries, block = scaled[:, :, first * H : (first + L) * H], latent_key_block(L * H)
+                out = attend(queries, own, self._latent_keys, group.segment.diagonal, H, block, before)
+                outs.append(out.reshape(1, L, H, -1))
+                continue
+            queries = q[:, first : first + L].reshape(N, 1, -1, width)  # (N, 1, L / N * H, R + P)
+            scores = mx.addmm(group.mask(H, q.dtype), queries, own.swapaxes(-1, -2), alpha=self.scale)
+            sums = softmax_state(scores, own[..., : self.latent_dim])
+            outs.append(merge(before.reshape(1, L, H), sums.reshape(1, L, H)).result(q.dtype))
+        return _concatenate(outs, axis=1)
+
+    def _shared_keys(self, caches: Sequence[LatentCache], run: LatentRun) -> mx.array | None:
+        """Return the rows (1, 1, T, R + P) of this layer that the sequences of a run share, if any."""
+        shared = caches[run.segments[0][0]].shared
+        return None if shared is None else shared.keys
 
     def latent_group(self, q: mx.array, caches: Sequence[LatentCache], group: DecodeGroup) -> mx.array:
         """Attend in the latent space with the queries of a group, on any device.

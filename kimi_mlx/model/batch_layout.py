@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, cached_property
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from kimi_mlx.model.attention_cost import AttentionCost
+from kimi_mlx.model.cache import SharedRows
 from kimi_mlx.model.rope import Rope, consecutive_ranges
 from kimi_mlx.model.sizes import QUERY_BLOCK, SCORES_MAX
 
@@ -23,14 +24,26 @@ MIN_PADDING = 64
 class Segment:
     """The tokens of one sequence in a step: `length` new ones after `offset` in its cache.
 
+    Args:
+        offset: number of cached tokens.
+        length: number of new tokens.
+        start: position of the first one in the step.
+        shared: rows of the first tokens, in the first layer, if they are shared with other caches.
+
     Attributes:
         start, stop: range of these tokens in the step.
         total: number of tokens in the cache, with the new ones.
     """
 
-    def __init__(self, offset: int, length: int, start: int):
-        self.offset, self.length, self.total = offset, length, offset + length
+    def __init__(self, offset: int, length: int, start: int, shared: SharedRows | None = None):
+        self.offset, self.length, self.total, self.shared = offset, length, offset + length, shared
         self.start, self.stop = start, start + length
+
+    @property
+    def own(self) -> Segment:
+        """The same tokens in the part of the cache that is not shared."""
+        num_shared = 0 if self.shared is None else self.shared.length
+        return Segment(self.offset - num_shared, self.length, self.start)
 
     @cached_property
     def diagonal(self) -> mx.array:
@@ -80,7 +93,7 @@ class DecodeGroup:
 
     @cached_property
     def positions(self) -> mx.array:
-        """Number of tokens before each new one in its sequence, (N, length) int32."""
+        """Number of own rows before each new one in its sequence, (N, length) int32."""
         return mx.array(self.offsets)[:, None] + mx.arange(self.segment.length)
 
     def mask(self, heads: int, dtype: mx.Dtype) -> mx.array:
@@ -97,6 +110,12 @@ class DecodeGroup:
 class LatentRun:
     """Adjacent segments that attend in the latent space; their projections are computed at once.
 
+    If the sequences share the rows of a prefix, all queries attend to these at once, and `groups` to the own rows.
+
+    Args:
+        start: position of the first token in the step.
+        shared: rows of the common prefix in the first layer; None if the sequences share none.
+
     Attributes:
         start, stop: range of their tokens in the step.
         segments: index of the sequence and segment of each.
@@ -104,8 +123,8 @@ class LatentRun:
         num_pairs: number of pairs of a query and a key.
     """
 
-    def __init__(self, start: int):
-        self.start = self.stop = start
+    def __init__(self, start: int, shared: SharedRows | None = None):
+        self.start, self.stop, self.shared = start, start, shared
         self.segments: list[tuple[int, Segment]] = []
         self.groups: list[DecodeGroup] = []
         self.num_pairs = 0
@@ -115,8 +134,9 @@ class LatentRun:
         self.stop = segment.stop
         self.segments.append((index, segment))
         self.num_pairs += segment.length * segment.total
-        if not (self.groups and self.groups[-1].add(index, segment)):
-            self.groups.append(DecodeGroup(index, segment, cost))
+        own = segment if self.shared is None else segment.own
+        if not (self.groups and self.groups[-1].add(index, own)):
+            self.groups.append(DecodeGroup(index, own, cost))
 
 
 class HeadRun(NamedTuple):
@@ -140,6 +160,7 @@ class BatchLayout:
         cost: cost of attention on the device, which decides how each sequence attends.
         positions: positions to which the new tokens are rotated, where the cache lacks earlier ones; None for those
             after the cached tokens.
+        shared: shared rows of each sequence in the first layer; None if there are none at all.
 
     Attributes:
         segments: segment of each sequence.
@@ -156,12 +177,13 @@ class BatchLayout:
         lengths: Sequence[tuple[int, int]],
         cost: AttentionCost,
         positions: Sequence[int] | None = None,
+        shared: Sequence[SharedRows | None] | None = None,
     ):
         self.segments: list[Segment] = []
         self.runs: list[LatentRun | HeadRun] = []
         self.length = 0
         for index, (offset, length) in enumerate(lengths):
-            segment = Segment(offset, length, self.length)
+            segment = Segment(offset, length, self.length, None if shared is None else shared[index])
             self.segments.append(segment)
             self.length += length
             if length:
@@ -175,13 +197,15 @@ class BatchLayout:
         self.is_share = False
 
     def _add_to_runs(self, index: int, segment: Segment, cost: AttentionCost) -> None:
-        """Add a segment to the last run if both attend in the latent space, else start a new run."""
+        """Add a segment to the last run if both attend in the latent space, after the same prefix; else start a run."""
         if not cost.is_latent(segment.offset, segment.length):
             self.runs.append(HeadRun(index, segment))
             return
-        if not (self.runs and isinstance(self.runs[-1], LatentRun)):
-            self.runs.append(LatentRun(segment.start))
-        cast(LatentRun, self.runs[-1]).add(index, segment, cost)
+        last = self.runs[-1] if self.runs else None
+        if not isinstance(last, LatentRun) or last.shared is not segment.shared:
+            last = LatentRun(segment.start, segment.shared)
+            self.runs.append(last)
+        last.add(index, segment, cost)
 
     @cached_property
     def stacked_groups(self) -> list[DecodeGroup]:
@@ -253,7 +277,8 @@ class QueryLayout(BatchLayout):
         pairs = list(zip(segments, rows, strict=True))
         selected = [row for first, count in rows for row in range(first, first + count)]
         lengths = [(segment.offset + first - segment.start, count) for segment, (first, count) in pairs]
-        super().__init__(rope, lengths, cost, None if positions is None else [positions[row] for row in selected])
+        query_positions = None if positions is None else [positions[row] for row in selected]
+        super().__init__(rope, lengths, cost, query_positions, [segment.shared for segment in segments])
         self._positions = positions
         self._step_segments, self._first_rows = segments, [first for first, _ in rows]
         is_contiguous = selected[-1] - selected[0] == len(selected) - 1

@@ -328,7 +328,10 @@ class Model(nn.Module):
         else:
             x = self.communicator.recv_from_previous_stage(tokens)
         layout = BatchLayout(
-            self._rope, [(slice_.cache[0].offset, slice_.length) for slice_ in slices], self.attention_cost
+            self._rope,
+            [(slice_.cache[0].offset, slice_.length) for slice_ in slices],
+            self.attention_cost,
+            shared=[slice_.cache[0].shared for slice_ in slices],
         )
         self.communicator.divide_queries(layout)
         caches = list(zip(*(slice_.cache for slice_ in slices), strict=True))

@@ -35,7 +35,8 @@ class LatentQueries(NamedTuple):
 
     Args:
         start, stop: range of the tokens among all queries.
-        keys: (B, 1, T, R + P), rows of the cache; the last stop - start of them are those of the queries.
+        keys: (B, 1, T, R + P), rows of the cache that are not shared; the last stop - start of them are those of the
+            queries.
     """
 
     start: int
@@ -43,32 +44,76 @@ class LatentQueries(NamedTuple):
     keys: mx.array
 
 
-def attend(q: mx.array, parts: Sequence[LatentQueries], latent_dim: int) -> mx.array:
-    """Compute causal attention, each part to its own keys.
+def attend(q: mx.array, parts: Sequence[LatentQueries], latent_dim: int, shared: mx.array | None = None) -> mx.array:
+    """Compute causal attention, each part to its own keys, after those that all parts share.
 
     Args:
         q: (B, L, H, R + P) float32, scaled.
         parts: parts that cover the L tokens in order.
         latent_dim: R.
+        shared: (1, 1, T, R + P), rows of a prefix of all caches, if they share one; B is 1 then.
 
     Returns:
         (B, L, H, R) float32. Temporary memory outside MLX: this array, the scores of one block
         (max(NUMPY_ROW_BLOCK, H) * NUMPY_KEY_BLOCK values), and the sums of one block of rows.
     """
     q = mx.contiguous(q)
-    mx.eval(q, [part.keys for part in parts])
+    mx.eval(q, [part.keys for part in parts], *([] if shared is None else [shared]))
     queries = np.asarray(q)
     out = np.empty((*queries.shape[:-1], latent_dim), np.float32)
     # One thread: more would wait for each other in busy loops, also where ranks share a machine; and sums stay equal.
     with blas_threads().limit(limits=1, user_api="blas"):
+        sums = None if shared is None else _attend_shared(queries[0], np.asarray(shared)[0, 0], out[0])
         for part in parts:
+            before = None if sums is None else sums.tokens(part.start, part.stop)
             for batch, keys in enumerate(np.asarray(part.keys)[:, 0]):
-                _attend(queries[batch, part.start : part.stop], keys, out[batch, part.start : part.stop])
+                _attend(queries[batch, part.start : part.stop], keys, out[batch, part.start : part.stop], before)
     return mx.array(out)
 
 
-def _attend(q: np.ndarray, keys: np.ndarray, out: np.ndarray) -> None:
-    """Attend with the L queries (L, H, R + P) to keys (T, R + P); write the result to `out` (L, H, R)."""
+class Sums(NamedTuple):
+    """Running softmax of some tokens, besides the sums of the values.
+
+    Args:
+        peak: (L, H, 1), largest scores.
+        total: (L, H, 1), sums of exp(score - peak).
+    """
+
+    peak: np.ndarray
+    total: np.ndarray
+
+    def tokens(self, start: int, stop: int) -> Sums:
+        """Return those of some tokens."""
+        return Sums(self.peak[start:stop], self.total[start:stop])
+
+    def rows(self) -> Sums:
+        """Return them with a row per token and head."""
+        return Sums(self.peak.reshape(-1, 1), self.total.reshape(-1, 1))
+
+
+def _attend_shared(q: np.ndarray, keys: np.ndarray, out: np.ndarray) -> Sums:
+    """Attend with queries (L, H, R + P) to all of the keys (T, R + P); write the sums of values to `out` (L, H, R)."""
+    length, heads, width = q.shape
+    peak, total = np.empty((length, heads, 1), np.float32), np.empty((length, heads, 1), np.float32)
+    tokens = max(1, NUMPY_ROW_BLOCK // heads)
+    buffer = np.empty(min(tokens, length) * heads * min(NUMPY_KEY_BLOCK, len(keys)), np.float32)
+    for start in range(0, length, tokens):
+        block = slice(start, start + tokens)
+        sums = out[block].reshape(-1, out.shape[-1])
+        end = _add_keys(q[block].reshape(-1, width), keys, heads, buffer, sums, len(keys), None)
+        peak[block], total[block] = end.peak.reshape(-1, heads, 1), end.total.reshape(-1, heads, 1)
+    return Sums(peak, total)
+
+
+def _attend(q: np.ndarray, keys: np.ndarray, out: np.ndarray, before: Sums | None) -> None:
+    """Attend with the L queries (L, H, R + P) to keys (T, R + P); write the result to `out` (L, H, R).
+
+    Args:
+        q: queries.
+        keys: keys.
+        out: result; before, the sums of values of earlier keys, if there are any.
+        before: sums of earlier keys, if there are any.
+    """
     length, heads, width = q.shape
     tokens = max(1, NUMPY_ROW_BLOCK // heads)
     scores = np.empty(min(tokens, length) * heads * min(NUMPY_KEY_BLOCK, len(keys)), np.float32)
@@ -76,28 +121,43 @@ def _attend(q: np.ndarray, keys: np.ndarray, out: np.ndarray) -> None:
         stop = min(start + tokens, length)
         rows, num_keys = (stop - start) * heads, len(keys) - length + stop
         sums = out[start:stop].reshape(rows, -1)
-        _attend_block(q[start:stop].reshape(rows, width), keys[:num_keys], heads, scores, sums)
+        first = num_keys - (stop - start)  # position of the first token
+        earlier = None if before is None else before.tokens(start, stop).rows()
+        queries = q[start:stop].reshape(rows, width)
+        sums /= _add_keys(queries, keys[:num_keys], heads, scores, sums, first, earlier).total
 
 
-def _attend_block(q: np.ndarray, keys: np.ndarray, heads: int, buffer: np.ndarray, out: np.ndarray) -> None:
-    """Attend with a block of rows (M, R + P), of the last M / H of the tokens, with a running softmax (see blockwise).
+def _add_keys(
+    q: np.ndarray,
+    keys: np.ndarray,
+    heads: int,
+    buffer: np.ndarray,
+    out: np.ndarray,
+    first: int,
+    before: Sums | None,
+) -> Sums:
+    """Add keys to the running softmax of a block of rows (M, R + P); see kimi_mlx.model.blockwise.
 
     Args:
         q: queries; the H rows of a token are adjacent.
-        keys: (T, R + P); the last one is that of the last token.
+        keys: (T, R + P).
         heads: H.
         buffer: memory for the scores.
-        out: (M, R), the result.
+        out: (M, R), sums of the values; their content counts only if there are earlier keys.
+        first: position of the first token among the keys; it sees those up to itself.
+        before: sums of earlier keys, if there are any.
+
+    Returns:
+        The sums with these keys.
     """
     rows, latent_dim = out.shape
-    first = len(keys) - rows // heads  # position of the first token
-    peak = total = None
+    peak, total = (None, None) if before is None else before
     for start in range(0, len(keys), NUMPY_KEY_BLOCK):
         block = keys[start : start + NUMPY_KEY_BLOCK]
         scores = buffer[: rows * len(block)].reshape(rows, len(block))
         np.matmul(q, block.T, out=scores)
         if start + len(block) > first + 1:
-            hidden = np.arange(start, start + len(block)) > np.arange(first, len(keys))[:, None]
+            hidden = np.arange(start, start + len(block)) > np.arange(first, first + rows // heads)[:, None]
             np.copyto(scores.reshape(-1, heads, len(block)), -np.inf, where=hidden[:, None])
         new_peak = scores.max(axis=1, keepdims=True)
         if peak is not None:
@@ -113,4 +173,6 @@ def _attend_block(q: np.ndarray, keys: np.ndarray, heads: int, buffer: np.ndarra
             out *= shrink
             out += scores @ block[:, :latent_dim]
         peak = new_peak
-    out /= total
+    assert peak is not None
+    assert total is not None
+    return Sums(peak, total)

@@ -7,15 +7,19 @@ from collections.abc import Iterable
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Finished, Token
+from kimi_mlx.engine.fair_queue import FairQueue
 from kimi_mlx.engine.kv_cache_pool import KVCachePool, SequenceCache, common_prefix, padded_length
 from kimi_mlx.engine.request import Request, Sampling
+from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.shared_prefix import MIN_SHARED_TOKENS, SHARED_STEP, length_to_share
-from kimi_mlx.model.cache import SharedRows
+from kimi_mlx.model.cache import LatentCache, SharedRows
+from kimi_mlx.model.decoder import Model
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.load import load
 from tests.unit.engine.cache_rows import MODEL, append_tokens, check, run_turn
 from tests.unit.engine.test_kv_cache_pool import make_tokens
@@ -125,6 +129,7 @@ STEPS = st.lists(
 )
 
 
+@settings(max_examples=20, deadline=None)
 @given(steps=STEPS, budget=st.integers(6, 24))
 def test_the_budget_is_kept_and_ranks_agree_with_shared_prefixes(
     steps: list[tuple[int, int, int, int, bool]], budget: int
@@ -153,10 +158,10 @@ def test_the_budget_is_kept_and_ranks_agree_with_shared_prefixes(
             for pool, cache in zip(pools, busy.pop(action % len(busy)), strict=True):
                 pool.release(cache)
                 assert pool.busy_tokens + pool.idle_tokens <= pool.budget_tokens
-        for caches in busy:
-            check(caches[0])
         assert pools[0].busy_tokens == pools[1].busy_tokens
         assert pools[0].idle_tokens == pools[1].idle_tokens
+    for cache in (*pools[0]._idle, *(caches[0] for caches in busy)):
+        check(cache)
 
 
 def answers(engine: Engine, requests: list[Request]) -> list[list[int]]:
@@ -174,25 +179,53 @@ def answers(engine: Engine, requests: list[Request]) -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize(("count", "cache_tokens", "speculate"), [(12, None, 0), (12, 2048, 0), (6, None, 3)])
-def test_answers_with_a_shared_prefix_equal_those_alone(
-    count: int, cache_tokens: int | None, speculate: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, text = load("kimi-mini")
-    system = text.encode("You answer in one word, and you never ask back. " * 60)[:800]
-    requests = [
+@pytest.fixture(scope="module")
+def model_and_text() -> tuple[Model, ChatTokenizer]:
+    return load("kimi-mini")
+
+
+@pytest.fixture(scope="module")
+def requests(model_and_text: tuple[Model, ChatTokenizer]) -> list[Request]:
+    text = model_and_text[1]
+    system = text.encode("You answer in one word, and you never ask back. " * 12)[:140]
+    return [
         Request(
-            tuple([*system, *text.encode(f"Question {number}: what is the capital of France?")]),
+            (*system, *text.encode(f"Question {number}: what is the capital of France?")),
             8 + number % 5,
             Sampling(temperature=0.8, seed=number) if number % 3 == 0 else Sampling(),
             client=str(number % 2),
         )
-        for number in range(count)
+        for number in range(8)
     ]
-    token_bytes = 4 * len(model.layers) * (model.config.kv_lora_rank + model.config.qk_rope_head_dim)
-    cache_bytes = None if cache_tokens is None else cache_tokens * token_bytes
+
+
+@pytest.fixture(scope="module")
+def alone(model_and_text: tuple[Model, ChatTokenizer], requests: list[Request]) -> list[list[int]]:
+    """Return the answers of an engine that gets one request at a time."""
+    return [answers(Engine(model_and_text[0]), [request])[0] for request in requests]
+
+
+@pytest.mark.parametrize(("cache_tokens", "speculate"), [(None, 0), (400, 0), (400, 3), (None, 3)])
+def test_answers_with_a_shared_prefix_equal_those_alone(
+    model_and_text: tuple[Model, ChatTokenizer],
+    requests: list[Request],
+    alone: list[list[int]],
+    cache_tokens: int | None,
+    speculate: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_and_text[0]
     monkeypatch.setattr("kimi_mlx.sizing.engine_limits.MIN_CACHE_TOKENS", 256)
-    engine = Engine(model, cache_bytes=cache_bytes, speculate=speculate)
+    monkeypatch.setattr("kimi_mlx.engine.shared_prefix.MIN_SHARED_TOKENS", 64)
+    monkeypatch.setattr("kimi_mlx.engine.engine.RESERVED_TOKENS", 1)
+    monkeypatch.setattr(LatentCache, "step", 8)  # so that caches grow often, and sequences are preempted
+    preempted: list[Sequence] = []
+    put_back = FairQueue.put_back
+    monkeypatch.setattr(
+        FairQueue, "put_back", lambda queue, sequence: (preempted.append(sequence), put_back(queue, sequence))
+    )
+    token_bytes = 4 * len(model.layers) * (model.config.kv_lora_rank + model.config.qk_rope_head_dim)
+    engine = Engine(model, cache_bytes=cache_tokens and cache_tokens * token_bytes, speculate=speculate)
     shared: set[SharedRows] = set()
     acquire = KVCachePool.acquire
 
@@ -202,11 +235,9 @@ def test_answers_with_a_shared_prefix_equal_those_alone(
         return cache, cached
 
     monkeypatch.setattr(KVCachePool, "acquire", watch)
-    together = answers(engine, requests)
+    assert answers(engine, requests) == alone
     assert len(shared) == len(model.layers)
-    monkeypatch.undo()
-    alone = [answers(Engine(model), [request])[0] for request in requests]
-    assert together == alone
+    assert bool(preempted) == (cache_tokens is not None)
 
 
 def test_rows_of_a_cache_with_a_prefix() -> None:

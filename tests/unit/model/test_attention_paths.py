@@ -14,7 +14,7 @@ from kimi_mlx.model import attention, numpy_attention
 from kimi_mlx.model.attention import Attention
 from kimi_mlx.model.attention_cost import AttentionCost
 from kimi_mlx.model.batch_layout import BatchLayout
-from kimi_mlx.model.cache import LatentCache
+from kimi_mlx.model.cache import LatentCache, SharedRows
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.device_traits import METAL_TUNING
@@ -73,3 +73,43 @@ def test_numpy_attends_each_sequence_of_a_batch_to_its_own_keys() -> None:
     weights = mx.softmax(mx.where(visible, scores, mx.array(-mx.inf)), axis=-1)
     expected = (weights @ keys[..., :16]).swapaxes(1, 2)
     np.testing.assert_allclose(np.array(got), np.array(expected), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=12, deadline=None)
+@given(lengths=LENGTHS, prefixes=st.lists(st.integers(0, 2), min_size=5, max_size=5))
+def test_attention_to_shared_rows_equals_that_to_copies(
+    model: Model, lengths: list[tuple[int, int]], prefixes: list[int]
+) -> None:
+    layer: Attention = model.layers[1].self_attn
+    width = model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    shared = [SharedRows(mx.random.normal((1, 1, 90 * number, width), key=mx.random.key(number))) for number in (1, 2)]
+    results = []
+    for is_shared, in_numpy, scores_max in (
+        (False, False, SCORES_MAX),
+        (True, True, SCORES_MAX),
+        (True, False, SCORES_MAX),
+        (True, False, 1),
+    ):
+        caches, counts = [], []
+        for number, ((offset, length), prefix) in enumerate(zip(lengths, prefixes, strict=False)):
+            cache = LatentCache()
+            if prefix:
+                rows = shared[prefix - 1]
+                cache.append(rows.keys)
+                if is_shared:
+                    cache.copy(cache, cache.offset, rows)
+            cache.append(mx.random.normal((1, 1, offset, width), key=mx.random.key(10 + number)))
+            caches.append(cache)
+            counts.append((cache.offset, length))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "uses_numpy", lambda *args, in_numpy=in_numpy: in_numpy)
+            patch.setattr(attention, "SCORES_MAX", scores_max)
+            patch.setattr(attention, "latent_key_block", lambda rows: 64)
+            patch.setattr(numpy_attention, "NUMPY_ROW_BLOCK", 24)
+            patch.setattr(numpy_attention, "NUMPY_KEY_BLOCK", 64)
+            cost = AttentionCost(layer.shape, METAL_TUNING)
+            layout = BatchLayout(Rope(model.config), counts, cost, shared=[cache.shared for cache in caches])
+            x = mx.random.normal((1, layout.length, model.config.hidden_size), key=mx.random.key(99))
+            results.append(np.array(layer(x, caches, layout, layout, lambda name, value: None)))
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], rtol=1e-4, atol=2e-5)
