@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,7 @@ from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.shared_prefix import MIN_SHARED_TOKENS, SHARED_STEP, length_to_share
 from kimi_mlx.model.cache import LatentCache, SharedRows
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.model.device_traits import CPU_TUNING, METAL_TUNING
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.load import load
 from tests.unit.engine.cache_rows import MODEL, append_tokens, check, run_turn
@@ -205,6 +207,7 @@ def alone(model_and_text: tuple[Model, ChatTokenizer], requests: list[Request]) 
     return [answers(Engine(model_and_text[0]), [request])[0] for request in requests]
 
 
+@pytest.mark.parametrize("is_like_gpu", [False, True])
 @pytest.mark.parametrize(("cache_tokens", "speculate"), [(None, 0), (400, 0), (400, 3), (None, 3)])
 def test_answers_with_a_shared_prefix_equal_those_alone(
     model_and_text: tuple[Model, ChatTokenizer],
@@ -212,9 +215,13 @@ def test_answers_with_a_shared_prefix_equal_those_alone(
     alone: list[list[int]],
     cache_tokens: int | None,
     speculate: int,
+    is_like_gpu: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = model_and_text[0]
+    monkeypatch.setattr(model, "tuning", METAL_TUNING if is_like_gpu else CPU_TUNING)
+    monkeypatch.setattr(model, "attention_cost", replace(model.attention_cost, tuning=model.tuning))
+    monkeypatch.setattr("kimi_mlx.model.attention.uses_numpy", lambda *args: not is_like_gpu)
     monkeypatch.setattr("kimi_mlx.sizing.engine_limits.MIN_CACHE_TOKENS", 256)
     monkeypatch.setattr("kimi_mlx.engine.shared_prefix.MIN_SHARED_TOKENS", 64)
     monkeypatch.setattr("kimi_mlx.engine.engine.RESERVED_TOKENS", 1)
