@@ -104,13 +104,14 @@ def _sorted_experts(context: Context, model: Model) -> None:
     """Experts of a few tokens, with sorted and with unsorted choices."""
     mlp = model.layers[-1].mlp
     assert isinstance(mlp, MoE)
-    limit = model.tuning.sort_min_choices
+    limit = mlp.sort_min_choices
     for choices in (limit // 2, limit, 2 * limit, 8 * limit):
         length = -(-choices // mlp.gate.num_chosen)
         x = mx.random.normal((1, length, model.config.hidden_size), key=mx.random.key(length))
         x = x.astype(model.layers[0]["input_layernorm"].dtype)
         for label, value in (("sorted", 0), ("unsorted", NO_LIMIT)):
-            seconds = _seconds_with(context, model, lambda x=x: [mlp(x, None, *mlp.gate(x))], sort_min_choices=value)
+            constants = {"sort_min_choices": value, "sort_min_per_expert": 0}
+            seconds = _seconds_with(context, model, lambda x=x: [mlp(x, None, *mlp.gate(x))], **constants)
             context.measure("experts, choices", f"{length * mlp.gate.num_chosen} {label}", seconds * 1e3, "ms")
 
 

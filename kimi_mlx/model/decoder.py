@@ -227,7 +227,8 @@ class Model(nn.Module):
         self.attention_cost = AttentionCost(AttentionShape.of(self.config, heads), tuning)
         for layer in self.layers:
             if isinstance(layer.mlp, MoE):
-                layer.mlp.sort_min_choices = tuning.sort_min_choices
+                per_expert = tuning.sort_min_per_expert * layer.mlp.num_experts
+                layer.mlp.sort_min_choices = max(tuning.sort_min_choices, per_expert)
 
     def set_communicator(self, communicator: Communicator) -> None:
         """Use another communicator from the next step on."""

@@ -165,7 +165,8 @@ class MoE(nn.Module):
         self.gate = Router(config, weights)
         self.gate_up_proj = linear(weights.matrices("mlp.experts.gate_up_proj"))
         self.down_proj = Matrix(weights.matrix("mlp.experts.down_proj"))
-        num_held = self.down_proj.weight.shape[0] - weights.num_fused_shared
+        self.num_experts = self.down_proj.weight.shape[0]
+        num_held = self.num_experts - weights.num_fused_shared
         self._held = None
         if num_held < config.n_routed_experts:
             self._held = (weights.first_expert, weights.first_expert + num_held)
