@@ -159,7 +159,7 @@ class SequenceCache:
 
     def rows(self, start: int, stop: int) -> mx.array:
         """Return the rows of some tokens, (layers, stop - start, width), not evaluated."""
-        return mx.stack([layer.fetch(stop)[0, 0, start:] for layer in self.layers if layer.keys is not None])
+        return mx.stack([layer.rows_between(start, stop)[0, 0] for layer in self.layers if layer.keys is not None])
 
 
 class KVCachePool:

@@ -94,6 +94,15 @@ class LatentCache:
             return self.shared.keys[:, :, :length]
         return mx.concatenate([self.shared.keys, self.fetch_own(num_own)], axis=2)
 
+    def rows_between(self, start: int, stop: int) -> mx.array:
+        """Return the rows of some tokens, (B, 1, stop - start, R + P), without a copy of the others."""
+        if self.shared is None or start >= self.shared.length:
+            return self.fetch_own(stop - self.num_shared)[:, :, start - self.num_shared :]
+        first = self.shared.keys[:, :, start:stop]
+        if stop <= self.shared.length:
+            return first
+        return mx.concatenate([first, self.fetch_own(stop - self.shared.length)], axis=2)
+
     def fetch_own(self, length: int) -> mx.array:
         """Return the first `length` rows after the shared ones."""
         return self.fetch_buffer(length)[:, :, :length]

@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from kimi_mlx.engine import engine as engine_module
+from kimi_mlx.engine import shared_prefix
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Finished, Token
 from kimi_mlx.engine.request import Request
@@ -67,6 +68,7 @@ def answer(case: dict[str, Any], group: Group | None) -> Answers:
         divide_all_queries(model, group)
     requests = dict(enumerate(map(Request.from_dict, case["requests"])))
     drafters = None
+    shared_prefix.MIN_SHARED_TOKENS = shared_prefix.SHARED_STEP = engine_module.MIN_SHARED_TOKENS = CHUNK
     if case["speculate"]:
         engine_module.DraftPlanner = RandomPlanner
         known = {request.prompt: case["answers"][number + 1] for number, request in requests.items()}

@@ -34,7 +34,13 @@ WEIGHTS = {2: "3:1", 3: "1:3:2", 4: "2:1:1:3"}
 
 REQUESTS = [
     Request(make_prompt(40, 1), max_tokens=10),  # three prefill steps, then decode
-    Request(make_prompt(21, 2), max_tokens=8, sampling=Sampling(temperature=0.9, top_p=0.9, seed=11)),
+    # shares the rows of 32 tokens with the first one
+    Request(
+        (*make_prompt(40, 1)[:35], *make_prompt(5, 2)),
+        max_tokens=8,
+        client="other",
+        sampling=Sampling(temperature=0.9, top_p=0.9, seed=11),
+    ),
     Request(make_prompt(1, 3), max_tokens=1),
     Request(make_prompt(5, 4) * 2, max_tokens=14),  # the toy model repeats the prompt, so drafts are accepted
     Request(make_prompt(33, 5), max_tokens=90),  # cancelled
