@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process that a test starts compiles all modules again
 
+import certifi
 import mlx.core as mx
 import pytest
 from hypothesis import settings
@@ -58,6 +59,22 @@ def private_folders(monkeypatch: pytest.MonkeyPatch, data_home: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(data_home))
     monkeypatch.setenv("XDG_STATE_HOME", str(data_home / "state"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(data_home / "config"))
+
+
+@pytest.fixture(scope="session")
+def one_certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the first of certifi's certificates."""
+    first, mark, _ = Path(certifi.where()).read_text().partition("-----END CERTIFICATE-----\n")
+    file = tmp_path_factory.mktemp("certificates") / "one.pem"
+    file.write_text(first + mark)
+    return file
+
+
+@pytest.fixture(autouse=True)
+def few_certificates(monkeypatch: pytest.MonkeyPatch, one_certificate: Path, request: pytest.FixtureRequest) -> None:
+    """Trust one certificate: each new HTTP client reads all of them, for 25 ms, and tests have hundreds of clients."""
+    if request.node.get_closest_marker("network") is None:
+        monkeypatch.setenv("SSL_CERT_FILE", str(one_certificate))
 
 
 @pytest.fixture(autouse=True)

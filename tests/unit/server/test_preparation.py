@@ -158,13 +158,14 @@ def test_a_worker_that_takes_too_long_or_ends_is_replaced(
     run(work)
 
 
-@pytest.mark.parametrize("media_type", ['"image_url"', '"ima\\u0067e_url"', '"input\\u005fimage"'])
-def test_short_bodies_with_images_go_to_a_worker_process(prompt_builder: PromptBuilder, media_type: str) -> None:
+def test_short_bodies_with_images_go_to_a_worker_process(prompt_builder: PromptBuilder) -> None:
     async def work() -> None:
-        body = f'{{"type": {media_type}, "image_url": "data:,"}}'.encode()
-        assert await Preparation(prompt_builder).run(process_id, body) != os.getpid()
-        text_only = replace(prompt_builder, text_only_reason="it has no vision tower")
-        assert await Preparation(text_only).run(process_id, body) == os.getpid()
+        pool = Preparation(prompt_builder)
+        text_only = Preparation(replace(prompt_builder, text_only_reason="it has no vision tower"))
+        for media_type in ('"image_url"', '"ima\\u0067e_url"', '"input\\u005fimage"'):
+            body = f'{{"type": {media_type}, "image_url": "data:,"}}'.encode()
+            assert await pool.run(process_id, body) != os.getpid(), media_type
+            assert await text_only.run(process_id, body) == os.getpid(), media_type
 
     run(work)
 

@@ -97,7 +97,7 @@ def test_drafts_are_those_of_the_whole_text(
     assert len(drafter.drafts) > 30
     model.capture(draft.captured_layers)
     num_cached = len(follow_up.prompt)
-    for tokens, drafted in drafter.drafts:
+    for tokens, drafted in drafter.drafts[::5]:  # each of the others would cost another run of both models
         if tokens[:num_cached] != list(follow_up.prompt):
             assert drafted == reference(model, draft, tokens, len(drafted))
     model.capture(())
