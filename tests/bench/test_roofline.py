@@ -27,6 +27,7 @@ def test_a_token_reads_all_weights_except_embedding_norms_and_idle_experts(tmp_p
     assert roofline.share(Case(10, 20, 2), 100) is None
 
 
+@pytest.mark.slow
 def test_the_bandwidth_is_measured_if_the_chip_is_unknown() -> None:
     bandwidth = measured_bandwidth()
     assert 1e8 < bandwidth.bytes_per_s < 1e13

@@ -20,6 +20,7 @@ ASK_TWICE = """async () => {
 }"""
 
 
+@pytest.mark.slow
 def test_a_dialog_over_another(running: RunningServer, open_page: OpenPage) -> None:
     chat = open_page(running.url)
     chat.wait_model("kimi-mini")

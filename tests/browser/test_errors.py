@@ -24,6 +24,7 @@ from tests.server.running_server import RunningServer, serving
 pytestmark = pytest.mark.browser
 
 
+@pytest.mark.slow
 def test_a_wrong_key_then_the_right_one(session: Session, open_page: OpenPage) -> None:
     with serving(session, ServingOptions(Security(keys=("secret",)))) as server:
         chat = open_page(server.url)

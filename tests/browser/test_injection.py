@@ -86,6 +86,7 @@ def hover_over_everything(chat: ChatPage) -> None:
         node.dispatchEvent(new Event(type)); }""")
 
 
+@pytest.mark.slow
 def test_in_answers_and_reasoning(open_page: OpenPage) -> None:
     text = "\n\n".join(ATTACKS)
     with answering(text, text) as server:

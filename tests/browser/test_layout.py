@@ -47,15 +47,8 @@ def check_fits(chat: ChatPage) -> None:
     assert chat.run(OUTSIDE) == []
 
 
-@pytest.mark.parametrize(
-    "width",
-    [
-        320,
-        pytest.param(360, marks=pytest.mark.slow),
-        pytest.param(768, marks=pytest.mark.slow),
-        pytest.param(3840, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [320, 360, 768, 3840])
 def test_everything_fits_the_window(open_page: OpenPage, width: int) -> None:
     with answering(WIDE, WIDE) as server:
         chat = open_page(server.url, viewport={"width": width, "height": min(width * 2, 2160)})

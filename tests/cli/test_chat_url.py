@@ -7,12 +7,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from kimi_mlx.client.local_servers import LocalServer, announce
@@ -33,17 +31,9 @@ KIMI_MINI_VL = KIMI_MINI.with_name("kimi-mini-vl")
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "two-red-circles.png"
 
 
-@pytest.fixture(scope="module")
-def session() -> Iterator[Session]:
-    mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
-    with closing(open_session(SessionOptions(KIMI_MINI))) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def server(session: Session) -> Iterator[RunningServer]:
-    with serving(session) as running:
-        yield running
+@pytest.fixture
+def server(running: RunningServer) -> RunningServer:
+    return running
 
 
 def test_one_answer_equals_that_of_a_local_model(server: RunningServer) -> None:

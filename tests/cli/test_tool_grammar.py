@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import closing
 
 import jsonschema
 import pytest
@@ -12,8 +10,7 @@ import pytest
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.chat_model import ChatModel, ChatOptions
 from kimi_mlx.session.conversation import Conversation
-from kimi_mlx.session.local import LocalSession
-from kimi_mlx.session.session import SessionOptions
+from kimi_mlx.session.session import Session
 from kimi_mlx.text.messages import ToolCall
 from kimi_mlx.tools.declarations import ServerTool, declare
 from tests.fakes import KIMI_MINI, chat_model_of
@@ -39,13 +36,12 @@ SCHEMAS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[ChatModel]:
-    with closing(LocalSession(SessionOptions(KIMI_MINI))) as session:
-        yield chat_model_of(session, ChatTokenizer.load(KIMI_MINI))
+@pytest.fixture
+def model(session: Session) -> ChatModel:
+    return chat_model_of(session, ChatTokenizer.load(KIMI_MINI))
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", [pytest.param("choice", marks=pytest.mark.slow), "limits"])
 def test_arguments_match_the_schema(model: ChatModel, name: str) -> None:
     declared, _ = declare([ServerTool("a", name, "Something else.", SCHEMAS[name])])
     tools = [tool.declaration for tool in declared]

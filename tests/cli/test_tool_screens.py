@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,7 @@ from kimi_mlx.cli.chat.tools.tool_permissions import Answer, question_about
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.chat_model import ChatOptions
 from kimi_mlx.session.conversation import Conversation
-from kimi_mlx.session.local import LocalSession
-from kimi_mlx.session.session import SessionOptions
+from kimi_mlx.session.session import Session
 from kimi_mlx.text.messages import ToolCall
 from kimi_mlx.tools.config import ServerConfig
 from kimi_mlx.tools.declarations import DeclaredTool
@@ -43,35 +41,35 @@ def servers() -> Iterator[McpServers]:
         yield servers
 
 
-def test_calls(servers: McpServers, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_calls(session: Session, servers: McpServers, monkeypatch: pytest.MonkeyPatch) -> None:
     screens: dict[str, str] = {}
-    with closing(LocalSession(SessionOptions(KIMI_MINI))) as session:
-        model = chat_model_of(session, ChatTokenizer.load(KIMI_MINI))
-        for columns in WIDTHS:
-            stage = Stage(columns, monkeypatch)
-            tools = ToolLoop(servers)
-            answers: list[Answer] = ["tool", "once"]
+    model = chat_model_of(session, ChatTokenizer.load(KIMI_MINI))
+    for columns in WIDTHS:
+        stage = Stage(columns, monkeypatch)
+        tools = ToolLoop(servers)
+        answers: list[Answer] = ["tool", "once"]
 
-            def ask(
-                call: ToolCall,
-                tool: DeclaredTool,
-                is_cancelled: threading.Event,
-                stage: Stage = stage,
-                answers: list[Answer] = answers,
-            ) -> Answer:
-                stage.console.print(question_about(tool, stage.console.width), end="", soft_wrap=True)
-                stage.screen.write("t\n" if len(answers) == 2 else "o\n")
-                return answers.pop(0)
+        def ask(
+            call: ToolCall,
+            tool: DeclaredTool,
+            is_cancelled: threading.Event,
+            stage: Stage = stage,
+            answers: list[Answer] = answers,
+        ) -> Answer:
+            stage.console.print(question_about(tool, stage.console.width), end="", soft_wrap=True)
+            stage.screen.write("t\n" if len(answers) == 2 else "o\n")
+            return answers.pop(0)
 
-            tools.permissions.ask = ask
-            conversation = Conversation(model, ChatOptions(sampling={"temperature": 0.0}))
-            for request in ("Roll 4 dice.", "Roll 9 dice.", "Wake me at 07:30."):
-                stage.screen.write(f"\n> {request}\n\n")
-                view = stage.open()
-                for event in tools.run(conversation, conversation.ask(request), view):
-                    view.show(event)
-                view.finish()
-            screens[f"{columns} columns"] = stage.screen.text
+        tools.permissions.ask = ask
+        conversation = Conversation(model, ChatOptions(sampling={"temperature": 0.0}))
+        for request in ("Roll 4 dice.", "Roll 9 dice.", "Wake me at 07:30."):
+            stage.screen.write(f"\n> {request}\n\n")
+            view = stage.open()
+            for event in tools.run(conversation, conversation.ask(request), view):
+                view.show(event)
+            view.finish()
+        screens[f"{columns} columns"] = stage.screen.text
     check_screens(SCREENS, "tools", screens)
 
 

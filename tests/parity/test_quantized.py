@@ -57,9 +57,9 @@ def logits_of_mlx_lm(folder: Path, ids: mx.array, dtype: mx.Dtype | None = None)
     ("name", "layout"),
     [
         *(("k2", layout) for layout in LAYOUTS),
-        ("k2.5", "4-bit"),
+        pytest.param("k2.5", "4-bit", marks=pytest.mark.slow),
         ("moonlight", "overrides"),
-        ("grouped", "4-bit"),
+        pytest.param("grouped", "4-bit", marks=pytest.mark.slow),
     ],
 )
 def test_logits_equal_mlx_lm(name: str, layout: str, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_logits_equal_mlx_lm(name: str, layout: str, tmp_path: Path) -> None:
         assert relative_error(feed(model, ids, sizes), expected) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["k2.5", "moonlight"])
+@pytest.mark.parametrize("name", ["k2.5", pytest.param("moonlight", marks=pytest.mark.slow)])
 def test_whole_kv_b_proj_is_not_quantized_twice(name: str, tmp_path: Path) -> None:
     golden = load_golden(name)
     folder = quantized(golden, tmp_path, bits=4, group_size=32, split_kv_b=False)

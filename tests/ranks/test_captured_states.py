@@ -36,6 +36,7 @@ def states_of(size: int, strategies: list[str], steps: list[Any], folder: Path) 
     return expected, found
 
 
+@pytest.mark.slow
 def test_two_ranks_capture_the_states_of_one(tmp_path: Path) -> None:
     strategies = ["pipeline", "pipeline:3:1", "hybrid", "tensor"]
     expected, (even, uneven, *sums) = states_of(2, strategies, STEPS, tmp_path)

@@ -69,6 +69,7 @@ def test_a_draft_model_of_another_model_is_refused(tmp_path: Path) -> None:
         LocalSession(SessionOptions(KIMI_MINI, draft=write_draft(tmp_path, config)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["pipeline", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_a_ring_that_is_lost_during_an_answer(
     draft: Path, requests: list[Request], expected: list[list[int]], strategy: str

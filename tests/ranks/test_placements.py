@@ -154,6 +154,7 @@ def check(
             assert all(rank_answers == answers[0] for rank_answers in answers), fields["strategy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.sweep)])
 def test_with_the_fast_fence_only_sums_are_used(
     size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path
@@ -198,6 +199,7 @@ def test_shard_stores(size: int, folders: dict[str, Path], expected: Expected, t
     check(size, cases, expected, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.sweep)])
 def test_drafts(size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path) -> None:
     names = ("hybrid", "pipeline", "tensor") if size == 2 else STRATEGIES

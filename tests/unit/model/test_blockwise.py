@@ -62,8 +62,19 @@ def one_by_one() -> tuple[Model, mx.array, np.ndarray]:
     return model, tokens, np.array(mx.concatenate(logits, axis=1))
 
 
-@pytest.mark.parametrize("chunks", [[150], [100, 50], [13, 1, 60, 76]])
-@pytest.mark.parametrize("at_once", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("chunks", "at_once"),
+    [
+        *(([150], None), ([100, 50], 1), ([13, 1, 60, 76], 3)),
+        *(
+            pytest.param(chunks, at_once, marks=pytest.mark.slow)
+            for chunks, at_once in (
+                *(([150], 1), ([150], 3), ([100, 50], None), ([100, 50], 3)),
+                *(([13, 1, 60, 76], None), ([13, 1, 60, 76], 1)),
+            )
+        ),
+    ],
+)
 def test_chunks_and_groups_of_heads_give_the_same_logits(
     one_by_one: tuple[Model, mx.array, np.ndarray],
     chunks: list[int],
