@@ -142,6 +142,8 @@ COMMANDS = (
         (
             "kimi-mlx plan kimi-k2 --machines m3-ultra-512x2       memory, predicted speed, recommendation",
             "kimi-mlx plan kimi-k2.5 --machines m3-ultra-512x2 --cost --subscription 200",
+            "kimi-mlx plan kimi-k2.6 --machines m5-ultra-512x2 --draft auto    with and without a draft model",
+            "kimi-mlx plan kimi-k2 --machines m6-ultra-512:1500GB/s            a chip that is not in the table",
             "kimi-mlx plan kimi-k2 --hostfile two.json --link measured",
             "kimi-mlx plan --backtest                              compare predictions with published results",
         ),

@@ -8,7 +8,7 @@ import typer
 
 from kimi_mlx.cli.host_options import EnvOption, HostOptions
 from kimi_mlx.cli.option_groups import with_option_groups
-from kimi_mlx.cli.options import FastSyncOption, JsonOption, ModelArgument, model_name
+from kimi_mlx.cli.options import DraftOption, FastSyncOption, JsonOption, ModelArgument, model_name
 from kimi_mlx.cluster.hosts.hostfile_check import check_envs
 from kimi_mlx.errors import UsageError
 
@@ -17,6 +17,7 @@ from kimi_mlx.errors import UsageError
 def doctor(
     hosts: HostOptions,
     model: ModelArgument = None,
+    draft: DraftOption = None,
     env: EnvOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="Skip the self-test.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also show the checks that passed.")] = False,
@@ -34,7 +35,8 @@ def doctor(
     """Find problems of a Mac or cluster, and the fix."""
     _, option = hosts.read()
     if gpu:
-        if option or env or model is not None or hosts.save is not None or quick or verbose or fast_sync:
+        has_names = any(name is not None for name in (model, draft, hosts.save))
+        if option or env or has_names or quick or verbose or fast_sync:
             raise UsageError(
                 "--gpu checks this machine; its only other option is --json",
                 hint="run `kimi-mlx doctor --gpu [--json]`, on each host",
@@ -50,4 +52,5 @@ def doctor(
         )
     from kimi_mlx.cli.run_doctor import run_doctor  # heavy: not for `--help` or a usage error
 
-    run_doctor(hosts, env or [], model_name(model), quick=quick, verbose=verbose, json=json, fast_sync=fast_sync)
+    name = model_name(model)
+    run_doctor(hosts, env or [], name, draft, quick=quick, verbose=verbose, json=json, fast_sync=fast_sync)

@@ -15,7 +15,7 @@ from kimi_mlx.cli.host_options import HostOptions
 from kimi_mlx.cli.launch import LaunchOptions
 from kimi_mlx.cli.launched_command import LaunchedCommand
 from kimi_mlx.cli.local_server import servers_on
-from kimi_mlx.cli.model_size import memory_requirement
+from kimi_mlx.cli.model_size import draft_shape, memory_requirement
 from kimi_mlx.cli.open_model import LaunchContext
 from kimi_mlx.cli.output import print_json, print_warning, slow_status, stderr
 from kimi_mlx.cli.placement import choose_placement_on_hosts, print_placement, with_placement
@@ -55,8 +55,9 @@ def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: Launched
     if command.name != "download":
         _report_servers(request)
     diagnosis = run_diagnosis(request, options.install)
-    choice = choose_placement_on_hosts(diagnosis, request, command.strategy)
-    need = with_placement(need, choice, request.world_size)
+    draft = None if command.draft is None else draft_shape(command.draft, command.model, is_assumed=True)
+    choice = choose_placement_on_hosts(diagnosis, request, command.strategy, draft)
+    need = with_placement(need, choice, request.world_size, draft)
     diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
     cluster = _require_cluster(diagnosis, need, option, command, is_forced=options.force)
     if hosts.save is not None:

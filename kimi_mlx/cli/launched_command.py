@@ -77,6 +77,11 @@ class LaunchedCommand:
         """Value of its `--strategy`."""
         return self._parameters.get("strategy")
 
+    @property
+    def draft(self) -> str | None:
+        """Value of its `--draft`."""
+        return self._parameters.get("draft")
+
     def check_strategy(self, num_ranks: int) -> None:
         """Check that its `--strategy`, if it has weights, has one for each rank.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kimi_mlx.cli.model_size import memory_requirement
+from kimi_mlx.cli.model_size import draft_shape, memory_requirement
 from kimi_mlx.cli.open_model import OpenedModel, PreparedModel
 from kimi_mlx.cli.placement import with_placement
 from kimi_mlx.cluster.doctor.host_checks import check_cache_disk, check_disk, check_memory, check_wired_limit
@@ -105,7 +105,8 @@ def with_local_checks(opened: OpenedModel, prepared: PreparedModel, ranks: int, 
         return sum(memory.memory_bytes or 0 for memory in opened.session.status().memory)
 
     host = opened.deployment.machines[0].name
-    need = with_placement(memory_requirement(prepared.name), prepared.choice, ranks)
+    draft = None if prepared.draft is None else draft_shape(str(prepared.draft), prepared.name)
+    need = with_placement(memory_requirement(prepared.name), prepared.choice, ranks, draft)
     checks = LocalChecks(host, need, ranks, held_bytes, cache_dir)
     checks.findings()
     return replace(opened, deployment=replace(opened.deployment, findings=checks.findings))

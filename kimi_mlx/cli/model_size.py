@@ -10,12 +10,14 @@ from kimi_mlx.files import free_disk_bytes
 from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.hub.environment import hub_cache
 from kimi_mlx.model.config import load_config
+from kimi_mlx.model.draft_config import load_draft_config
+from kimi_mlx.planner.drafts import DraftShape, make_draft_shape, published_draft_config
 from kimi_mlx.planner.model_shape import ModelShape, known_models, known_shape, shape_of_config
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK
 from kimi_mlx.store.locate import config_folder
-from kimi_mlx.store.model_ref import ModelRef, resolve_model_name
+from kimi_mlx.store.model_ref import ModelRef, resolve_draft_name, resolve_model_name
 from kimi_mlx.store.vision import sees_images
 
 FALLBACK_MODEL = "kimi-k2"
@@ -57,6 +59,30 @@ def download_disk() -> DiskSpace:
     """Return the disk of a download without stores: that of the Hugging Face cache."""
     folder = hub_cache()
     return DiskSpace(str(folder), free_disk_bytes(folder), "HF_HUB_CACHE")
+
+
+def draft_shape(draft: str, model: str, *, is_assumed: bool = False) -> DraftShape:
+    """Return a draft model's dimensions and acceptance: of the files on this machine, else of a known draft model.
+
+    Args:
+        draft: value of `--draft`.
+        model: name of the model for which it drafts.
+        is_assumed: whether a draft model that is not on this machine is taken for one like the known ones.
+
+    Raises:
+        UsageError: there is no such draft model, or its dimensions are not known here.
+        ConfigError: its configuration is not supported.
+    """
+    target = resolve_draft_name(draft, resolve_model_name(model))
+    folder = config_folder(target)
+    if folder is not None:
+        return make_draft_shape(target.name, load_draft_config(folder), target.draft)
+    if target.draft is not None or is_assumed:
+        return make_draft_shape(target.name, published_draft_config(), target.draft)
+    raise UsageError(
+        f"the dimensions of the draft model `{draft}` are not known here",
+        hint=f"download it first: `kimi-mlx download {draft}`",
+    )
 
 
 def _repository(target: ModelRef) -> str | None:

@@ -161,7 +161,7 @@ def details(row: Row, machine: LocalMachine, has_sources: bool = False) -> Table
         "original": entry.original_repository,
         "format": entry.format,
         "download": None if entry.size_bytes is None else format_bytes(entry.size_bytes),
-        "weights": None if entry.weights_bytes is None else f"{format_gib(entry.weights_bytes)} in memory",
+        "weights": None if row.shape is None else f"{format_gib(row.shape.weights_bytes)} in memory",
         "memory needed": _memory_text(row),
         "context": f"{entry.context_tokens:,} tokens",
         "images": _images_text(row),

@@ -15,7 +15,9 @@ from kimi_mlx.cluster.doctor.memory_need import ModelNeed, RankNeed
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.parallel.placement import normalize_strategy
+from kimi_mlx.planner.chips import UNKNOWN_CHIP
 from kimi_mlx.planner.choice import Choice, by_rule, choose, choose_pipeline, memory_of
+from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.links import RDMA, LinkProfile
 from kimi_mlx.planner.machines import Machine, any_machine
 from kimi_mlx.planner.model_shape import ModelShape
@@ -24,6 +26,9 @@ from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.store.store_folders import folder_prefix, read_folder_name
 
 ALONE = Choice("hybrid", "one rank has the whole model")
+_ANY_MACHINE = Machine("", UNKNOWN_CHIP, 0, 0)
+"""Machine of a rank whose host is not known; what it needs does not depend on the host."""
+
 OVERRIDES = "--strategy overrides the choice"
 
 
@@ -51,13 +56,16 @@ def choose_placement(
     return by_rule(None, (), link, "the ranks share one machine")
 
 
-def choose_placement_on_hosts(diagnosis: Diagnosis, request: DoctorRequest, requested: str | None) -> Choice:
+def choose_placement_on_hosts(
+    diagnosis: Diagnosis, request: DoctorRequest, requested: str | None, draft: DraftShape | None = None
+) -> Choice:
     """Choose the strategy of ranks on hosts.
 
     Args:
         diagnosis: diagnosis of the hosts.
         request: hosts and model of the diagnosis.
         requested: value of `--strategy`.
+        draft: draft model; None without one.
 
     Raises:
         UsageError: the weights of the strategy are for another number of ranks.
@@ -66,24 +74,32 @@ def choose_placement_on_hosts(diagnosis: Diagnosis, request: DoctorRequest, requ
     shape = _shape(request.need.name)
     machines = _machines(diagnosis, request)
     if size == 1:
-        return replace(ALONE, memory=memory_of(ALONE.strategy, shape, machines) if machines else ())
+        return replace(ALONE, memory=memory_of(ALONE.strategy, shape, machines, draft) if machines else ())
     difference = kernel_difference([*diagnosis.facts.values()])
     if requested is not None:
         strategy, reason = normalize_strategy(requested, size), OVERRIDES
     elif (stored := _stored_on(diagnosis, request)) is not None and (not difference or stored.startswith("pipeline")):
         strategy, reason = stored, "as it is stored on the hosts"
     elif difference is not None:
-        return choose_pipeline(shape if machines else None, machines, difference)
+        return choose_pipeline(shape if machines else None, machines, difference, draft)
     elif not machines:
         return by_rule(None, (), _link(diagnosis), "the hosts' memory is not known")
     else:
-        return choose(shape, machines, _link(diagnosis), is_fast_sync=request.hostfile.has_fast_sync)
-    return Choice(strategy, reason, memory_of(strategy, shape, machines) if machines else ())
+        return choose(shape, machines, _link(diagnosis), is_fast_sync=request.hostfile.has_fast_sync, draft=draft)
+    return Choice(strategy, reason, memory_of(strategy, shape, machines, draft) if machines else ())
 
 
-def with_placement(need: ModelNeed, choice: Choice, ranks: int) -> ModelNeed:
-    """Return the memory need of a model with the chosen placement on each host."""
-    by_rank = tuple(RankNeed(host.weights_bytes, host.cache_bytes + host.workspace_bytes) for host in choice.memory)
+def with_placement(need: ModelNeed, choice: Choice, ranks: int, draft: DraftShape | None = None) -> ModelNeed:
+    """Return the memory need of a model with the chosen placement on each host: that of `kimi-mlx plan`.
+
+    Args:
+        need: the model.
+        choice: the placement.
+        ranks: number of ranks.
+        draft: draft model; None without one.
+    """
+    memory = choice.memory or memory_of(choice.strategy, _shape(need.name), [_ANY_MACHINE] * ranks, draft)
+    by_rank = tuple(RankNeed(host.weights_bytes, host.other_bytes) for host in memory)
     return replace(need, store_prefix=folder_prefix(choice.strategy, ranks), by_rank=by_rank)
 
 

@@ -9,7 +9,16 @@ import typer
 
 from kimi_mlx.cli.host_options import HostfileOption
 from kimi_mlx.cli.option_groups import with_option_groups
-from kimi_mlx.cli.options import CLUSTER, COST, MODEL, FastSyncOption, JsonOption, ModelArgument, model_name
+from kimi_mlx.cli.options import (
+    CLUSTER,
+    COST,
+    MODEL,
+    DraftOption,
+    FastSyncOption,
+    JsonOption,
+    ModelArgument,
+    model_name,
+)
 from kimi_mlx.planner.links import LinkName
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 
@@ -26,7 +35,8 @@ class HardwareOptions:
         typer.Option(
             "--machines",
             metavar="CHIP-GB[xN],...",
-            help="Macs to plan for, e.g. `m3-ultra-512x2` or `m3-ultra-512,m4-max-128`; repeatable. Default: this Mac.",
+            help="Macs to plan for, e.g. `m3-ultra-512x2` or `m3-ultra-512,m4-max-128`; repeatable. `:460GB/s` names "
+            "a slower variant or an unknown chip. Default: this Mac.",
             show_default=False,
             rich_help_panel=CLUSTER,
         ),
@@ -124,11 +134,12 @@ def plan(
             "--expert-bits",
             min=2,
             max=8,
-            help="Plan as if the experts had this many bits.",
+            help="Plan for what `convert --expert-bits` makes: experts of this many bits, the rest of 8.",
             show_default=False,
             rich_help_panel=MODEL,
         ),
     ] = None,
+    draft: DraftOption = None,
     with_backtest: Annotated[
         bool, typer.Option("--backtest", help="Compare predictions with published results instead.")
     ] = False,
@@ -140,7 +151,7 @@ def plan(
     """
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.output import hides_messages, print_json
-    from kimi_mlx.cli.plan_inputs import machines_and_links, planned_shape
+    from kimi_mlx.cli.plan_inputs import machines_and_links, planned_draft, planned_shape
     from kimi_mlx.cli.plan_report import backtest_report, cost_lines, number_that_fits, plan_report, print_parts
     from kimi_mlx.planner.backtest import backtest
     from kimi_mlx.planner.cost import cost_of_plan
@@ -155,7 +166,8 @@ def plan(
     shape = planned_shape(name, context, expert_bits)
     machines, links = machines_and_links(hardware, name, is_quiet=hides_messages(json))
     context = context or min(CONTEXT_TOKENS, shape.context_tokens)
-    result = make_plan(shape, machines, links, context, is_fast_sync=hardware.fast_sync)
+    with_draft = None if draft is None else planned_draft(draft, name, shape)
+    result = make_plan(shape, machines, links, context, is_fast_sync=hardware.fast_sync, draft=with_draft)
     assumptions = costs.assumptions()
     cost = cost_of_plan(result, assumptions) if costs.cost else None
     if json:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from kimi_mlx.cli.model_size import model_shape
+from kimi_mlx.cli.model_size import draft_shape, model_shape
 from kimi_mlx.cli.plan import HardwareOptions
 from kimi_mlx.cli.plan_hosts import diagnose_hosts, host_machines, measured_links
 from kimi_mlx.cluster.hosts.machine import local_machine
 from kimi_mlx.errors import UsageError
+from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.links import RDMA, TCP, WIFI, LinkProfile
 from kimi_mlx.planner.machines import MACHINES_HINT, Machine, machine_of_host, parse_machines
 from kimi_mlx.planner.model_shape import ModelShape, with_expert_bits
@@ -30,6 +31,23 @@ def planned_shape(name: str, context: int | None, expert_bits: int | None) -> Mo
             hint=f"use `--context {shape.context_tokens}` or less",
         )
     return shape if expert_bits is None else with_expert_bits(shape, expert_bits)
+
+
+def planned_draft(draft: str, model: str, shape: ModelShape) -> DraftShape:
+    """Return a draft model's dimensions and acceptance.
+
+    Args:
+        draft: value of `--draft`.
+        model: name of the model.
+        shape: the model.
+
+    Raises:
+        UsageError: there is no such draft model, or its dimensions are not known.
+        ConfigError: it is made for another model.
+    """
+    known = draft_shape(draft, model)
+    known.config.captured_layers(shape.config)
+    return known
 
 
 def machines_and_links(

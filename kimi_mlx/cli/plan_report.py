@@ -9,18 +9,21 @@ from dataclasses import replace
 from rich.table import Table
 
 from kimi_mlx.cli.output import stdout
+from kimi_mlx.cli.plan_bars import legend, memory_bar, time_bars
 from kimi_mlx.planner.backtest import TYPICAL_ERROR, Comparison, left_out, median_error
 from kimi_mlx.planner.constants import FITTED
 from kimi_mlx.planner.cost import Cost, CostAssumptions
 from kimi_mlx.planner.links import LinkProfile
-from kimi_mlx.planner.machines import MAX_MACHINES
+from kimi_mlx.planner.machines import MAX_MACHINES, name_of_kind
 from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.reasons import rejection_reason
 from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan, sufficient_number
-from kimi_mlx.units import GB, GIB, format_context, format_gib
+from kimi_mlx.units import GB, GIB, format_context, format_count, format_duration, format_gib
 
 COLUMNS = ("strategy", "hosts", "backend", "GiB/host", "fits", "context", "prefill", "decode")
-RIGHT = {"hosts", "GiB/host", "context", "prefill", "decode"}
+DRAFT_COLUMN = "drafts"
+"""Column of the decode rate with a draft model."""
+RIGHT = {"hosts", "GiB/host", "context", "prefill", "decode", DRAFT_COLUMN}
 
 NOTEWORTHY = 0.1
 """Share of a token's time from which the report mentions faster fences."""
@@ -40,7 +43,7 @@ def print_parts(parts: Iterable[Part]) -> None:
 def number_that_fits(plan: Plan, links: Sequence[LinkProfile]) -> str:
     """Return a sentence that says how many machines like the largest one are enough for a model that does not fit."""
     largest = max(plan.machines, key=lambda machine: machine.memory_bytes)
-    name = f"{largest.chip.chip}-{round(largest.memory_bytes / GIB)}"
+    name = name_of_kind(largest)
     number = sufficient_number(plan, largest, links)
     if number is None:
         return f"Does not fit. Even {MAX_MACHINES} x {name} would not be enough."
@@ -58,6 +61,8 @@ def plan_report(plan: Plan) -> Iterator[Part]:
             f"{link.name} ({link.hop_s * 1e6:.0f} us per hop, {link.bytes_per_s / GB:.2g} GB/s)" for link in links
         ]
         yield f"over {', '.join(speeds)}"
+    if plan.draft is not None:
+        yield f"with {plan.draft.name}: {plan.draft.tokens_per_step:g} tokens a step ({plan.draft.source})"
     yield ""
     shown = shown_options(plan)
     yield _table(plan, shown)
@@ -70,11 +75,11 @@ def plan_report(plan: Plan) -> Iterator[Part]:
         yield from (f"  {_name(option)}: {reason}" for option, reason in rejected if reason)
     yield from (f"  {note}" for note in plan.notes)
     if any(option.shares != "even" for option in shown):
-        weights = dict.fromkeys(option.placement for option in shown if option.shares != "even")
-        yield f"  * split in proportion to the hosts' memory: `--strategy {next(iter(weights))}`; others are even."
+        yield "  * split in proportion to the hosts' memory; others are even."
     yield ""
     yield (
-        f"Predictions, not measurements. decode: tok/s of one sequence at the end of that context; prefill: tok/s of "
+        f"Predictions, not measurements. decode: tok/s of one sequence at the end of that context"
+        f"{', drafts: the same with the draft model' if plan.draft else ''}; prefill: tok/s of "
         f"{PROMPT_TOKENS} tokens. Options are compared by the time for a prompt of {PROMPT_TOKENS} and an answer of "
         f"{ANSWER_TOKENS} tokens. Differences below {100 * TYPICAL_ERROR:.0f} %, the median error of the method, mean "
         "little (--backtest, docs/planner.md)."
@@ -82,14 +87,15 @@ def plan_report(plan: Plan) -> Iterator[Part]:
 
 
 def shown_options(plan: Plan) -> list[Option]:
-    """Return the options on all machines and the best one on each smaller number; those that do not fit come last.
+    """Return the options on all machines and the best one on each smaller number: the choice first, what does not fit
+    last.
 
     Options that do not fit are listed for one backend only, because memory does not depend on it.
     """
     shown: list[Option] = []
     seen = {len(plan.machines)}
     too_large: set[tuple[object, ...]] = set()
-    for option in sorted(plan.options, key=lambda option: option.fits == "no"):
+    for option in sorted(plan.options, key=lambda option: (option is not plan.choice, option.fits == "no")):
         count, placed = len(option.hosts), (option.placement, option.hosts)
         is_shown = count == len(plan.machines) or count not in seen or option is plan.choice
         if is_shown and placed not in too_large:
@@ -101,34 +107,68 @@ def shown_options(plan: Plan) -> list[Option]:
 
 
 def choice_lines(plan: Plan) -> Iterator[str]:
-    """Yield the choice, the times that make up one of its tokens, and its memory."""
+    """Yield the choice, the times that make up one of its tokens, its memory, and its times to load and to begin."""
     choice = plan.choice
     if choice is None:
         yield "Choice: none, the model does not fit."
         return
-    yield f"Choice: {_name(choice)}: {choice.decode_tok_per_s:.1f} tok/s."
+    drafted = "" if choice.drafted is None else f", {choice.drafted.tok_per_s:.1f} with drafts"
+    yield f"Choice: {_name(choice)}: {choice.decode_tok_per_s:.1f} tok/s{drafted}."
+    if choice.link is not None:
+        yield f"  `launch` takes it as `--strategy {choice.placement}`."
     parts = choice.decode
-    yield (
-        f"  A token takes {parts.total_s * 1e3:.1f} ms: weights {parts.read_s * 1e3:.1f}, attention "
-        f"{parts.compute_s * 1e3:.1f}, kernels {parts.kernels_s * 1e3:.1f}, fences {parts.fences_s * 1e3:.1f}, "
-        f"link {parts.link_s * 1e3:.1f}."
-    )
+    yield f"  A token takes {parts.total_s * 1e3:.1f} ms:"
+    yield from time_bars(parts)
+    yield from _draft_lines(plan, choice)
     if not plan.is_fast_sync and parts.fences_s > NOTEWORTHY * parts.total_s:
         yield "  `--fast-sync` makes fences faster, but may hang the GPU and require a restart."
     yield from _memory_lines(choice.memory)
+    yield from _start_lines(plan, choice)
+
+
+def _draft_lines(plan: Plan, choice: Option) -> Iterator[str]:
+    """Yield the step with drafts, or why nothing is drafted."""
+    if plan.draft is None:
+        return
+    drafted = choice.drafted
+    if drafted is None:
+        yield "  Drafts would not pay: a step of several tokens takes too long."
+        return
+    yield (
+        f"  A step with {format_count(drafted.drafted, 'drafted token')} takes {drafted.step.total_s * 1e3:.1f} ms and "
+        f"gives {drafted.tokens_per_step:.2f} tokens, {drafted.tok_per_s / choice.decode_tok_per_s:.2f} times as fast:"
+    )
+    yield from time_bars(drafted.step, has_products=True)
+
+
+def _start_lines(plan: Plan, choice: Option) -> Iterator[str]:
+    """Yield the time to load the weights, and to the first token of a long prompt."""
+    chips = [machine.chip for machine in plan.machines if machine.name in choice.hosts]
+    rates = dict.fromkeys(
+        f"{chip.ssd_bytes_per_s / GB:g} GB/s ({'published' if chip.ssd_gb_per_s else 'assumed'})" for chip in chips
+    )
+    yield (
+        f"  Loading takes {format_duration(choice.load_s)} or more, if the SSD reads {' and '.join(rates)}. The first "
+        f"token of a prompt of {plan.first_token_prompt:,} comes after {format_duration(choice.first_token_s)}."
+    )
+    if any(chip.unverified and "tflops" in chip.unverified for chip in chips):
+        yield "  The fp16 rate of this chip is not measured, so prefill may be far off (docs/planner.md)."
 
 
 def _memory_lines(memory: Sequence[HostMemory]) -> Iterator[str]:
     """Yield the memory of each host; equal hosts share a line."""
+    yield legend(any(share.draft_bytes for share in memory))
     names: dict[HostMemory, list[str]] = {}
     for share in memory:
         names.setdefault(replace(share, host=""), []).append(share.host)
     for share, hosts in names.items():
+        draft = f", draft model {share.draft_bytes / GIB:.1f}" if share.draft_bytes else ""
         yield (
-            f"  {', '.join(hosts)}: {format_gib(share.needed_bytes)} (weights {share.weights_bytes / GIB:.1f}, cache "
-            f"{share.cache_bytes / GIB:.1f}, prefill {share.workspace_bytes / GIB:.1f}); GPU limit "
+            f"  {', '.join(hosts)}: {format_gib(share.needed_bytes)} (weights {share.weights_bytes / GIB:.1f}{draft}, "
+            f"cache {share.cache_bytes / GIB:.1f}, prefill {share.workspace_bytes / GIB:.1f}); GPU limit "
             f"{format_gib(share.gpu_bytes)} by default, {format_gib(share.raised_gpu_bytes)} if raised."
         )
+        yield memory_bar(share)
         if share.needed_bytes > share.gpu_bytes:
             limit_mb = -(-share.needed_bytes // GIB) * GIB // 1024**2
             yield f"    raise it until the next restart: sudo sysctl iogpu.wired_limit_mb={limit_mb}"
@@ -136,7 +176,7 @@ def _memory_lines(memory: Sequence[HostMemory]) -> Iterator[str]:
 
 def _table(plan: Plan, shown: Sequence[Option]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header in COLUMNS:
+    for header in (*COLUMNS, *([DRAFT_COLUMN] if plan.draft else [])):
         table.add_column(header, justify="right" if header in RIGHT else "left", no_wrap=True)
     for option in shown:
         longest = max(option.longest_context, option.longest_context_raised if option.fits == "raised" else 0)
@@ -147,11 +187,18 @@ def _table(plan: Plan, shown: Sequence[Option]) -> Table:
             f"{max(share.needed_bytes for share in option.memory) / GIB:.1f}",
             option.fits,
             format_context(longest) if longest else "-",
-            f"{option.prefill_tok_per_s:.0f}",
-            f"{option.decode_tok_per_s:.1f}",
+            *_speeds(option, has_drafts=plan.draft is not None),
         ]
         table.add_row(*cells, style="bold" if option is plan.choice else "dim" if option.fits == "no" else None)
     return table
+
+
+def _speeds(option: Option, *, has_drafts: bool) -> list[str]:
+    """Return the cells of prefill and decode. What does not fit has no speed."""
+    rates = [f"{option.prefill_tok_per_s:.0f}", f"{option.decode_tok_per_s:.1f}"]
+    if has_drafts:
+        rates.append("off" if option.drafted is None else f"{option.drafted.tok_per_s:.1f}")
+    return ["-"] * len(rates) if option.fits == "no" else rates
 
 
 def _name(option: Option) -> str:

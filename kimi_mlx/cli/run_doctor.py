@@ -13,7 +13,7 @@ import typer
 from kimi_mlx.cli.doctor_json import to_dict
 from kimi_mlx.cli.doctor_report import report
 from kimi_mlx.cli.host_options import HostOptions
-from kimi_mlx.cli.model_size import download_disk, memory_requirement
+from kimi_mlx.cli.model_size import download_disk, draft_shape, memory_requirement
 from kimi_mlx.cli.output import hides_messages, print_json, slow_status, stderr, stdout
 from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
 from kimi_mlx.cli.text_check import text_findings
@@ -23,10 +23,19 @@ from kimi_mlx.cluster.doctor.memory_need import ModelNeed
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
 from kimi_mlx.cluster.hosts.hostfile import write_hostfile
 from kimi_mlx.cluster.hosts.ssh import is_local
+from kimi_mlx.planner.drafts import DraftShape
 
 
 def run_doctor(
-    hosts: HostOptions, envs: Sequence[str], name: str, *, quick: bool, verbose: bool, json: bool, fast_sync: bool
+    hosts: HostOptions,
+    envs: Sequence[str],
+    name: str,
+    draft: str | None,
+    *,
+    quick: bool,
+    verbose: bool,
+    json: bool,
+    fast_sync: bool,
 ) -> None:
     """Check hosts and a model, print the report, and save the hostfile if `--save` is given.
 
@@ -34,6 +43,7 @@ def run_doctor(
         hosts: options that name the hosts.
         envs: environment variables `NAME=value` of every rank.
         name: name of the model.
+        draft: value of `--draft`; None without a draft model.
         quick: whether to skip the self-test.
         verbose: whether to show the checks that passed.
         json: whether to print JSON.
@@ -44,6 +54,7 @@ def run_doctor(
         KimiMlxError: the hosts or the model cannot be checked.
     """
     ranks, option = hosts.read()
+    with_draft = None if draft is None else draft_shape(draft, name)
     request = DoctorRequest(
         ranks.with_envs(envs).with_fast_sync(fast_sync),
         memory_requirement(name),
@@ -54,7 +65,7 @@ def run_doctor(
         option=option,
         download=None if option else download_disk(),
     )
-    diagnosis, need = _diagnose(request, name, hides_messages(json))
+    diagnosis, need = _diagnose(request, name, with_draft, hides_messages(json))
     is_saved = hosts.save is not None and diagnosis.hostfile is not None
     if hosts.save is not None and diagnosis.hostfile is not None:
         write_hostfile(hosts.save, diagnosis.hostfile)
@@ -70,15 +81,17 @@ def run_doctor(
         raise typer.Exit(1)
 
 
-def _diagnose(request: DoctorRequest, name: str, is_quiet: bool) -> tuple[Diagnosis, ModelNeed]:
+def _diagnose(
+    request: DoctorRequest, name: str, draft: DraftShape | None, is_quiet: bool
+) -> tuple[Diagnosis, ModelNeed]:
     """Return the result of all checks, and what the model needs with the placement that would be chosen."""
     with slow_status(is_quiet) as set_status:
         diagnosis = diagnose(request, sys.executable, set_status)
         set_status("checking the model's files")
         own = next((host for host in diagnosis.hosts if is_local(host)), "this machine")
         file_findings = (*weights_findings(name, own), *text_findings(name, own))
-    choice = choose_placement_on_hosts(diagnosis, request, None)
-    need = with_placement(request.need, choice, request.world_size)
+    choice = choose_placement_on_hosts(diagnosis, request, None, draft)
+    need = with_placement(request.need, choice, request.world_size, draft)
     diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
     return replace(diagnosis, findings=(*diagnosis.findings, *file_findings)), need
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from kimi_mlx.errors import PlacementError
 from kimi_mlx.planner.constants import KIMI_MLX, Strategy
+from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.planner.machines import Machine
-from kimi_mlx.planner.memory import HostMemory, host_memory
+from kimi_mlx.planner.memory import HostMemory, memory_by_rank
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import make_portions
 from kimi_mlx.planner.search import Option, best_of, make_plan, strategy_by_memory
@@ -43,7 +44,12 @@ class Choice:
 
 
 def choose(
-    shape: ModelShape | None, machines: Sequence[Machine], link: LinkProfile | None, *, is_fast_sync: bool = False
+    shape: ModelShape | None,
+    machines: Sequence[Machine],
+    link: LinkProfile | None,
+    *,
+    is_fast_sync: bool = False,
+    draft: DraftShape | None = None,
 ) -> Choice:
     """Return the best strategy for all of these machines together.
 
@@ -52,23 +58,30 @@ def choose(
         machines: one machine per rank, two or more, with different names.
         link: link between them; None if it is not known.
         is_fast_sync: whether MLX_METAL_FAST_SYNCH=1 is set.
+        draft: draft model; None without one.
     """
     if shape is None:
-        return by_rule(shape, machines, link, "the model's dimensions are not known")
+        return by_rule(shape, machines, link, "the model's dimensions are not known", draft)
     if unknown := next((machine for machine in machines if not machine.is_known), None):
-        return by_rule(shape, machines, link, f"no prediction for `{unknown.name}`")
+        return by_rule(shape, machines, link, f"no prediction for `{unknown.name}`", draft)
     if link is None:
-        return by_rule(shape, machines, link, "the link was not measured")
-    plan = make_plan(shape, machines, [link], _context(shape), is_fast_sync=is_fast_sync)
+        return by_rule(shape, machines, link, "the link was not measured", draft)
+    plan = make_plan(shape, machines, [link], _context(shape), is_fast_sync=is_fast_sync, draft=draft)
     options = [option for option in plan.options if len(option.hosts) == len(machines)]
     if not options:
-        return by_rule(shape, machines, link, *plan.notes[:1])
+        return by_rule(shape, machines, link, plan.notes[0], draft)
     best = _best(options)
     others = [option for option in options if option.strategy != best.strategy and option.fits == best.fits]
     return Choice(best.placement, _reason(best, best_of(others), link), best.memory)
 
 
-def by_rule(shape: ModelShape | None, machines: Sequence[Machine], link: LinkProfile | None, reason: str) -> Choice:
+def by_rule(
+    shape: ModelShape | None,
+    machines: Sequence[Machine],
+    link: LinkProfile | None,
+    reason: str,
+    draft: DraftShape | None = None,
+) -> Choice:
     """Choose without predictions: hybrid, or pipeline over a slow link.
 
     Hybrid splits nearly all work with one all-reduce per layer. No other strategy is better in general: tensor needs
@@ -79,33 +92,41 @@ def by_rule(shape: ModelShape | None, machines: Sequence[Machine], link: LinkPro
         machines: one machine per rank.
         link: link between them; None if it is not known.
         reason: reason why there is no prediction.
+        draft: draft model; None without one.
     """
     is_slow = link is not None and link.hop_s >= SLOW_HOP_S
     full_reason = f"{describe_link(link)}, {reason}" if link is not None else reason
-    return _with_shares("pipeline" if is_slow else "hybrid", shape, machines, full_reason)
+    return _with_shares("pipeline" if is_slow else "hybrid", shape, machines, full_reason, draft)
 
 
-def choose_pipeline(shape: ModelShape | None, machines: Sequence[Machine], difference: str) -> Choice:
+def choose_pipeline(
+    shape: ModelShape | None, machines: Sequence[Machine], difference: str, draft: DraftShape | None = None
+) -> Choice:
     """Return the strategy pipeline, the only one for machines that compute with different kernels.
 
     Args:
         shape: the model; None if its dimensions or the machines are not known.
         machines: one machine per rank; empty if they are not known.
         difference: how the machines differ.
+        draft: draft model; None without one.
     """
-    return _with_shares("pipeline", shape, machines, f"the only strategy for hosts that differ: {difference}")
+    return _with_shares("pipeline", shape, machines, f"the only strategy for hosts that differ: {difference}", draft)
 
 
-def _with_shares(name: Strategy, shape: ModelShape | None, machines: Sequence[Machine], reason: str) -> Choice:
+def _with_shares(
+    name: Strategy, shape: ModelShape | None, machines: Sequence[Machine], reason: str, draft: DraftShape | None
+) -> Choice:
     """Return a strategy with equal shares, or with shares by memory if the machines differ in size."""
     sizes = [machine.memory_bytes for machine in machines]
     if shape is None or max(sizes) <= UNEVEN * min(sizes):
-        return Choice(name, reason, memory_of(name, shape, machines))
-    strategy = strategy_by_memory(name, machines, shape)
-    return Choice(strategy, f"shares by memory, {reason}", memory_of(strategy, shape, machines))
+        return Choice(name, reason, memory_of(name, shape, machines, draft))
+    strategy = strategy_by_memory(name, machines, shape, draft)
+    return Choice(strategy, f"shares by memory, {reason}", memory_of(strategy, shape, machines, draft))
 
 
-def memory_of(strategy: str, shape: ModelShape | None, machines: Sequence[Machine]) -> tuple[HostMemory, ...]:
+def memory_of(
+    strategy: str, shape: ModelShape | None, machines: Sequence[Machine], draft: DraftShape | None = None
+) -> tuple[HostMemory, ...]:
     """Return the memory that each rank needs; empty if it is not known."""
     if shape is None:
         return ()
@@ -113,8 +134,8 @@ def memory_of(strategy: str, shape: ModelShape | None, machines: Sequence[Machin
         portions = make_portions(strategy, shape, len(machines))
     except PlacementError:
         return ()
-    pairs = zip(machines, portions, strict=True)
-    return tuple(host_memory(machine, portion, shape, KIMI_MLX, _context(shape)) for machine, portion in pairs)
+    config = None if draft is None else draft.config
+    return memory_by_rank(machines, portions, shape, KIMI_MLX, _context(shape), config)
 
 
 def describe_link(link: LinkProfile) -> str:
@@ -137,7 +158,7 @@ def _best(options: Sequence[Option]) -> Option:
 
 def _reason(best: Option, other: Option | None, link: LinkProfile) -> str:
     shares = "shares by memory, " if best.shares != "even" else ""
-    prediction = f"{shares}{describe_link(link)}: {best.decode_tok_per_s:.1f} tok/s predicted"
+    prediction = f"{shares}{describe_link(link)}: {best.best_tok_per_s:.1f} tok/s predicted"
     if best.fits == "no":
         return f"{prediction}, but it does not fit"
-    return prediction if other is None else f"{prediction}, {other.strategy} {other.decode_tok_per_s:.1f}"
+    return prediction if other is None else f"{prediction}, {other.strategy} {other.best_tok_per_s:.1f}"

@@ -115,4 +115,4 @@ def cost_of_plan(plan: Plan, assumptions: CostAssumptions) -> Cost | None:
     if plan.choice is None:
         return None
     machines = [machine for machine in plan.machines if machine.name in plan.choice.hosts]
-    return make_cost(machines, plan.choice.decode_tok_per_s, assumptions)
+    return make_cost(machines, plan.choice.best_tok_per_s, assumptions)

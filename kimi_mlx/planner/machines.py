@@ -1,25 +1,19 @@
-"""Macs: the chips of `chips.json`, and machines as the user writes them, such as `m3-ultra-512x2,m4-max-128`."""
+"""Machines as the user writes them, such as `m3-ultra-512x2,m4-max-128`, or as hosts describe themselves."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from kimi_mlx.cluster.hosts.machine import gpu_limit
 from kimi_mlx.errors import UsageError
+from kimi_mlx.planner.chips import UNKNOWN_CHIP, Chip, chips, make_chip
 from kimi_mlx.sizing.hosts import usable_bytes
 from kimi_mlx.units import GIB
 
 MAX_MACHINES = 8
-
-RDMA_THUNDERBOLT = 5
-"""Thunderbolt generation that RDMA needs (with macOS 26.2)."""
 
 SIMILAR_NAME_RATIO = 0.7
 """difflib's similarity from which a machine is suggested: `m3-ulta-512` has similar names, `mac-studio` has none."""
@@ -27,58 +21,14 @@ SIMILAR_NAME_RATIO = 0.7
 MACHINES_HINT = "name the Macs to plan for, for example `--machines m3-ultra-512x2`"
 """Hint for machines that the planner cannot predict."""
 
-_MACHINE = re.compile(r"(?P<chip>m\d+(-[a-z]+?)?)(-(?P<memory>\d+)(-?gb)?)?(x(?P<count>\d+))?")
+_MACHINE = re.compile(
+    r"(?P<chip>[a-z][a-z0-9]*(-[a-z][a-z0-9]*?)*?)(-(?P<memory>\d+)(-?gb)?)?(x(?P<count>\d+))?"
+    r"(:(?P<rate>\d+(\.\d+)?)-?(?P<unit>[gt])b/s)?(:(?P<tflops>\d+(\.\d+)?)-?tflops)?(-?x(?P<times>\d+))?"
+)
+"""A machine in lower case, with hyphens instead of blanks."""
 
-
-@dataclass(frozen=True)
-class Chip:
-    """A row of `chips.json`; None for unknown values.
-
-    Args:
-        chip: name, such as `m3-ultra`.
-        gpu_cores: number of GPU cores of this variant.
-        bandwidth_gb_per_s: memory bandwidth, as published by Apple.
-        tflops_fp16: fp16 rate of the GPU's matrix multiplications.
-        memory_gb: memory sizes that were sold, in GiB.
-        thunderbolt: Thunderbolt generation.
-        thunderbolt_ports: largest number of ports.
-        watts_idle: idle power at the wall.
-        watts_max: maximum power at the wall.
-        price_usd: price of the cheapest Mac, by memory size.
-        source: source of these facts.
-        unverified: facts that the source does not confirm.
-    """
-
-    chip: str
-    gpu_cores: int
-    bandwidth_gb_per_s: float
-    tflops_fp16: float
-    memory_gb: tuple[int, ...]
-    thunderbolt: int
-    thunderbolt_ports: int
-    watts_idle: float | None
-    watts_max: float | None
-    price_usd: Mapping[str, float]
-    source: str
-    unverified: str | None
-
-    @property
-    def bandwidth_bytes_per_s(self) -> float:
-        """Memory bandwidth."""
-        return self.bandwidth_gb_per_s * 1e9
-
-    @property
-    def flops(self) -> float:
-        """Operations per second of the GPU's matrix multiplications."""
-        return self.tflops_fp16 * 1e12
-
-    @property
-    def has_rdma(self) -> bool:
-        """Whether the chip supports RDMA over Thunderbolt."""
-        return self.thunderbolt >= RDMA_THUNDERBOLT
-
-
-UNKNOWN_CHIP = Chip("unknown", 0, 0, 0, (), 0, 0, None, None, {}, "not in the table", None)
+BY_HAND = "an unknown chip takes its bandwidth, and its fp16 rate if you know it: `m6-ultra-512:1500GB/s:150TFLOPS`"
+"""How to name a machine that is not in the table."""
 
 
 @dataclass(frozen=True)
@@ -113,65 +63,74 @@ class Machine:
         return self.chip.price_usd.get(str(self.memory_bytes // GIB))
 
 
-@cache
-def chips() -> tuple[Chip, ...]:
-    """Return all known chips. Of several variants, the one with more GPU cores comes first."""
-    text = resources.files("kimi_mlx.planner").joinpath("chips.json").read_text(encoding="utf-8")
-    rows: list[dict[str, Any]] = json.loads(text)["chips"]
-    for row in rows:
-        row["memory_gb"] = tuple(row["memory_gb"])
-    return tuple(Chip(**row) for row in rows)
-
-
 def machine_names() -> list[str]:
     """Return the names of all known machines."""
-    return [f"{chip.chip}-{memory}" for chip in chips() for memory in chip.memory_gb]
+    return list(dict.fromkeys(f"{chip.chip}-{memory}" for chip in chips() for memory in chip.memory_gb))
 
 
 def parse_machines(text: str) -> tuple[Machine, ...]:
     """Parse `CHIP-GB`, `CHIP-GBxCOUNT`, or several of them separated by commas.
 
+    `:460GB/s` chooses the variant of a chip with this bandwidth, or describes an unknown chip; `:150TFLOPS` its fp16
+    rate.
+
     Raises:
         UsageError: unknown machine (the hint has similar names), or too many machines.
+        ConfigError: the user's file of chips is not valid.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(words):
         raise UsageError(
             f"`{text}` has a comma without a machine" if text.strip(", ") else "no machine is named", hint=MACHINES_HINT
         )
-    names = [name for word in words for name in _names(word)]
-    if len(names) > MAX_MACHINES:
-        raise UsageError(f"{len(names)} machines, but at most {MAX_MACHINES} can be planned for", hint="remove some")
-    has_duplicates = len(names) != len(set(names))
-    return tuple(
-        make_machine(f"{name} #{index + 1}" if has_duplicates else name, *_chip_and_memory(name))
-        for index, name in enumerate(names)
-    )
+    named = [machine for word in words for machine in _parse_word(word)]
+    if len(named) > MAX_MACHINES:
+        raise UsageError(f"{len(named)} machines, but at most {MAX_MACHINES} can be planned for", hint="remove some")
+    if len({machine.name for machine in named}) == len(named):
+        return tuple(named)
+    return tuple(replace(machine, name=f"{machine.name} #{index + 1}") for index, machine in enumerate(named))
 
 
-def _names(word: str) -> list[str]:
-    """Return the names of one or more equal machines, such as `m3-ultra-512x2`."""
+def _parse_word(word: str) -> list[Machine]:
+    """Return one or more equal machines, such as `m3-ultra-512x2`."""
     match = _MACHINE.fullmatch(re.sub(r"[\s_-]+", "-", word.strip().lower()))
     sizes = [] if match is None else _memory_sizes(match["chip"])
-    if match is None or not sizes:
+    if match is None or not (sizes or match["rate"]):
         raise UsageError(f"unknown machine `{word}`", hint=_similar_names_hint(word.lower()))
-    if match["memory"] is None or int(match["memory"]) not in sizes:
-        raise UsageError(_memory_problem(word, match["chip"], match["memory"]), hint=_memory_hint(match["chip"], sizes))
-    count = int(match["count"] or 1)
+    if match["memory"] is None:
+        hint = _memory_hint(match["chip"], sizes) if sizes else BY_HAND
+        raise UsageError(f"`{word}` does not say how much memory the Mac has", hint=hint)
+    memory, count = int(match["memory"]), int(match["count"] or 1) * int(match["times"] or 1)
+    if memory == 0 or (memory not in sizes and match["rate"] is None):
+        raise UsageError(
+            f"`{word}`: no Mac with {match['chip']} and {match['memory']} GB was sold",
+            hint=_memory_hint(match["chip"], sizes) if sizes else BY_HAND,
+        )
     if not 1 <= count <= MAX_MACHINES:
         raise UsageError(f"`{word}` means {count} machines", hint=f"use 1 to {MAX_MACHINES}")
-    return [f"{match['chip']}-{int(match['memory'])}"] * count
+    chip = _named_chip(match, memory)
+    rate = f":{chip.bandwidth_gb_per_s:g}GB/s" if match["rate"] else ""
+    return [make_machine(f"{match['chip']}-{memory}{rate}", chip, memory * GIB)] * count
+
+
+def _named_chip(match: re.Match[str], memory: int) -> Chip:
+    """Return the chip of a machine: a variant in the table, or one that the user describes."""
+    name, tflops = match["chip"], None if match["tflops"] is None else float(match["tflops"])
+    if match["rate"] is None:
+        known = find_chip(name, memory)
+        return known if tflops is None else replace(known, tflops_fp16=tflops, unverified="tflops_fp16: by hand")
+    rate = float(match["rate"]) * (1000 if match["unit"] == "t" else 1)
+    if rate == 0 or tflops == 0:
+        raise UsageError(f"`{match[0]}` has a rate of 0", hint=BY_HAND)
+    variants = [chip for chip in chips() if chip.chip == name and chip.bandwidth_gb_per_s == rate]
+    if variants:
+        return variants[0] if tflops is None else replace(variants[0], tflops_fp16=tflops)
+    return make_chip(name, rate, tflops, [memory], "given by hand")
 
 
 def _memory_sizes(chip: str) -> list[int]:
     """Return all memory sizes that a chip was sold with, in GB; none for an unknown chip."""
     return sorted(size for known in chips() if known.chip == chip for size in known.memory_gb)
-
-
-def _memory_problem(word: str, chip: str, memory: str | None) -> str:
-    if memory is None:
-        return f"`{word}` does not say how much memory the Mac has"
-    return f"`{word}`: no Mac with {chip} and {memory} GB was sold"
 
 
 def _memory_hint(chip: str, sizes: Sequence[int]) -> str:
@@ -182,13 +141,8 @@ def _memory_hint(chip: str, sizes: Sequence[int]) -> str:
 def _similar_names_hint(name: str) -> str:
     similar = difflib.get_close_matches(name, machine_names(), n=3, cutoff=SIMILAR_NAME_RATIO)
     if not similar:
-        return f"a machine is a chip and its memory in GB; {MACHINES_HINT}"
-    return f"did you mean {', '.join(f'`{name}`' for name in similar)}? For two: `{similar[0]}x2`"
-
-
-def _chip_and_memory(name: str) -> tuple[Chip, int]:
-    chip, _, memory = name.rpartition("-")
-    return find_chip(chip, int(memory)), int(memory) * GIB
+        return f"a machine is a chip and its memory in GB; {MACHINES_HINT}; {BY_HAND}"
+    return f"did you mean {', '.join(f'`{name}`' for name in similar)}? For two: `{similar[0]}x2`; {BY_HAND}"
 
 
 def find_chip(name: str, memory_gb: int) -> Chip:
@@ -196,11 +150,19 @@ def find_chip(name: str, memory_gb: int) -> Chip:
 
     Raises:
         UsageError: unknown chip.
+        ConfigError: the user's file of chips is not valid.
     """
     known = [chip for chip in chips() if chip.chip == name]
     if not known:
         raise UsageError(f"unknown chip `{name}`", hint=_similar_names_hint(f"{name}-{memory_gb}"))
     return next((chip for chip in known if memory_gb in chip.memory_gb), known[0])
+
+
+def name_of_kind(machine: Machine) -> str:
+    """Return the name of a machine's kind, as `--machines` takes it."""
+    memory_gb = round(machine.memory_bytes / GIB)
+    is_default = machine.chip == find_chip(machine.chip.chip, memory_gb) if _memory_sizes(machine.chip.chip) else False
+    return f"{machine.chip.chip}-{memory_gb}{'' if is_default else f':{machine.chip.bandwidth_gb_per_s:g}GB/s'}"
 
 
 def make_machine(name: str, chip: Chip, memory_bytes: int, wired_limit_mb: int | None = None) -> Machine:

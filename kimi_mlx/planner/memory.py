@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kimi_mlx.model.draft_config import DraftConfig
 from kimi_mlx.planner.constants import EngineProfile
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion
+from kimi_mlx.sizing.draft import draft_bytes
 from kimi_mlx.sizing.image_features import LARGEST_IMAGE_TOKENS, feature_bytes
 from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_bytes_per_token
 from kimi_mlx.sizing.prefill import RankShape, prefill_bytes
@@ -27,6 +29,7 @@ class HostMemory:
             host with the vision tower, whichever is more; and the features of an image, if the model sees.
         gpu_bytes: memory that the GPU can use now.
         raised_gpu_bytes: memory that the GPU can use after raising `iogpu.wired_limit_mb`.
+        draft_bytes: size of the draft model with its cache, on the host of rank 0.
     """
 
     host: str
@@ -35,11 +38,46 @@ class HostMemory:
     workspace_bytes: int
     gpu_bytes: int
     raised_gpu_bytes: int
+    draft_bytes: int = 0
 
     @property
     def needed_bytes(self) -> int:
-        """Sum of weights, cache and workspace."""
-        return self.weights_bytes + self.cache_bytes + self.workspace_bytes
+        """Sum of weights, cache, workspace and draft model."""
+        return self.weights_bytes + self.other_bytes
+
+    @property
+    def other_bytes(self) -> int:
+        """Everything but the weights."""
+        return self.cache_bytes + self.workspace_bytes + self.draft_bytes
+
+
+def memory_by_rank(
+    machines: Sequence[Machine],
+    portions: Sequence[Portion],
+    shape: ModelShape,
+    engine: EngineProfile,
+    context: int,
+    draft: DraftConfig | None = None,
+) -> tuple[HostMemory, ...]:
+    """Return the memory of each rank; that of rank 0 includes a draft model.
+
+    `kimi-mlx plan`, `models`, `doctor`, `launch` and the status of a server all use this function.
+
+    Args:
+        machines: one machine per rank.
+        portions: portion of each rank.
+        shape: the model.
+        engine: the program.
+        context: number of tokens in the cache.
+        draft: dimensions of the draft model; None without one.
+    """
+    ranks = [
+        host_memory(machine, portion, shape, engine, context)
+        for machine, portion in zip(machines, portions, strict=True)
+    ]
+    if draft is not None:
+        ranks[0] = replace(ranks[0], draft_bytes=draft_bytes(draft, context))
+    return tuple(ranks)
 
 
 def host_memory(
@@ -94,14 +132,14 @@ def longest_context(
     engine: EngineProfile,
     *,
     is_raised: bool,
+    draft: DraftConfig | None = None,
 ) -> int:
     """Return the longest context that fits on all hosts, up to the model's own limit; 0 if the weights do not fit."""
 
     def fits(context: int) -> bool:
         return all(
-            host_memory(machine, portion, shape, engine, context).needed_bytes
-            <= (machine.raised_gpu_bytes if is_raised else machine.gpu_bytes)
-            for machine, portion in zip(machines, portions, strict=True)
+            host.needed_bytes <= (host.raised_gpu_bytes if is_raised else host.gpu_bytes)
+            for host in memory_by_rank(machines, portions, shape, engine, context, draft)
         )
 
     low, high = 0, shape.context_tokens

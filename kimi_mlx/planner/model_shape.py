@@ -30,6 +30,12 @@ VISION_BITS = 16
 SCALE_BITS = 32
 """Bits per group in MLX's affine format: a 16-bit scale and a 16-bit bias (32-bit ones in a float32 checkpoint)."""
 
+GROUP_SIZE = 64
+"""Default number of values that share a scale and a bias, in conversions too."""
+
+CONVERTED_REST_BITS = 8
+"""Bits of all other matrices after `kimi-mlx convert --expert-bits`."""
+
 BitsOf = Callable[[str], float]
 """Return the bits per value of the matrix at a path, averaged over the layers that have it."""
 
@@ -73,6 +79,7 @@ class ModelShape:
         values: number of values in each part.
         bytes: number of bytes in each part.
         context_tokens: largest context.
+        expert_group_size: number of values of an expert that share a scale, which conversions keep if it is 32.
     """
 
     name: str
@@ -80,6 +87,7 @@ class ModelShape:
     values: PartSizes
     bytes: PartSizes
     context_tokens: int
+    expert_group_size: int = GROUP_SIZE
 
     @property
     def layers(self) -> int:
@@ -171,7 +179,16 @@ def _matrices(config: ModelConfig) -> dict[str, list[tuple[str, int]]]:
 
 def shape_of_config(name: str, config: ModelConfig) -> ModelShape:
     """Return the shape of a model with this configuration. Scales and floats have the size of its `dtype`."""
-    return make_shape(name, config, lambda path: _stored_bits(config, path))
+    shape = make_shape(name, config, lambda path: _stored_bits(config, path))
+    return replace(shape, expert_group_size=_expert_group_size(config))
+
+
+def _expert_group_size(config: ModelConfig) -> int:
+    if isinstance(config.compression, PackedInts):
+        return config.compression.group_size
+    moe_layer = next((layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)), 0)
+    quantization = config.quantization_of(f"model.layers.{moe_layer}.mlp.switch_mlp.gate_proj")
+    return GROUP_SIZE if quantization is None else quantization.group_size
 
 
 def _stored_bits(config: ModelConfig, path: str) -> float:
@@ -215,9 +232,10 @@ def known_models() -> tuple[str, ...]:
 def known_shape(alias: str) -> ModelShape:
     """Return the shape of a known model. Raises KeyError for an unknown one."""
     facts = _models_file()["models"][alias]
-    return shape_with_bits(
+    shape = shape_with_bits(
         alias, facts["dimensions"], facts["expert_bits"], facts["rest_bits"], facts["context_tokens"]
     )
+    return replace(shape, expert_group_size=facts.get("expert_group_size", GROUP_SIZE))
 
 
 def shape_with_bits(
@@ -250,7 +268,14 @@ def shape_with_bits(
     return make_shape(name, config, bits_of, context_tokens)
 
 
-def with_expert_bits(shape: ModelShape, bits: int, group_size: int = 64) -> ModelShape:
-    """Return the same model with its routed experts quantized to `bits` bits."""
-    expert = shape.values.expert * (bits + SCALE_BITS / group_size) / 8
-    return replace(shape, bytes=replace(shape.bytes, expert=expert))
+def with_expert_bits(shape: ModelShape, bits: int) -> ModelShape:
+    """Return the model that `kimi-mlx convert --expert-bits` makes: all other matrices but routers get 8 bits."""
+    group_size = shape.expert_group_size if shape.expert_group_size == 32 else GROUP_SIZE
+    scale_bits = SCALE_BITS * (2 if shape.config.dtype == "float32" else 1) / group_size
+
+    def bits_of(path: str) -> float:
+        if path.endswith("mlp.gate") or path == VISION_PATH:
+            return _stored_bits(shape.config, path)
+        return (bits if ".switch_mlp." in path else CONVERTED_REST_BITS) + scale_bits
+
+    return replace(make_shape(shape.name, shape.config, bits_of, shape.context_tokens), expert_group_size=group_size)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from kimi_mlx.errors import PlacementError
+from kimi_mlx.planner.chips import UNKNOWN_CHIP
 from kimi_mlx.planner.constants import KIMI_MLX
-from kimi_mlx.planner.machines import UNKNOWN_CHIP, Machine
-from kimi_mlx.planner.memory import host_memory
+from kimi_mlx.planner.machines import Machine
+from kimi_mlx.planner.memory import memory_by_rank
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import make_portions
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS, MAX_HOSTS, usable_bytes
@@ -24,7 +25,8 @@ def memory_per_host(shape: ModelShape, hosts: int = 1) -> int:
     portions = make_portions("hybrid", shape, hosts)
     machine = Machine("", UNKNOWN_CHIP, 0, 0)
     context = min(CONTEXT_TOKENS, shape.context_tokens)
-    return max(host_memory(machine, portion, shape, KIMI_MLX, context).needed_bytes for portion in portions)
+    ranks = memory_by_rank([machine] * hosts, portions, shape, KIMI_MLX, context)
+    return max(host.needed_bytes for host in ranks)
 
 
 def hosts_needed(shape: ModelShape, memory_bytes: int, gpu_bytes: int) -> int | None:

@@ -12,6 +12,7 @@ DESCRIPTIONS = {
     "kernels_s": "takes {} longer to dispatch kernels",
     "fences_s": "waits {} longer for fences",
     "link_s": "waits {} longer for the link",
+    "draft_s": "takes {} longer to draft",
 }
 """Part of the time per token -> its description."""
 
@@ -38,7 +39,7 @@ def _too_large(option: Option) -> str:
 
 def _largest_difference(option: Option, choice: Option) -> str:
     """Describe the part of a token's time, or the prefill, that is slowest compared to the choice."""
-    decode = _differences(option.decode, choice.decode)
+    decode = _differences(option.token, choice.token)
     name = max(decode, key=lambda part: decode[part])
     prompt_s = option.prefill.total_s - choice.prefill.total_s
     if decode[name] <= 0 or prompt_s > option.request_s - choice.request_s - prompt_s:

@@ -9,12 +9,14 @@ from typing import Literal
 from kimi_mlx.errors import PlacementError
 from kimi_mlx.parallel.placement import STRATEGIES, normalize_strategy
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, Constants, Strategy
+from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.links import TCP, LinkProfile
 from kimi_mlx.planner.machines import MAX_MACHINES, Machine
-from kimi_mlx.planner.memory import HostMemory, host_memory, longest_context
+from kimi_mlx.planner.memory import HostMemory, host_memory, longest_context, memory_by_rank
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion, make_portions
-from kimi_mlx.planner.speed import Setup, TimeBreakdown, decode, prefill
+from kimi_mlx.planner.speed import DraftedDecode, Setup, TimeBreakdown, decode, decode_with_draft, prefill
+from kimi_mlx.sizing.draft import draft_bytes
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 
 Shares = Literal["even", "by memory"]
@@ -24,6 +26,9 @@ Fits = Literal["yes", "raised", "no"]
 
 PROMPT_TOKENS, ANSWER_TOKENS = 2048, 512
 """Length of the request whose duration ranks the options. Prefill is also predicted for this prompt."""
+
+FIRST_TOKEN_PROMPT = 8192
+"""Length of the prompt whose time to the first token is predicted."""
 
 PIPELINE_MARGIN = 0.1
 """Margin by which a pipeline must be faster to be chosen: only published pipelines on two hosts are a fifth slower than
@@ -44,6 +49,9 @@ class Option:
         longest_context_raised: longest context with the wired limit raised.
         decode: time of one token at the end of the requested context.
         prefill: time of a prompt of PROMPT_TOKENS.
+        first_token_s: time to the first token after a prompt of FIRST_TOKEN_PROMPT tokens, or of the whole context.
+        load_s: time in which the slowest SSD reads its host's weights.
+        drafted: decode with the draft model; None without one, or if drafting would be slower.
     """
 
     strategy: Strategy
@@ -55,6 +63,9 @@ class Option:
     longest_context_raised: int
     decode: TimeBreakdown
     prefill: TimeBreakdown
+    first_token_s: float
+    load_s: float
+    drafted: DraftedDecode | None = None
 
     @property
     def shares(self) -> Shares:
@@ -70,8 +81,18 @@ class Option:
 
     @property
     def decode_tok_per_s(self) -> float:
-        """Decode rate of one sequence."""
+        """Decode rate of one sequence, without drafts."""
         return 1 / self.decode.total_s
+
+    @property
+    def token(self) -> TimeBreakdown:
+        """Time of one token, with drafts if there are any."""
+        return self.decode if self.drafted is None else self.drafted.step / self.drafted.tokens_per_step
+
+    @property
+    def best_tok_per_s(self) -> float:
+        """Decode rate of one sequence, with drafts if there are any."""
+        return 1 / self.token.total_s
 
     @property
     def prefill_tok_per_s(self) -> float:
@@ -81,7 +102,7 @@ class Option:
     @property
     def request_s(self) -> float:
         """Duration of a request with PROMPT_TOKENS prompt tokens and ANSWER_TOKENS new tokens."""
-        return self.prefill.total_s + ANSWER_TOKENS * self.decode.total_s
+        return self.prefill.total_s + ANSWER_TOKENS / self.best_tok_per_s
 
     @property
     def backend(self) -> str:
@@ -100,6 +121,7 @@ class Plan:
         is_fast_sync: whether the fast fence is used.
         options: options that could be predicted, the fastest first.
         notes: reasons why other options could not be predicted.
+        draft: draft model; None without one.
     """
 
     shape: ModelShape
@@ -108,6 +130,12 @@ class Plan:
     is_fast_sync: bool
     options: tuple[Option, ...]
     notes: tuple[str, ...] = ()
+    draft: DraftShape | None = None
+
+    @property
+    def first_token_prompt(self) -> int:
+        """Length of the prompt of `first_token_s`."""
+        return _first_prompt(self.shape)
 
     @property
     def choice(self) -> Option | None:
@@ -132,6 +160,7 @@ def make_plan(
     context: int,
     *,
     is_fast_sync: bool = False,
+    draft: DraftShape | None = None,
     constants: Constants = FITTED,
 ) -> Plan:
     """Compare all options.
@@ -142,6 +171,7 @@ def make_plan(
         links: possible links between them.
         context: number of tokens to have room for; decode is predicted at its end.
         is_fast_sync: whether MLX_METAL_FAST_SYNCH=1 is set.
+        draft: draft model; None without one.
         constants: fitted constants.
     """
     notes: dict[str, None] = {}
@@ -151,16 +181,16 @@ def make_plan(
         if problem := _chip_problem(hosts, strategy) or (link and _link_problem(hosts, link)):
             notes[problem] = None
             continue
-        placement = strategy_by_memory(strategy, hosts, shape) if shares == "by memory" else strategy
+        placement = strategy_by_memory(strategy, hosts, shape, draft) if shares == "by memory" else strategy
         try:
             portions = make_portions(placement, shape, len(hosts), KIMI_MLX.slices_head)
         except PlacementError as error:
             notes[f"{strategy} on {len(hosts)}: {error.message}"] = None
             continue
-        setup = Setup(shape, strategy, hosts, portions, link, KIMI_MLX, fence_s, constants)
+        setup = Setup(shape, strategy, hosts, portions, link, KIMI_MLX, fence_s, constants, draft)
         options.append(_option(setup, placement, context))
     options.sort(key=lambda option: option.request_s)
-    return Plan(shape, tuple(machines), context, is_fast_sync, tuple(options), tuple(notes))
+    return Plan(shape, tuple(machines), context, is_fast_sync, tuple(options), tuple(notes), draft)
 
 
 def _candidates(
@@ -179,9 +209,13 @@ def _candidates(
                     yield strategy, "by memory", hosts, link
 
 
-def strategy_by_memory(strategy: Strategy, machines: Sequence[Machine], shape: ModelShape) -> str:
+def strategy_by_memory(
+    strategy: Strategy, machines: Sequence[Machine], shape: ModelShape, draft: DraftShape | None = None
+) -> str:
     """Return the strategy with a weight per machine (thousandths) that fills all machines equally."""
     free = [_free_bytes(machine, strategy, shape) for machine in machines]
+    if draft is not None:
+        free[0] = max(free[0] - draft_bytes(draft.config, min(CONTEXT_TOKENS, shape.context_tokens)), 1.0)
     weights = [max(1, round(1000 * host_free / sum(free))) for host_free in free]
     return normalize_strategy(":".join([strategy, *map(str, weights)]), len(machines))
 
@@ -228,22 +262,33 @@ def _link_problem(hosts: Sequence[Machine], link: LinkProfile) -> str | None:
 
 
 def _option(setup: Setup, placement: str, context: int) -> Option:
-    pairs = list(zip(setup.machines, setup.portions, strict=True))
+    draft = None if setup.draft is None else setup.draft.config
     longest = [
-        longest_context(setup.machines, setup.portions, setup.shape, setup.engine, is_raised=is_raised)
+        longest_context(setup.machines, setup.portions, setup.shape, setup.engine, is_raised=is_raised, draft=draft)
         for is_raised in (False, True)
     ]
+    memory = memory_by_rank(setup.machines, setup.portions, setup.shape, setup.engine, context, draft)
     return Option(
         setup.strategy,
         placement,
         tuple(machine.name for machine in setup.machines),
         setup.link,
-        tuple(host_memory(machine, portion, setup.shape, setup.engine, context) for machine, portion in pairs),
+        memory,
         longest[0],
         longest[1],
         decode(setup, context),
         prefill(setup, PROMPT_TOKENS),
+        prefill(setup, _first_prompt(setup.shape)).total_s,
+        max(
+            host.weights_bytes / machine.chip.ssd_bytes_per_s
+            for host, machine in zip(memory, setup.machines, strict=True)
+        ),
+        decode_with_draft(setup, context),
     )
+
+
+def _first_prompt(shape: ModelShape) -> int:
+    return min(FIRST_TOKEN_PROMPT, shape.context_tokens)
 
 
 def sufficient_number(plan: Plan, machine: Machine, links: Sequence[LinkProfile]) -> int | None:
@@ -253,6 +298,6 @@ def sufficient_number(plan: Plan, machine: Machine, links: Sequence[LinkProfile]
     """
     for number in range(2, MAX_MACHINES + 1):
         machines = [replace(machine, name=f"{machine.chip.chip} #{index + 1}") for index in range(number)]
-        if make_plan(plan.shape, machines, links or [TCP], plan.context).choice is not None:
+        if make_plan(plan.shape, machines, links or [TCP], plan.context, draft=plan.draft).choice is not None:
             return number
     return None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from kimi_mlx.planner.constants import FENCE_S, Constants, EngineProfile, Strategy
+from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.expert_load import expected_slowest
 from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.planner.machines import Machine
@@ -30,6 +31,7 @@ class Setup:
         engine: the program.
         fence_s: time of each collective in addition to the network.
         constants: fitted constants.
+        draft: draft model on the host of rank 0; None without one.
     """
 
     shape: ModelShape
@@ -40,6 +42,7 @@ class Setup:
     engine: EngineProfile
     fence_s: float
     constants: Constants
+    draft: DraftShape | None = None
 
     @property
     def ranks(self) -> int:
@@ -65,6 +68,7 @@ class TimeBreakdown:
         kernels_s: dispatching kernels.
         fences_s: stopping the GPU for collectives.
         link_s: collectives on the network.
+        draft_s: draft model.
     """
 
     read_s: float
@@ -72,31 +76,78 @@ class TimeBreakdown:
     kernels_s: float
     fences_s: float
     link_s: float
+    draft_s: float = 0
 
     @property
     def total_s(self) -> float:
         """Sum of all parts; none overlaps with another."""
-        return self.read_s + self.compute_s + self.kernels_s + self.fences_s + self.link_s
+        return self.read_s + self.compute_s + self.kernels_s + self.fences_s + self.link_s + self.draft_s
+
+    def __truediv__(self, number: float) -> TimeBreakdown:
+        """Return the share of one of `number` tokens."""
+        return TimeBreakdown(*(seconds / number for seconds in astuple(self)))
 
     def __add__(self, other: TimeBreakdown) -> TimeBreakdown:
         """Return the time of two steps, one after the other."""
-        return TimeBreakdown(
-            self.read_s + other.read_s,
-            self.compute_s + other.compute_s,
-            self.kernels_s + other.kernels_s,
-            self.fences_s + other.fences_s,
-            self.link_s + other.link_s,
-        )
+        return TimeBreakdown(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
 
 
 ZERO_TIME = TimeBreakdown(0, 0, 0, 0, 0)
 
 
-def decode(setup: Setup, context: int) -> TimeBreakdown:
-    """Predict one token of one sequence after `context` tokens."""
-    read, attention = _read_and_attend(setup, context)
-    fences, link = _pipeline_sends(setup, 1) if setup.strategy == "pipeline" else _collectives(setup, 1)
-    return TimeBreakdown(read, attention, _kernels_s(setup, setup.shape.layers), fences, link)
+def decode(setup: Setup, context: int, tokens: int = 1) -> TimeBreakdown:
+    """Predict a step with `tokens` tokens of one sequence after `context` tokens; several are a token and its draft.
+
+    Kernels and fences are paid once a step. More tokens choose more experts, attend and multiply more. The products of
+    a single token take no longer than reading its weights.
+    """
+    read, compute = _read_and_compute(setup, context, tokens)
+    fences, link = _pipeline_sends(setup, tokens) if setup.strategy == "pipeline" else _collectives(setup, tokens)
+    return TimeBreakdown(read, compute, _kernels_s(setup, setup.shape.layers), fences, link)
+
+
+@dataclass(frozen=True)
+class DraftedDecode:
+    """Decode with a draft model.
+
+    Args:
+        drafted: number of drafted tokens per step.
+        tokens_per_step: mean number of new tokens per step.
+        step: time of a step, including the draft model's.
+    """
+
+    drafted: int
+    tokens_per_step: float
+    step: TimeBreakdown
+
+    @property
+    def tok_per_s(self) -> float:
+        """Decode rate of one sequence."""
+        return self.tokens_per_step / self.step.total_s
+
+
+def decode_with_draft(setup: Setup, context: int) -> DraftedDecode | None:
+    """Predict decode with the number of drafted tokens that is fastest.
+
+    None without a draft model, or if every number of drafted tokens is slower than none: then nothing is drafted.
+    """
+    if setup.draft is None:
+        return None
+    options = [_draft_step(setup, setup.draft, context, drafted) for drafted in range(1, setup.draft.most_drafted + 1)]
+    best = max(options, key=lambda option: option.tok_per_s)
+    return best if best.tok_per_s > 1 / decode(setup, context).total_s else None
+
+
+def _draft_step(setup: Setup, draft: DraftShape, context: int, drafted: int) -> DraftedDecode:
+    """Predict a step with `drafted` drafted tokens. The leader drafts, then sends the tokens: one more message."""
+    step = decode(setup, context, 1 + drafted)
+    draft_s = draft.read_bytes(drafted, context) / setup.bandwidth(0)
+    draft_s += drafted * setup.engine.kernels_per_layer * setup.constants.kernel_s
+    if setup.link is not None:
+        states_s = (1 + drafted) * draft.captured_bytes / setup.link.bytes_per_s
+        link_s = setup.link.hop_s + (states_s if setup.strategy == "pipeline" else 0)
+        step += TimeBreakdown(0, 0, 0, setup.fence_s, link_s)
+    return DraftedDecode(drafted, draft.tokens_of(drafted), step + TimeBreakdown(0, 0, 0, 0, 0, draft_s))
 
 
 def prefill(setup: Setup, prompt: int) -> TimeBreakdown:
@@ -151,11 +202,11 @@ def _combine(setup: Setup, reads: Sequence[float], others: Sequence[float]) -> t
     return max(zip(reads, others, strict=True), key=sum)
 
 
-def _read_and_attend(setup: Setup, context: int) -> tuple[float, float]:
+def _read_and_compute(setup: Setup, context: int, tokens: int) -> tuple[float, float]:
     shape, ranks = setup.shape, range(setup.ranks)
-    expert, chosen = shape.bytes.expert, shape.config.num_experts_per_tok
+    expert, chosen = shape.bytes.expert, _distinct_experts(shape, tokens)
     fixed = [_fixed_bytes(setup.portions[rank], shape) / setup.bandwidth(rank) for rank in ranks]
-    attention = [_attention_s(setup, rank, context) for rank in ranks]
+    attention = [_attention_s(setup, rank, context, tokens) + _products_s(setup, rank, tokens - 1) for rank in ranks]
     if setup.strategy != "expert":
         routed = [
             setup.portions[rank].moe_layers * chosen * setup.portions[rank].expert_rows * expert / setup.bandwidth(rank)
@@ -164,7 +215,7 @@ def _read_and_attend(setup: Setup, context: int) -> tuple[float, float]:
         return _combine(setup, [a + b for a, b in zip(fixed, routed, strict=True)], attention)
     waits = [(a + b) / shape.layers for a, b in zip(fixed, attention, strict=True)]
     held = [round(portion.experts * shape.config.n_routed_experts) for portion in setup.portions]
-    layer_s = expected_slowest(held, chosen, waits, [expert / setup.bandwidth(rank) for rank in ranks])
+    layer_s = expected_slowest(held, round(chosen), waits, [expert / setup.bandwidth(rank) for rank in ranks])
     whole = shape.moe_layers * layer_s + (shape.layers - shape.moe_layers) * max(waits)
     return whole - max(attention), max(attention)
 
@@ -174,11 +225,22 @@ def _fixed_bytes(portion: Portion, shape: ModelShape) -> float:
     return portion.fixed(shape.bytes) + portion.head * shape.bytes.head
 
 
-def _attention_s(setup: Setup, rank: int, context: int) -> float:
-    """Predict attention of one token in latent space: reading the cache or computing, whichever is slower."""
+def _distinct_experts(shape: ModelShape, tokens: int) -> float:
+    """Return the expected number of distinct experts of a layer that `tokens` tokens choose independently."""
+    experts = shape.config.n_routed_experts
+    return experts * (1 - (1 - shape.config.num_experts_per_tok / experts) ** tokens)
+
+
+def _products_s(setup: Setup, rank: int, tokens: int) -> float:
+    """Predict the products of `tokens` tokens with all matrices, without the head."""
+    return 2 * tokens * _linear_values(setup, rank) / setup.flops(rank)
+
+
+def _attention_s(setup: Setup, rank: int, context: int, tokens: int) -> float:
+    """Predict attention of new tokens in latent space: reading the cache or computing, whichever is slower."""
     config, portion = setup.shape.config, setup.portions[rank]
     width = 2 * config.kv_lora_rank + config.qk_rope_head_dim
-    flops = 2 * context * portion.layers * config.num_attention_heads * portion.heads * width
+    flops = 2 * tokens * context * portion.layers * config.num_attention_heads * portion.heads * width
     read_s = cache_bytes(portion, setup.shape, context) / setup.bandwidth(rank)
     return max(read_s, flops / setup.flops(rank))
 
@@ -186,18 +248,23 @@ def _attention_s(setup: Setup, rank: int, context: int) -> float:
 def _touched_bytes(setup: Setup, rank: int, tokens: int) -> float:
     """Return the bytes that a batch of `tokens` tokens reads; with many tokens, nearly all experts."""
     shape, portion = setup.shape, setup.portions[rank]
-    touched = 1 - (1 - shape.config.num_experts_per_tok / shape.config.n_routed_experts) ** tokens
-    routed = shape.config.n_routed_experts * portion.experts * portion.expert_rows * shape.bytes.expert
-    return _fixed_bytes(portion, shape) + portion.moe_layers * touched * routed
+    routed = _distinct_experts(shape, tokens) * portion.experts * portion.expert_rows * shape.bytes.expert
+    return _fixed_bytes(portion, shape) + portion.moe_layers * routed
+
+
+def _linear_values(setup: Setup, rank: int) -> float:
+    """Return the number of values of a rank's matrices that a token is multiplied with, without the head."""
+    portion, values, config = setup.portions[rank], setup.shape.values, setup.shape.config
+    chosen = config.num_experts_per_tok * portion.experts * portion.expert_rows
+    return portion.fixed(values) + portion.moe_layers * chosen * values.expert
 
 
 def _chunk_flops(setup: Setup, rank: int, start: int, length: int) -> float:
     """Return the operations for `length` tokens after `start`. The cache is expanded into heads once per chunk."""
     shape, portion, values = setup.shape, setup.portions[rank], setup.shape.values
     config = shape.config
-    chosen = config.num_experts_per_tok * portion.experts * portion.expert_rows
     expansion = portion.layers * portion.heads * values.expansion
-    linear = portion.fixed(values) - expansion + portion.moe_layers * chosen * values.expert
+    linear = _linear_values(setup, rank) - expansion
     pairs = length * (start + length / 2)
     attention = pairs * portion.layers * config.num_attention_heads * portion.heads
     attention *= config.qk_head_dim + config.v_head_dim

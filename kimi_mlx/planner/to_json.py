@@ -9,10 +9,11 @@ from typing import Any
 from kimi_mlx.planner.backtest import Comparison, left_out, median_error
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED
 from kimi_mlx.planner.cost import Cost
+from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.reasons import rejection_reason
 from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
-from kimi_mlx.planner.speed import TimeBreakdown
+from kimi_mlx.planner.speed import DraftedDecode, TimeBreakdown
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 
 VERSION = 4
@@ -38,6 +39,8 @@ def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
         "choice": None if plan.choice is None else plan.options.index(plan.choice),
         "notes": list(plan.notes),
         "cost": None if cost is None else asdict(cost),
+        "first_token_prompt": plan.first_token_prompt,
+        "draft": None if plan.draft is None else _draft(plan.draft),
     }
 
 
@@ -90,6 +93,27 @@ def _option(option: Option, plan: Plan) -> dict[str, Any]:
         "prefill": {"tok_per_s": option.prefill_tok_per_s, **_seconds(option.prefill)},
         "request_s": option.request_s,
         "rejection_reason": rejection_reason(option, plan),
+        "first_token_s": option.first_token_s,
+        "load_s": option.load_s,
+        "drafted": None if option.drafted is None else _drafted(option.drafted),
+    }
+
+
+def _draft(draft: DraftShape) -> dict[str, Any]:
+    return {
+        "name": draft.name,
+        "tokens_per_step": draft.tokens_per_step,
+        "most_drafted": draft.most_drafted,
+        "source": draft.source,
+    }
+
+
+def _drafted(drafted: DraftedDecode) -> dict[str, Any]:
+    return {
+        "tok_per_s": drafted.tok_per_s,
+        "drafted": drafted.drafted,
+        "tokens_per_step": drafted.tokens_per_step,
+        **_seconds(drafted.step),
     }
 
 

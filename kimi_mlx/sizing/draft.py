@@ -9,6 +9,29 @@ from kimi_mlx.model.draft_config import DraftConfig
 from kimi_mlx.model.draft_names import draft_entries
 from kimi_mlx.model.names import CheckpointLayout
 from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_values_per_token
+from kimi_mlx.sizing.prefill import PREFILL_CHUNK
+
+CAPTURED_TOKENS = PREFILL_CHUNK
+"""Largest number of tokens whose captured states exist at a time: a chunk of a prompt."""
+
+
+def draft_bytes(config: DraftConfig, context: int, has_embedding: bool = False) -> int:
+    """Return the memory that a draft model takes on the leader, in addition to the model: weights, cache and states.
+
+    Args:
+        config: dimensions of the draft model.
+        context: number of tokens in its cache.
+        has_embedding: whether its files have an embedding.
+    """
+    cache = context * draft_cache_bytes_per_token(config)
+    states = min(context, CAPTURED_TOKENS) * captured_bytes_per_token(config)
+    return draft_weight_bytes(config, has_embedding) + cache + states
+
+
+def draft_pass_bytes(config: DraftConfig) -> int:
+    """Return the bytes of weights that a pass for one more drafted token reads: all but `fc`, which is read once."""
+    values = config.num_captured * config.target_hidden_size * config.hidden_size
+    return draft_weight_bytes(config) - _matrix_bytes(values, config.quantization_of("fc"), BFLOAT16_BYTES)
 
 
 def draft_weight_bytes(

@@ -63,12 +63,15 @@ class ModelNeed:
     by_rank: Sequence[RankNeed] = ()
 
     def memory_bytes(self, facts: Facts, ranks: Sequence[int], world_size: int) -> int | None:
-        """Return the memory that a host's ranks need, from its stores or else from its shares; None if unknown."""
+        """Return the memory that a host's ranks need; None if unknown.
+
+        With a chosen placement it is that of `kimi-mlx plan`; otherwise that of the stores, else of equal shares.
+        """
+        if self.by_rank:
+            return sum(self.by_rank[rank].weights_bytes + self.by_rank[rank].other_bytes for rank in ranks)
         weights = self._stored_bytes(facts, ranks, world_size)
         if weights is None:
             weights = self._share_bytes(ranks, world_size)
-        if weights is not None and self.by_rank:
-            return weights + sum(self.by_rank[rank].other_bytes for rank in ranks)
         return None if weights is None else with_overhead(weights) + self.cache_bytes * len(ranks)
 
     def disk_bytes(self, facts: Facts, ranks: Sequence[int], world_size: int) -> int | None:

@@ -101,7 +101,7 @@ def test_one_model_in_detail() -> None:
     text = details_text("kimi-k2.6")
     for part in (
         "595.1 GB",
-        "613.3 GiB in memory",
+        "613.6 GiB in memory",
         "262,144 tokens",
         "temperature 1, top_p 0.95, min_p 0.01",
         "temperature 0.6, top_p 0.95, min_p 0.01",

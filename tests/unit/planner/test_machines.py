@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from kimi_mlx.errors import UsageError
-from kimi_mlx.planner.machines import chips, find_chip, machine_names, machine_of_host, parse_machines
+from kimi_mlx.errors import ConfigError, UsageError
+from kimi_mlx.planner.chips import chips
+from kimi_mlx.planner.machines import find_chip, machine_names, machine_of_host, name_of_kind, parse_machines
 from kimi_mlx.units import GIB
 
 
@@ -52,6 +56,83 @@ def test_unknown_machines_are_refused(text: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_machines(text)
     assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "bandwidth", "tflops", "count"),
+    [
+        ("m6-ultra-512:1500GB/s", 1500, 114 * 1500 / 1200, 1),
+        ("M6 Ultra 512:1.5 TB/s:150 TFLOPS x2", 1500, 150, 2),
+        ("m6-ultra-512x2:1500gb/s", 1500, 142.5, 2),
+        ("m2-extreme-384:1600GB/s", 1600, 28.6 * 1600 / 819, 1),
+        ("m5-max-64:460GB/s", 460, 55, 1),
+        ("m5-max-128", 614, 69, 1),
+        ("m5-max-36", 460, 55, 1),
+        ("m5-ultra-512:140TFLOPS", 1200, 140, 1),
+        ("lab-mac-96:700GB/s", 700, 66.5, 1),
+    ],
+)
+def test_machines_by_hand_and_variants_by_bandwidth(text: str, bandwidth: float, tflops: float, count: int) -> None:
+    machines = parse_machines(text)
+    assert len(machines) == count
+    for machine in machines:
+        assert machine.chip.bandwidth_gb_per_s == bandwidth
+        assert machine.chip.tflops_fp16 == pytest.approx(tflops)
+        assert machine.is_known
+        (again,) = parse_machines(name_of_kind(machine))
+        assert again.chip.bandwidth_gb_per_s == bandwidth
+
+
+@pytest.mark.parametrize("text", ["m6-ultra-512", "m6-ultra:1500GB/s", "m6-ultra-512:0GB/s", "m6-ultra-0:1500GB/s"])
+def test_incomplete_machines_by_hand_say_how(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_machines(text)
+    assert "`m6-ultra-512:1500GB/s:150TFLOPS`" in str(caught.value.hint)
+
+
+@pytest.fixture
+def chips_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Path of the user's file of chips, in an empty folder."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "kimi-mlx").mkdir()
+    return tmp_path / "kimi-mlx" / "chips.json"
+
+
+def test_the_users_chips_come_first(chips_file: Path) -> None:
+    row = {"chip": "m6-ultra", "memory_gb": [512, 1024], "bandwidth_gb_per_s": 1500, "ssd_gb_per_s": 20}
+    corrected = {"chip": "m5-ultra", "memory_gb": [512], "bandwidth_gb_per_s": 1100, "tflops_fp16": 120}
+    chips_file.write_text(json.dumps({"chips": [row, corrected]}))
+    mine, other = parse_machines("m6-ultra-1024,m5-ultra-512")
+    assert (mine.chip.bandwidth_gb_per_s, mine.chip.ssd_gb_per_s, mine.chip.neural_accelerators) == (1500, 20, True)
+    assert (other.chip.bandwidth_gb_per_s, other.chip.tflops_fp16) == (1100, 120)
+    assert str(chips_file) in mine.chip.source
+    assert parse_machines("m5-ultra-256")[0].chip.bandwidth_gb_per_s == 1200
+    assert machine_of_host("mac-a", "Apple M6 Ultra", 1024 * GIB, None).chip == mine.chip
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "no list `chips`"),
+        ('{"chips": {}}', "no list `chips`"),
+        ('{"chips": [7]}', "chip 1 is not an object, but 7"),
+        ('{"chips": [{"chip": "m6", "memory_gb": [8]}]}', "chip 1 has no `bandwidth_gb_per_s`"),
+        ('{"chips": [{"chip": "m6", "memory_gb": 8, "bandwidth_gb_per_s": 9}]}', "`memory_gb` of chip 1 is 8"),
+        ('{"chips": [{"chip": "m6", "memory_gb": [8], "bandwidth_gb_per_s": "9"}]}', 'is "9", but must be a number'),
+        ('{"chips": [{"chip": "M6!", "memory_gb": [8], "bandwidth_gb_per_s": 9}]}', "must be a name"),
+        ('{"chips": [{"chip": "m6", "memory_gb": [8], "bandwidth_gb_per_s": 9, "tflops": 1}]}', "field `tflops`"),
+        ('{"chips": [{"chip": "m6", "memory_gb": [8], "bandwidth_gb_per_s": true}]}', "is true, but must be"),
+        ("\udcff", "cannot be read"),
+    ],
+)
+def test_a_broken_file_of_chips_is_an_error_that_names_it(chips_file: Path, text: str, problem: str) -> None:
+    chips_file.write_text(text, errors="surrogateescape")
+    with pytest.raises(ConfigError) as caught:
+        parse_machines("m3-ultra-512")
+    assert problem in caught.value.message
+    assert str(chips_file) in caught.value.message
+    assert caught.value.hint
 
 
 def test_memory_size_identifies_the_variant_of_a_chip() -> None:

@@ -126,6 +126,8 @@ def test_json_fields() -> None:
         "choice",
         "notes",
         "cost",
+        "first_token_prompt",
+        "draft",
     ]
     option = value["options"][value["choice"]]
     assert list(option) == [
@@ -143,7 +145,10 @@ def test_json_fields() -> None:
         "prefill",
         "request_s",
         "rejection_reason",
+        "first_token_s",
+        "load_s",
+        "drafted",
     ]
-    seconds = ["tok_per_s", "read_s", "compute_s", "kernels_s", "fences_s", "link_s", "total_s"]
+    seconds = ["tok_per_s", "read_s", "compute_s", "kernels_s", "fences_s", "link_s", "draft_s", "total_s"]
     assert list(option["decode"]) == list(option["prefill"]) == seconds
     assert option["rejection_reason"] is None

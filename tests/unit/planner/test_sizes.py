@@ -68,7 +68,8 @@ def test_published_int4_is_counted_with_mlx_biases(tmp_path: Path) -> None:
 def test_fewer_bits_need_less_memory() -> None:
     sizes = [with_expert_bits(K2, bits).weights_bytes for bits in (2, 3, 4, 8)]
     assert sizes == sorted(sizes)
-    assert with_expert_bits(K2, 4).weights_bytes == pytest.approx(K2.weights_bytes)
+    assert with_expert_bits(K2, 4).bytes.expert == pytest.approx(K2.bytes.expert)
+    assert with_expert_bits(K2, 4).bytes.heads == pytest.approx(K2.bytes.heads * 8.5 / 4.5)
 
 
 @given(st.sampled_from(STRATEGIES), WEIGHTS)

@@ -1,0 +1,90 @@
+"""Draft models as the planner sees them: memory, bytes per drafted token, and published acceptance."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+from kimi_mlx.hub.catalogue import DraftEntry
+from kimi_mlx.model.draft_config import DraftConfig, parse_draft_config
+from kimi_mlx.sizing.draft import (
+    captured_bytes_per_token,
+    draft_cache_bytes_per_token,
+    draft_pass_bytes,
+    draft_weight_bytes,
+)
+
+PUBLISHED_DRAFTED = 3
+"""Drafted tokens per step in the published measurements of acceptance."""
+
+ASSUMED_TOKENS_PER_STEP = 2.65
+"""Tokens per step of a draft model without a published number: the mean of K2.7 Code's four workloads (coding 2.82,
+question answering 2.57, role play 2.26, retrieval 2.95), https://huggingface.co/lightseekorg."""
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """A draft model.
+
+    Args:
+        name: name for the user.
+        config: its dimensions.
+        tokens_per_step: mean number of tokens per step with PUBLISHED_DRAFTED drafted ones, including the model's own.
+        source: source of that number.
+    """
+
+    name: str
+    config: DraftConfig
+    tokens_per_step: float
+    source: str
+
+    @property
+    def most_drafted(self) -> int:
+        """Largest number of drafted tokens per step for which acceptance is known."""
+        return PUBLISHED_DRAFTED
+
+    @property
+    def captured_bytes(self) -> int:
+        """Bytes per token of captured states."""
+        return captured_bytes_per_token(self.config)
+
+    def read_bytes(self, drafted: int, context: int) -> int:
+        """Return the bytes that the draft model reads for `drafted` tokens: weights and cache, once for each."""
+        one = draft_pass_bytes(self.config) + context * draft_cache_bytes_per_token(self.config)
+        return drafted * one + draft_weight_bytes(self.config) - draft_pass_bytes(self.config)
+
+    def tokens_of(self, drafted: int) -> float:
+        """Return the mean number of tokens per step with fewer drafted tokens, each accepted with equal probability."""
+        probability = acceptance_of(self.tokens_per_step, PUBLISHED_DRAFTED)
+        return sum(probability**count for count in range(drafted + 1))
+
+
+def acceptance_of(tokens_per_step: float, drafted: int) -> float:
+    """Return the probability p that a drafted token is accepted: 1 + p + ... + p**drafted is the tokens per step."""
+    low, high = 0.0, 1.0
+    for _ in range(50):  # halves the interval
+        middle = (low + high) / 2
+        is_below = sum(middle**count for count in range(drafted + 1)) < tokens_per_step
+        low, high = (middle, high) if is_below else (low, middle)
+    return low
+
+
+def published_draft_config() -> DraftConfig:
+    """Return the dimensions of the draft models that are published for K2.5 to K2.7."""
+    text = resources.files("kimi_mlx.planner").joinpath("models.json").read_text(encoding="utf-8")
+    return parse_draft_config(json.loads(text)["drafts"], where="models.json")
+
+
+def make_draft_shape(name: str, config: DraftConfig, entry: DraftEntry | None) -> DraftShape:
+    """Return a draft model with the acceptance that the catalogue has, else the assumed one.
+
+    Args:
+        name: name for the user.
+        config: dimensions of the draft model.
+        entry: entry in the catalogue; None for other draft models.
+    """
+    if entry is None or entry.tokens_per_step is None:
+        source = f"assumed: the mean of four workloads of K2.7 Code's, {PUBLISHED_DRAFTED} drafted"
+        return DraftShape(name, config, ASSUMED_TOKENS_PER_STEP, source)
+    return DraftShape(name, config, entry.tokens_per_step, entry.source["tokens_per_step"])
