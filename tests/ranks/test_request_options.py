@@ -27,6 +27,7 @@ from tests.fakes import KIMI_MINI
 pytestmark = pytest.mark.ranks
 
 KIMI_MINI_VL = KIMI_MINI.with_name("kimi-mini-vl")
+KIMI_MINI_DRAFT = KIMI_MINI.with_name("kimi-mini-draft")
 
 SCHEMA = {
     "type": "object",
@@ -106,30 +107,32 @@ def answer_together(session: Session, requests: list[Request]) -> list[list[Toke
 
 
 def test_in_a_batch_and_with_drafts(requests: list[Request], expected: list[list[Token]]) -> None:
-    for speculate in (0, 5):
-        with closing(LocalSession(SessionOptions(KIMI_MINI, speculate=speculate))) as session:
+    plain = SessionOptions(KIMI_MINI)
+    for options in (plain, replace(plain, speculate=5), replace(plain, draft=KIMI_MINI_DRAFT)):
+        with closing(LocalSession(options)) as session:
             for actual, alone in zip(answer_together(session, requests), expected, strict=True):
                 assert_equal(actual, alone)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "speculate"),
+    ("strategy", "drafts"),
     [
-        pytest.param("expert", 0, marks=pytest.mark.sweep),
-        pytest.param("pipeline", 0, marks=pytest.mark.sweep),
-        ("pipeline", 5),
+        pytest.param("expert", {}, marks=pytest.mark.sweep),
+        pytest.param("pipeline", {}, marks=pytest.mark.sweep),
+        pytest.param("hybrid", {"draft": KIMI_MINI_DRAFT}, marks=pytest.mark.sweep),
+        ("pipeline", {"speculate": 5, "draft": KIMI_MINI_DRAFT}),
     ],
 )
 def test_on_a_ring_that_is_lost_during_an_answer(
     requests: list[Request],
     expected: list[list[Token]],
     strategy: str,
-    speculate: int,
+    drafts: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
-    options = SessionOptions(KIMI_MINI, ranks=2, strategy=strategy, speculate=speculate)
+    options = SessionOptions(KIMI_MINI, ranks=2, strategy=strategy, **drafts)
     with closing(RingSession(options)) as session:
         with pytest.raises(EngineError, match="cannot be compiled"):
             tokens_of(session, replace(requests[0], grammar="start: ("))

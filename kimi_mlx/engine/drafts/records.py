@@ -116,4 +116,4 @@ class DraftRecords:
         ratio = self.times.ratio(load, tokens)
         times = f"a step of {tokens} tokens takes {ratio:.1f} times as long as one of {load.sequences}"
         chance = self.off.first_chance
-        return times if chance >= 1 else f"{times}, and {chance:.0%} of first draft tokens are accepted"
+        return times if chance > 0.99 else f"{times}, and {chance:.0%} of first draft tokens are accepted"

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_mlx.engine import engine as engine_module
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Encoded, Event, Finished, Token
 from kimi_mlx.engine.feature_store import Features, FeatureStore
@@ -24,9 +25,12 @@ from kimi_mlx.model import vision
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
 from kimi_mlx.model.image_rows import ImageRows
+from kimi_mlx.runtime.load import load_draft_model
 from kimi_mlx.sizing import engine_limits
 from kimi_mlx.weights.assemble import load_model
-from tests.checkpoints import load_golden, write_checkpoint
+from tests.checkpoints import load_golden, text_config, write_checkpoint
+from tests.drafters import RandomPlanner
+from tests.drafts import draft_config, write_draft
 from tests.images import make_image, make_prompt
 
 GOLDEN = load_golden("k2.5")
@@ -208,6 +212,24 @@ def test_drafts_from_prompts_with_images(model: Model, greedy: Greedy) -> None:
     repeated = request_of(TEXT[:6], A, TEXT[:6], A, TEXT[:6], count=16)
     engine = Engine(model, speculate=4, prefill_chunk=5)
     assert run(engine, repeated)[0] == greedy(repeated, 16)
+
+
+def test_a_draft_model_reads_prompts_with_images(
+    model: Model, greedy: Greedy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "DraftPlanner", RandomPlanner)
+    config = draft_config(text_config(GOLDEN.config), eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]})
+    draft = load_draft_model(write_draft(tmp_path, config), model)
+    model.capture(draft.captured_layers)
+    requests = [request_of(TEXT[:5], A, TEXT[5:30], count=12), request_of(TEXT[:9], B, A, TEXT[2:5], count=20)]
+    engine, answers = Engine(model, speculate=4, prefill_chunk=5, draft_model=draft), Answers()
+    for request_id, request in enumerate(requests):
+        engine.add(request_id, request)
+    answers.take_all(engine)
+    model.capture(())
+    assert [answers.tokens[0], answers.tokens[1]] == [greedy(requests[0], 12), greedy(requests[1], 20)]
+    assert engine.drafts is not None
+    assert engine.drafts.num_drafted > 5
 
 
 def test_decode_goes_on_while_images_are_encoded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

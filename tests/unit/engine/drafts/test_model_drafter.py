@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,9 @@ from kimi_mlx.engine import engine as engine_module
 from kimi_mlx.engine.drafts.drafter import Draft, Offer
 from kimi_mlx.engine.drafts.model_drafter import ModelDrafter
 from kimi_mlx.engine.engine import Engine
+from kimi_mlx.engine.kv_cache_pool import shape_of
+from kimi_mlx.engine.prompt_cache.block_file import BLOCK_TOKENS
+from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.engine.sequence import Sequence as EngineSequence
 from kimi_mlx.model.config import load_config
@@ -129,6 +134,63 @@ def test_sampled_text_is_that_without_drafts(model: Model, tmp_path: Path, monke
     model.capture(())
     expected: Answers = answer(Engine(model, prefill_chunk=16), SAMPLED)
     assert found == expected
+
+
+@pytest.mark.slow
+def test_sampled_tokens_have_the_distribution_of_the_model(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "DraftPlanner", RandomPlanner)
+    prompt, temperature, ids = make_prompt(9, 6), 2.0, (3, 50, 120)
+    bias = tuple((token, 30.0) for token in ids)
+    draft = make_draft(tmp_path / "draft", model)
+    engine = Engine(model, speculate=3, draft_model=draft)
+    num_texts = 1000
+    counts: Counter[tuple[int, ...]] = Counter()
+    for first in range(0, num_texts, 20):
+        requests = [
+            Request(prompt, max_tokens=3, sampling=Sampling(temperature, seed=first + index), logit_bias=bias)
+            for index in range(20)
+        ]
+        counts.update(tuple(tokens) for tokens, _ in answer(engine, requests, at_once=20).values())
+    assert engine.drafts is not None
+    assert engine.drafts.num_accepted > 100
+    model.capture(())
+    expected = {
+        text: num_texts
+        * np.prod([_probability(model, prompt + text[:at], text[at], ids, temperature) for at in range(3)])
+        for text in itertools.product(ids, repeat=3)
+    }
+    assert sum(counts[text] for text in expected) == num_texts
+    chi_square = sum((counts[text] - count) ** 2 / count for text, count in expected.items())
+    assert chi_square < 54.05  # 0.1 % of samples of 27 outcomes are larger
+
+
+def _probability(model: Model, tokens: tuple[int, ...], token: int, ids: Sequence[int], temperature: float) -> float:
+    """Return the probability of one of some equally biased tokens."""
+    scaled = np.array(model(mx.array([tokens]))[0, -1], np.float64)[list(ids)] / temperature
+    weights = np.exp(scaled - scaled.max())
+    return float(weights[list(ids).index(token)] / weights.sum())
+
+
+def test_rows_of_blocks_from_the_disk_are_missing(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "DraftPlanner", RandomPlanner)
+    request = Request(make_prompt(2 * BLOCK_TOKENS + 30, 7), max_tokens=20)
+    (expected,) = answer(Engine(model), [request]).values()
+    draft = make_draft(tmp_path / "draft", model)
+    for attempt in range(2):
+        store = BlockStore(tmp_path / "cache", "key", "share", "stamp", shape_of(model), 10**9, warn=pytest.fail)
+        engine = Engine(model, prefill_chunk=64, speculate=4, draft_model=draft, blocks=store)
+        assert answer(engine, [request])[0] == expected
+        assert engine.drafts is not None
+        assert engine.drafts.num_drafted > 5
+        (cache,) = engine._pool._idle
+        assert cache.draft is not None
+        assert cache.draft.positions[0] == (2 * BLOCK_TOKENS if attempt else 0)
+        store.close()
+    model.capture(())
 
 
 def test_only_rows_of_common_tokens_are_kept(model: Model, tmp_path: Path) -> None:
