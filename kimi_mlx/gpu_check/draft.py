@@ -37,7 +37,7 @@ def check(context: Context) -> None:
     config = draft_config(context.sizes)
     shapes = entry_shapes(config)
     quantized = {name: _random_weight(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
-    length = context.sizes.prompts[-1]
+    length = context.sizes.prompts[-2]
     tokens = random_tokens(length + NUM_FED_BACK, config.vocab_size)
     captured = mx.random.normal((1, length, len(LAYERS) * config.hidden_size), key=mx.random.key(5))
     context.progress(f"{length} rows on the CPU")
