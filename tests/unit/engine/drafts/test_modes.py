@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kimi_mlx.engine import engine as engine_module
+from kimi_mlx.engine.drafts.planner import FIRST_PROBE_STEPS
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Finished, Prefilled, Token
 from kimi_mlx.engine.kv_cache_pool import SequenceCache
@@ -177,3 +178,16 @@ def test_progress_is_the_same_with_drafts(model: Model, expected: Answers) -> No
     engine = Engine(model, prefill_chunk=16, speculate=4, drafters=[oracle(expected, 1.0)])
     events = list(engine.generate(REQUESTS[0]))
     assert [event.done for event in events if isinstance(event, Prefilled)] == [0, 16, 32, 40]
+
+
+def test_drafts_that_are_always_wrong_are_few(model: Model) -> None:
+    request = Request(make_prompt(20, 3), max_tokens=200)
+    expected = answer(Engine(model), [request])
+    drafter = Oracle({}, 0.0, 192)
+    engine = Engine(model, speculate=7, drafters=[drafter])
+    engine.measure_steps()
+    assert answer(engine, [request]) == expected
+    assert len(drafter.lengths) <= 8 + 200 // FIRST_PROBE_STEPS
+    assert engine.drafts is not None
+    assert engine.drafts.num_drafted <= 60
+    assert engine.drafts.off_reason is not None
