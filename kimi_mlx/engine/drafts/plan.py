@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kimi_mlx.engine.drafts.step_times import Load, StepTimes
 
 MAX_STEP_TOKENS = 48
-"""Maximum number of tokens of a step with drafts: longer ones read the weights of most experts anyway."""
+"""Maximum number of tokens of a step with drafts. With as many sequences nothing is drafted."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ def plan_drafts(
 
     Args:
         chances: for each sequence, the probability that its first draft tokens are accepted, each with those before
-            it; empty for a sequence without a draft. At least one is not empty.
+            it; empty for a sequence without a draft. At least one is not empty, and there are fewer sequences than
+            MAX_STEP_TOKENS.
         draft_s: for each sequence, the time to propose one draft token. All sequences are drafted for at once.
         step_s: function from the number of draft tokens to the time of a step; of 0, without drafts.
     """
@@ -43,7 +44,7 @@ def plan_drafts(
     plain_s = step_s(0) / len(chances)
     best, best_gain = tuple(lengths), 0.0
     expected, drafting_s = float(len(chances)), 0.0
-    for count, (chance, index) in enumerate(order[: max(MAX_STEP_TOKENS - len(chances), 1)], start=1):
+    for count, (chance, index) in enumerate(order[: MAX_STEP_TOKENS - len(chances)], start=1):
         expected += chance
         lengths[index] += 1
         drafting_s = max(drafting_s, lengths[index] * draft_s[index])
@@ -61,6 +62,6 @@ def needed_chance(times: StepTimes, load: Load, max_tokens: int) -> float:
         load: load of the steps.
         max_tokens: maximum number of draft tokens of each sequence.
     """
-    most = max(min(load.sequences * max_tokens, MAX_STEP_TOKENS - load.sequences), 1)
+    most = min(load.sequences * max_tokens, MAX_STEP_TOKENS - load.sequences)
     counts = {1, most, *(count for count in (2, 4, 8, 16) if count < most)}
     return min((times.ratio(load, load.sequences + count) - 1) * load.sequences / count for count in counts)

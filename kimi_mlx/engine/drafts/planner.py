@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kimi_mlx.engine.drafts.decision import Decision
 from kimi_mlx.engine.drafts.drafter import Draft, Drafter, Offer, accepted_length
-from kimi_mlx.engine.drafts.plan import DraftPlan, needed_chance, plan_drafts
+from kimi_mlx.engine.drafts.plan import MAX_STEP_TOKENS, DraftPlan, needed_chance, plan_drafts
 from kimi_mlx.engine.drafts.records import DraftRecords, Off, Trial
 from kimi_mlx.engine.drafts.step_times import MIN_SAMPLES, Load, StepClock
 
@@ -113,6 +113,9 @@ class DraftPlanner:
         if self._pause > 0:
             return False
         load = _load(sequences, others_decode)
+        if load.sequences >= MAX_STEP_TOKENS:
+            self._records.off = Off(load, None)
+            return False
         if self._records.times.num_samples(load, load.sequences) < MIN_SAMPLES:
             return False
         needed = needed_chance(self._records.times, load, self._max_tokens)
@@ -139,6 +142,9 @@ class DraftPlanner:
         candidates = [self._best(sequence) for sequence in sequences]
         for sequence in sequences:
             sequence.drafts.trial = None
+        if load.sequences >= MAX_STEP_TOKENS:
+            self._records.off = Off(load, None)
+            return self._run_ahead(load, 0)
         if not any(candidates):
             return self._without_candidates(load, _can_continue(sequences))
         if self._records.times.num_samples(load, load.sequences) < MIN_SAMPLES or self._is_refresh_due():

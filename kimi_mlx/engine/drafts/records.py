@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from kimi_mlx.engine.drafts.acceptance import Acceptance
 from kimi_mlx.engine.drafts.drafter import Draft, Drafter, Offer
+from kimi_mlx.engine.drafts.plan import MAX_STEP_TOKENS
 from kimi_mlx.engine.drafts.step_times import NUM_SAMPLES, Load, StepTimes
 
 COMPARED_TOKENS = 4
@@ -110,6 +111,8 @@ class DraftRecords:
         """Reason why nothing is drafted now, as text; None while drafts are on."""
         if self.off is None:
             return None
+        if self.off.load.sequences >= MAX_STEP_TOKENS:
+            return f"a step of {self.off.load.sequences} answers has no room for drafts"
         if self.off.first_chance is None:
             return "nothing to draft: the last tokens have not occurred before"
         load, tokens = self.off.load, self.off.load.sequences * COMPARED_TOKENS

@@ -243,3 +243,12 @@ def test_a_batch_gets_drafts_for_those_whose_drafts_are_accepted(simulate: Calla
     decision = planner.decide([good, bad], False)
     assert len(decision.drafts[0]) >= 4
     assert not decision.drafts[1]
+
+
+def test_many_sequences_get_no_drafts(simulate: Callable[..., Simulation]) -> None:
+    simulation = simulate(flat, lambda at: 1.0)
+    planner, records = make_planner(simulation)
+    took = simulation.run(planner, make_sequences(100, 200))
+    assert not simulation.num_drafted
+    assert took == pytest.approx(200 * flat(100))
+    assert records.off_reason == "a step of 100 answers has no room for drafts"
