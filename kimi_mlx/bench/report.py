@@ -10,6 +10,7 @@ from rich.table import Table
 
 from kimi_mlx.bench.machine import OURS, PACKAGES
 from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run
+from kimi_mlx.bench.prediction import Predict
 from kimi_mlx.bench.results import Percentiles, ResultRow, ShareOf, SpeedRatio, Spread, agreements, notes, ratios, rows
 from kimi_mlx.bench.sides import Side
 from kimi_mlx.bench.towers import TowerRow, ratio_lines
@@ -35,6 +36,7 @@ class Report:
         sides: the sides.
         share_of: share of the roofline.
         towers: times of the vision tower alone, against mlx-vlm's.
+        predict: the planner's prediction; None where it has none.
     """
 
     plan: BenchmarkPlan
@@ -43,6 +45,7 @@ class Report:
     sides: Sequence[Side]
     share_of: ShareOf | None = None
     towers: Sequence[TowerRow] = ()
+    predict: Predict | None = None
 
     @property
     def is_complete(self) -> bool:

@@ -182,7 +182,7 @@ class ReportOptions:
         typer.Option(
             "--plot",
             metavar="FILE",
-            help="Draw a PNG (needs matplotlib).",
+            help="Draw decode over depth and first token over prompt length as a PNG (needs matplotlib).",
             show_default=False,
             rich_help_panel=OUTPUT,
         ),
@@ -222,7 +222,8 @@ def bench(context: typer.Context, run: RunOptions, measurement: MeasurementOptio
     if measurement.against == "mlx-vlm" and stop is None:
         towers = collect_towers(models.config, plan, compute_dtype(run.dtype, models.config), is_quiet)
     roofline = models.roofline
-    output.show(Report(plan, settings, runs, models.sides, None if roofline is None else roofline.share, towers), stop)
+    share_of = None if roofline is None else roofline.share
+    output.show(Report(plan, settings, runs, models.sides, share_of, towers, models.predict), stop)
 
 
 def _size(text: str) -> tuple[int, int]:

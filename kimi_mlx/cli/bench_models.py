@@ -11,6 +11,7 @@ from typing import Any
 from kimi_mlx.bench import machine
 from kimi_mlx.bench.measure import BenchmarkPlan
 from kimi_mlx.bench.mlx_lm_side import MODES, open_mlx_lm
+from kimi_mlx.bench.prediction import Predict, predictor_here
 from kimi_mlx.bench.roofline import Roofline
 from kimi_mlx.bench.sides import SessionSide, Side
 from kimi_mlx.bench.slow_link import slow_links
@@ -51,6 +52,7 @@ class BenchmarkModels:
         config: dimensions of the model.
         plan: cases to run, with the model's settings for images.
         roofline: limit by this machine's memory bandwidth; None on launched hosts.
+        predict: the planner's prediction for one rank on this machine; None where it has none.
     """
 
     prepared: PreparedModel
@@ -58,6 +60,7 @@ class BenchmarkModels:
     config: ModelConfig
     plan: BenchmarkPlan
     roofline: Roofline | None = None
+    predict: Predict | None = None
 
     def settings(self, run: RunOptions, measurement: MeasurementOptions) -> dict[str, Any]:
         """Return the settings of the benchmark, for its report."""
@@ -122,7 +125,8 @@ def open_models(
     if measurement.against == "mlx-lm":
         sides += _open_mlx_lm_sides(options_on_this_machine(prepared, options, run.ranks), stack, is_quiet)
     roofline = Roofline.of(config, _dtype_name(run.dtype, config), measurement.generation_tokens)
-    return BenchmarkModels(prepared, sides, config, plan, roofline)
+    predict = predictor_here(config) if run.ranks == 1 else None
+    return BenchmarkModels(prepared, sides, config, plan, roofline, predict)
 
 
 def _with_preprocessing(plan: BenchmarkPlan, folder: Path) -> BenchmarkPlan:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from kimi_mlx.cli.output import error_to_dict, print_json, stdout
+from kimi_mlx.cli.output import error_to_dict, print_json, stderr, stdout
 from kimi_mlx.errors import KimiMlxError, UsageError
 
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ class Output:
                 from kimi_mlx.bench.plot import save_plot
 
                 save_plot(report, self.plot)
+            for path in (self.file, self.plot):
+                if path is not None:
+                    stderr.print(f"written: {path}", markup=False)
         except OSError as error:
             raise KimiMlxError(f"cannot write `{error.filename}`: {error.strerror}") from error
         if stop is not None:

@@ -150,10 +150,10 @@ def _draft_step(setup: Setup, draft: DraftShape, context: int, drafted: int) -> 
     return DraftedDecode(drafted, draft.tokens_of(drafted), step + TimeBreakdown(0, 0, 0, 0, 0, draft_s))
 
 
-def prefill(setup: Setup, prompt: int) -> TimeBreakdown:
-    """Predict a prompt of `prompt` tokens in the engine's chunks, starting with an empty cache."""
+def prefill(setup: Setup, prompt: int, depth: int = 0) -> TimeBreakdown:
+    """Predict a prompt of `prompt` tokens in the engine's chunks, after `depth` tokens in the cache."""
     size = setup.engine.prefill_chunk
-    chunks = [(start, min(size, prompt - start)) for start in range(0, prompt, size)]
+    chunks = [(depth + start, min(size, prompt - start)) for start in range(0, prompt, size)]
     if setup.strategy == "pipeline":
         return _run_stages(setup, [[_stage(setup, rank, *chunk) for rank in range(setup.ranks)] for chunk in chunks])
     return sum((_chunk(setup, *chunk) for chunk in chunks), ZERO_TIME)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ from rich.console import Console
 
 from kimi_mlx.bench import machine
 from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run
+from kimi_mlx.bench.plot import DOTTED, is_logarithmic, make_lines, panels_of
+from kimi_mlx.bench.prediction import predictor
 from kimi_mlx.bench.report import Report
+from kimi_mlx.planner.machines import parse_machines
+from kimi_mlx.planner.model_shape import known_shape
 from tests.bench.runs import make_run
 
 PLAN = BenchmarkPlan((100,), 11, warmup=1, repeat=3)
@@ -127,9 +132,35 @@ def test_an_interrupted_report_says_so() -> None:
     assert report.to_dict()["is_complete"] is False
 
 
-def test_the_plot_is_a_png(tmp_path: Path) -> None:
+@pytest.mark.parametrize("runs", [RUNS, RUNS[:4], []], ids=["three sides", "one side", "no runs"])
+def test_the_plot_is_a_png(tmp_path: Path, runs: list[Run]) -> None:
     pytest.importorskip("matplotlib")
     from kimi_mlx.bench.plot import save_plot
 
-    save_plot(make_report(), tmp_path / "out.png")
+    save_plot(make_report(runs), tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_has_a_line_per_concurrency_and_dotted_predictions() -> None:
+    cases = [Case(depth, 128, count) for depth in (0, 8192) for count in (1, 8)]
+    runs = [make_run("kimi-mlx", 0, 200.0, 20.0, case=case) for case in cases]
+    predict = predictor(known_shape("kimi-k2").config, parse_machines("m3-ultra-512")[0])
+    report = replace(make_report(runs), predict=predict)
+    decode, first, aggregate = (make_lines(report, panel) for panel in panels_of(report))
+    assert sorted(line.label for line in decode) == ["1 at once", "8 at once", "predicted, 1 at once"]
+    for line in decode:
+        assert [point[0] for point in line.points] == [128, 8320]
+    (dotted,) = (line for line in decode if line.style == DOTTED)
+    assert dotted.points[0][1] > dotted.points[1][1] > 0
+    assert {len(line.points) for line in first} == {1}  # a line per depth
+    (deep,) = (line for line in first if line.label == "predicted, 1 at once, after 8,192")
+    (short,) = (line for line in first if line.label == "predicted, 1 at once, after 0")
+    assert deep.points[0][1] > short.points[0][1] > 0
+    assert [[point[0] for point in line.points] for line in aggregate] == [[1, 8], [1, 8]]
+
+
+@pytest.mark.parametrize(
+    ("values", "is_log"), [([], False), ([5], False), ([1, 7], False), ([1, 8], True), ([0, 100], False)]
+)
+def test_axes_are_logarithmic_where_needed(values: list[float], is_log: bool) -> None:
+    assert is_logarithmic(values) == is_log
