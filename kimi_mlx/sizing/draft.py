@@ -7,6 +7,7 @@ from math import prod
 from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.draft_config import DraftConfig
 from kimi_mlx.model.draft_names import draft_entries
+from kimi_mlx.model.draft_quantization import EIGHT_BITS
 from kimi_mlx.model.names import CheckpointLayout
 from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_values_per_token
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK
@@ -31,14 +32,15 @@ def draft_bytes(config: DraftConfig, context: int, has_embedding: bool = False) 
 def draft_pass_bytes(config: DraftConfig) -> int:
     """Return the bytes of weights that a pass for one more drafted token reads: all but `fc`, which is read once."""
     values = config.num_captured * config.target_hidden_size * config.hidden_size
-    return draft_weight_bytes(config) - _matrix_bytes(values, config.quantization_of("fc"), BFLOAT16_BYTES)
+    fc_bytes = _matrix_bytes(values, config.quantization_of("fc") or EIGHT_BITS, BFLOAT16_BYTES)
+    return draft_weight_bytes(config) - fc_bytes
 
 
 def draft_weight_bytes(
     config: DraftConfig,
     has_embedding: bool = False,
     value_bytes: int = BFLOAT16_BYTES,
-    quantization: Quantization | None = None,
+    quantization: Quantization | None = EIGHT_BITS,
 ) -> int:
     """Return the bytes of a draft model's weights: for those of K2.5 to K2.7 3.7 GB as published, 2.0 GB on a GPU.
 
@@ -46,8 +48,8 @@ def draft_weight_bytes(
         config: dimensions of the draft model; a quantization in it counts for all matrices.
         has_embedding: whether its files have an embedding; otherwise it uses that of the model.
         value_bytes: bytes per float.
-        quantization: quantization of float matrices when they are loaded, from
-            kimi_mlx.model.draft_quantization.load_quantization; None keeps them.
+        quantization: quantization of float matrices when they are loaded, by default that on a GPU; None keeps them,
+            as on a CPU (kimi_mlx.model.draft_quantization.load_quantization).
     """
     layout = CheckpointLayout(lambda name: has_embedding and name == "embed_tokens.weight", config.quantization_of)
     shapes = {

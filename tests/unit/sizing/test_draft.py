@@ -13,7 +13,12 @@ from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.draft_config import load_draft_config, parse_draft_config
 from kimi_mlx.model.draft_quantization import EIGHT_BITS
 from kimi_mlx.model.weight import Embedding, Weight
-from kimi_mlx.sizing.draft import captured_bytes_per_token, draft_cache_bytes_per_token, draft_weight_bytes
+from kimi_mlx.sizing.draft import (
+    captured_bytes_per_token,
+    draft_cache_bytes_per_token,
+    draft_pass_bytes,
+    draft_weight_bytes,
+)
 from kimi_mlx.weights.draft import load_draft
 from tests.drafts import PUBLISHED, draft_config, quantize_draft, write_draft
 from tests.fakes import KIMI_MINI
@@ -21,9 +26,10 @@ from tests.fakes import KIMI_MINI
 
 def test_published_draft_models_take_3_7_gb_without_embedding() -> None:
     config = parse_draft_config(PUBLISHED)
-    assert draft_weight_bytes(config) == 3_682_441_216
+    assert draft_weight_bytes(config, quantization=None) == 3_682_441_216
+    assert draft_weight_bytes(config) == 1_956_345_856
     assert draft_weight_bytes(config, has_embedding=True) - draft_weight_bytes(config) == 2 * 163840 * 7168
-    assert draft_weight_bytes(config, quantization=EIGHT_BITS) == 1_956_345_856
+    assert draft_weight_bytes(config) - draft_pass_bytes(config) == 3 * 7168 * 7168 * 17 // 16  # fc
     assert draft_cache_bytes_per_token(config) == 2 * (512 + 64)
     assert captured_bytes_per_token(config) == 2 * 3 * 7168
 
