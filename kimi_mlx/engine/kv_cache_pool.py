@@ -124,10 +124,10 @@ class SequenceCache:
         if self.draft is not None and other.draft is not None:
             self.draft.copy(other.draft, length)
 
-    def share(self, prefix: SharedPrefix) -> None:
-        """Use the rows of a prefix, with which this cache begins, instead of its own."""
-        for layer, rows in zip(self.layers, prefix.layers, strict=True):
-            layer.copy(layer, layer.offset, rows)
+    def share(self, prefix: SharedPrefix | None) -> None:
+        """Use the rows of a prefix, with which this cache begins, instead of its own; None for its own rows only."""
+        for at, layer in enumerate(self.layers):
+            layer.copy(layer, layer.offset, None if prefix is None else prefix.layers[at])
         self._prefix = prefix
 
     def resize(self, tokens: int) -> None:
@@ -232,7 +232,7 @@ class KVCachePool:
         free, total = self.budget_tokens - self.busy_tokens, len(prompt) + new_tokens
         if padded_length(total) <= free:
             return True
-        return self._needed_tokens(total, self._longest_prefix(list(prompt[:-1]))) <= free
+        return self._needed_tokens(total, _longest_prefix(self._busy_prefixes, list(prompt[:-1]))) <= free
 
     def make_room(self, tokens: int) -> bool:
         """Evict idle caches until those in use can grow by `tokens`. If they cannot, return False and evict none.
@@ -260,7 +260,7 @@ class KVCachePool:
         cache = source if source in self._idle and _is_continued_in(source.tokens, reusable, common) else None
         if cache is not None:
             self._idle.remove(cache)
-        prefix = self._prefix_to_share(reusable, source, common)
+        prefix = self._prefix_to_share(reusable, common)
         needed = self._needed_tokens(len(prompt), prefix)
         while self._idle and self.busy_tokens + self.idle_tokens + needed > self.budget_tokens:
             if self._idle.pop(0) is source:
@@ -270,7 +270,7 @@ class KVCachePool:
             if source is not None:
                 cache.copy(source, common, prefix)
         cache.truncate(common)
-        if prefix is not None and cache.prefix is not prefix:
+        if cache.prefix is not prefix:
             cache.share(prefix)
         cache.resize(len(prompt))
         self._load(cache, reusable, len(prompt))
@@ -279,38 +279,45 @@ class KVCachePool:
         self._busy.append((cache, len(prompt)))
         return cache, len(cache.tokens)
 
-    def _prefix_to_share(self, tokens: list[int], source: SequenceCache | None, common: int) -> SharedPrefix | None:
+    def _prefix_to_share(self, tokens: list[int], common: int) -> SharedPrefix | None:
         """Return the prefix of which a new sequence shares the rows.
 
-        It is one that others share already, or a longer one that a running sequence then shares, too.
+        Running sequences share it already, or one that had more rows of its own does from now on. A sequence that runs
+        alone keeps its own rows, because attention in two parts takes longer.
 
         Args:
             tokens: tokens of the new sequence.
-            source: cache with the longest common prefix, if any.
-            common: its length.
+            common: length of its longest common prefix with any cache.
         """
-        prefix = self._longest_prefix(tokens)
-        prompt = next((prompt for busy, prompt in self._busy if busy is source), None)
-        length = length_to_share(common, len(prefix or ()))
-        if source is None or prompt is None or not length:
-            return prefix
-        self._num_prefixes += 1
-        prefix = SharedPrefix.of(self._num_prefixes, tokens[:length], source.layers)
-        source.share(prefix)
-        source.resize(max(len(source.tokens), prompt))
+        existing = _longest_prefix(self._busy_prefixes, tokens)
+        length = length_to_share(common, len(existing or ()))
+        partner = next(
+            (
+                (cache, prompt)
+                for cache, prompt in self._busy
+                if 0 < length >= cache.num_shared and is_prefix(tokens[:length], cache.tokens)
+            ),
+            None,
+        )
+        if partner is None:
+            return existing
+        cache, prompt = partner
+        prefix = _longest_prefix(_prefixes(self._idle), tokens[:length])
+        if prefix is None or 2 * len(prefix) < length or not length_to_share(len(prefix), len(existing or ())):
+            self._num_prefixes += 1
+            prefix = SharedPrefix.of(self._num_prefixes, tokens[:length], cache.layers)
+        cache.share(prefix)
+        cache.resize(max(len(cache.tokens), prompt))
         return prefix
 
-    def _longest_prefix(self, tokens: list[int]) -> SharedPrefix | None:
-        """Return the longest shared prefix with which a sequence begins, if any."""
-        prefixes = _prefixes([*self._idle, *(busy for busy, _ in self._busy)])
-        matching = [prefix for prefix in prefixes if is_prefix(prefix.tokens, tokens)]
-        return max(matching, key=lambda prefix: (len(prefix), prefix.number), default=None)
-
     def _needed_tokens(self, tokens: int, prefix: SharedPrefix | None) -> int:
-        """Return the number of tokens of the budget that a sequence of `tokens` tokens takes in addition."""
-        if prefix is None:
-            return padded_length(tokens)
-        return padded_length(tokens - len(prefix)) + len(prefix) * (prefix not in self._busy_prefixes)
+        """Return the number of tokens of the budget that a sequence of `tokens` tokens takes in addition.
+
+        Args:
+            tokens: number of its tokens.
+            prefix: prefix that it shares with running sequences, if any.
+        """
+        return padded_length(tokens - len(prefix or ()))
 
     def release(self, cache: SequenceCache) -> None:
         """Return a synced cache to the pool."""
@@ -372,6 +379,12 @@ class KVCachePool:
 def _prefixes(caches: Iterable[SequenceCache]) -> set[SharedPrefix]:
     """Return the prefixes that caches share with others."""
     return {cache.prefix for cache in caches if cache.prefix is not None}
+
+
+def _longest_prefix(prefixes: Iterable[SharedPrefix], tokens: list[int]) -> SharedPrefix | None:
+    """Return the longest of some prefixes with which a sequence begins, if any."""
+    matching = [prefix for prefix in prefixes if is_prefix(prefix.tokens, tokens)]
+    return max(matching, key=lambda prefix: (len(prefix), prefix.number), default=None)
 
 
 def _is_continued_in(tokens: list[int], prompt: list[int], common: int) -> bool:

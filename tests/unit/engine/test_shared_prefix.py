@@ -94,6 +94,39 @@ def test_a_cache_that_loses_a_part_of_its_prefix_has_rows_of_its_own() -> None:
         check(cache)
 
 
+def test_a_sequence_that_runs_alone_has_rows_of_its_own() -> None:
+    pool = KVCachePool(MODEL, 100_000)
+    prompts = [[*SYSTEM, *make_tokens(40, 10 + number)] for number in range(3)]
+    caches = [pool.acquire(prompt)[0] for prompt in prompts[:1]]
+    append_tokens(caches[0], prompts[0])
+    caches.append(pool.acquire(prompts[1])[0])
+    append_tokens(caches[1], prompts[1][len(SYSTEM) :])
+    prefix = caches[0].prefix
+    assert prefix is not None
+    for cache in caches:
+        pool.release(cache)
+    alone, cached = pool.acquire([*prompts[0], 7])  # continued in place
+    assert (alone, cached, alone.prefix) == (caches[0], len(prompts[0]), None)
+    append_tokens(alone, [7])
+    other, _ = pool.acquire(prompts[2])
+    assert other.prefix is alone.prefix is prefix  # which the idle cache still has
+    for cache in (*caches, other):
+        check(cache)
+
+
+def test_a_partner_with_a_longer_prefix_keeps_it() -> None:
+    pool = KVCachePool(MODEL, 100_000)
+    history = make_tokens(3000, 2)
+    caches: list[SequenceCache] = []
+    for tail in ([*history, 1], [*history, 2], [1], [2], [3]):
+        cache, cached = pool.acquire([*SYSTEM, *tail, 7])
+        append_tokens(cache, [*SYSTEM, *tail, 7][cached:])
+        caches.append(cache)
+    for cache in caches:
+        check(cache)
+    assert [cache.num_shared for cache in caches] == [4160, 4160, 1152, 1152, 1152]
+
+
 def test_a_much_longer_common_prefix_replaces_a_short_one() -> None:
     pool = KVCachePool(MODEL, 100_000)
     history = make_tokens(3000, 2)
