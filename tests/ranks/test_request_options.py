@@ -57,7 +57,7 @@ def requests(tokenizer: ChatTokenizer) -> list[Request]:
         grammar=build_grammar(special, detect_thinking(special, prompt), SCHEMA),
         top_logprobs=2,
     )
-    sampled = replace(constrained, sampling=Sampling(temperature=0.8, top_p=0.9, seed=3), top_logprobs=0)
+    sampled = replace(constrained, sampling=Sampling(temperature=0.8, top_p=0.9, seed=1), top_logprobs=0)
     biased = replace(plain, logit_bias=((tokenizer.encode("a")[0], 100.0),), max_tokens=5, top_logprobs=1)
     return [plain, constrained, sampled, biased]
 
