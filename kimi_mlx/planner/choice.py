@@ -134,8 +134,8 @@ def memory_of(
         portions = make_portions(strategy, shape, len(machines))
     except PlacementError:
         return ()
-    config = None if draft is None else draft.config
-    return memory_by_rank(machines, portions, shape, KIMI_MLX, _context(shape), config)
+    draft_memory = None if draft is None else draft.memory
+    return memory_by_rank(machines, portions, shape, KIMI_MLX, _context(shape), draft_memory)
 
 
 def describe_link(link: LinkProfile) -> str:

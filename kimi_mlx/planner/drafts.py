@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 
 from kimi_mlx.hub.catalogue import DraftEntry
 from kimi_mlx.model.draft_config import DraftConfig, parse_draft_config
-from kimi_mlx.sizing.draft import (
-    captured_bytes_per_token,
-    draft_cache_bytes_per_token,
-    draft_pass_bytes,
-    draft_weight_bytes,
-)
+from kimi_mlx.sizing.draft import DraftMemory, draft_memory, draft_pass_bytes
 
 PUBLISHED_DRAFTED = 3
 """Drafted tokens per step in the published measurements of acceptance."""
@@ -44,15 +40,19 @@ class DraftShape:
         """Largest number of drafted tokens per step for which acceptance is known."""
         return PUBLISHED_DRAFTED
 
-    @property
-    def captured_bytes(self) -> int:
-        """Bytes per token of captured states."""
-        return captured_bytes_per_token(self.config)
+    @cached_property
+    def memory(self) -> DraftMemory:
+        """Memory on the host of rank 0."""
+        return draft_memory(self.config)
+
+    @cached_property
+    def _pass_bytes(self) -> int:
+        return draft_pass_bytes(self.config)
 
     def read_bytes(self, drafted: int, context: int) -> int:
         """Return the bytes that the draft model reads for `drafted` tokens: weights and cache, once for each."""
-        one = draft_pass_bytes(self.config) + context * draft_cache_bytes_per_token(self.config)
-        return drafted * one + draft_weight_bytes(self.config) - draft_pass_bytes(self.config)
+        one = self._pass_bytes + context * self.memory.token_bytes
+        return drafted * one + self.memory.weights_bytes - self._pass_bytes
 
     def tokens_of(self, drafted: int) -> float:
         """Return the mean number of tokens per step with fewer drafted tokens, each accepted with equal probability."""

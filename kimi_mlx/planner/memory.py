@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kimi_mlx.model.draft_config import DraftConfig
 from kimi_mlx.planner.constants import EngineProfile
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion
-from kimi_mlx.sizing.draft import draft_bytes
+from kimi_mlx.sizing.draft import DraftMemory
 from kimi_mlx.sizing.image_features import LARGEST_IMAGE_TOKENS, feature_bytes
 from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_bytes_per_token
 from kimi_mlx.sizing.prefill import RankShape, prefill_bytes
@@ -57,7 +56,7 @@ def memory_by_rank(
     shape: ModelShape,
     engine: EngineProfile,
     context: int,
-    draft: DraftConfig | None = None,
+    draft: DraftMemory | None = None,
 ) -> tuple[HostMemory, ...]:
     """Return the memory of each rank; that of rank 0 includes a draft model.
 
@@ -69,14 +68,14 @@ def memory_by_rank(
         shape: the model.
         engine: the program.
         context: number of tokens in the cache.
-        draft: dimensions of the draft model; None without one.
+        draft: memory of the draft model; None without one.
     """
     ranks = [
         host_memory(machine, portion, shape, engine, context)
         for machine, portion in zip(machines, portions, strict=True)
     ]
     if draft is not None:
-        ranks[0] = replace(ranks[0], draft_bytes=draft_bytes(draft, context))
+        ranks[0] = replace(ranks[0], draft_bytes=draft.total_bytes(context))
     return tuple(ranks)
 
 
@@ -132,7 +131,7 @@ def longest_context(
     engine: EngineProfile,
     *,
     is_raised: bool,
-    draft: DraftConfig | None = None,
+    draft: DraftMemory | None = None,
 ) -> int:
     """Return the longest context that fits on all hosts, up to the model's own limit; 0 if the weights do not fit."""
 

@@ -16,7 +16,6 @@ from kimi_mlx.planner.memory import HostMemory, host_memory, longest_context, me
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion, make_portions
 from kimi_mlx.planner.speed import DraftedDecode, Setup, TimeBreakdown, decode, decode_with_draft, prefill
-from kimi_mlx.sizing.draft import draft_bytes
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 
 Shares = Literal["even", "by memory"]
@@ -177,7 +176,7 @@ def make_plan(
     notes: dict[str, None] = {}
     options: list[Option] = []
     fence_s = FAST_FENCE_S if is_fast_sync else FENCE_S
-    for strategy, shares, hosts, link in _candidates(machines, links):
+    for strategy, shares, hosts, link in _candidates(machines, links, has_draft=draft is not None):
         if problem := _chip_problem(hosts, strategy) or (link and _link_problem(hosts, link)):
             notes[problem] = None
             continue
@@ -189,14 +188,26 @@ def make_plan(
             continue
         setup = Setup(shape, strategy, hosts, portions, link, KIMI_MLX, fence_s, constants, draft)
         options.append(_option(setup, placement, context))
+    if len({machine.memory_bytes for machine in machines}) == 1:
+        options = _without_needless_weights(options)
     options.sort(key=lambda option: option.request_s)
     return Plan(shape, tuple(machines), context, is_fast_sync, tuple(options), tuple(notes), draft)
 
 
+def _without_needless_weights(options: Sequence[Option]) -> list[Option]:
+    """Return the options of equal hosts without shares by memory where even ones fit too: only a draft model, on one of
+    the hosts, can make them unequal."""
+    fitting = {(option.strategy, option.hosts) for option in options if option.shares == "even" and option.fits != "no"}
+    return [option for option in options if option.shares == "even" or (option.strategy, option.hosts) not in fitting]
+
+
 def _candidates(
-    machines: Sequence[Machine], links: Sequence[LinkProfile]
+    machines: Sequence[Machine], links: Sequence[LinkProfile], *, has_draft: bool
 ) -> Iterator[tuple[Strategy, Shares, list[Machine], LinkProfile | None]]:
-    """Yield the largest host alone, then the largest two, and so on, for each strategy and link."""
+    """Yield the largest host alone, then the largest two, and so on, for each strategy and link.
+
+    Shares by memory are for hosts of different sizes, and for equal ones if one of them has a draft model too.
+    """
     largest = sorted(machines, key=lambda machine: -machine.raised_gpu_bytes)
     yield "single", "even", largest[:1], None
     for count in range(2, len(largest) + 1):
@@ -205,7 +216,7 @@ def _candidates(
         for strategy in STRATEGIES:
             for link in links:
                 yield strategy, "even", hosts, link
-                if not is_uniform:
+                if not is_uniform or has_draft:
                     yield strategy, "by memory", hosts, link
 
 
@@ -215,7 +226,7 @@ def strategy_by_memory(
     """Return the strategy with a weight per machine (thousandths) that fills all machines equally."""
     free = [_free_bytes(machine, strategy, shape) for machine in machines]
     if draft is not None:
-        free[0] = max(free[0] - draft_bytes(draft.config, min(CONTEXT_TOKENS, shape.context_tokens)), 1.0)
+        free[0] = max(free[0] - draft.memory.total_bytes(min(CONTEXT_TOKENS, shape.context_tokens)), 1.0)
     weights = [max(1, round(1000 * host_free / sum(free))) for host_free in free]
     return normalize_strategy(":".join([strategy, *map(str, weights)]), len(machines))
 
@@ -262,7 +273,7 @@ def _link_problem(hosts: Sequence[Machine], link: LinkProfile) -> str | None:
 
 
 def _option(setup: Setup, placement: str, context: int) -> Option:
-    draft = None if setup.draft is None else setup.draft.config
+    draft = None if setup.draft is None else setup.draft.memory
     longest = [
         longest_context(setup.machines, setup.portions, setup.shape, setup.engine, is_raised=is_raised, draft=draft)
         for is_raised in (False, True)

@@ -144,7 +144,7 @@ def _draft_step(setup: Setup, draft: DraftShape, context: int, drafted: int) -> 
     draft_s = draft.read_bytes(drafted, context) / setup.bandwidth(0)
     draft_s += drafted * setup.engine.kernels_per_layer * setup.constants.kernel_s
     if setup.link is not None:
-        states_s = (1 + drafted) * draft.captured_bytes / setup.link.bytes_per_s
+        states_s = (1 + drafted) * draft.memory.captured_bytes / setup.link.bytes_per_s
         link_s = setup.link.hop_s + (states_s if setup.strategy == "pipeline" else 0)
         step += TimeBreakdown(0, 0, 0, setup.fence_s, link_s)
     return DraftedDecode(drafted, draft.tokens_of(drafted), step + TimeBreakdown(0, 0, 0, 0, 0, draft_s))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 from kimi_mlx.model.config_quantization import Quantization
@@ -16,17 +17,35 @@ CAPTURED_TOKENS = PREFILL_CHUNK
 """Largest number of tokens whose captured states exist at a time: a chunk of a prompt."""
 
 
-def draft_bytes(config: DraftConfig, context: int, has_embedding: bool = False) -> int:
-    """Return the memory that a draft model takes on the leader, in addition to the model: weights, cache and states.
+@dataclass(frozen=True)
+class DraftMemory:
+    """Memory that a draft model takes on the leader, in addition to the model.
+
+    Args:
+        weights_bytes: size of its weights.
+        token_bytes: size of its cache per token.
+        captured_bytes: size of the captured states per token.
+    """
+
+    weights_bytes: int
+    token_bytes: int
+    captured_bytes: int
+
+    def total_bytes(self, context: int) -> int:
+        """Return the sum for a cache of `context` tokens, and the captured states of as many, up to a chunk."""
+        states = min(context, CAPTURED_TOKENS) * self.captured_bytes
+        return self.weights_bytes + context * self.token_bytes + states
+
+
+def draft_memory(config: DraftConfig, has_embedding: bool = False) -> DraftMemory:
+    """Return the memory of a draft model.
 
     Args:
         config: dimensions of the draft model.
-        context: number of tokens in its cache.
         has_embedding: whether its files have an embedding.
     """
-    cache = context * draft_cache_bytes_per_token(config)
-    states = min(context, CAPTURED_TOKENS) * captured_bytes_per_token(config)
-    return draft_weight_bytes(config, has_embedding) + cache + states
+    weights = draft_weight_bytes(config, has_embedding)
+    return DraftMemory(weights, draft_cache_bytes_per_token(config), captured_bytes_per_token(config))
 
 
 def draft_pass_bytes(config: DraftConfig) -> int:

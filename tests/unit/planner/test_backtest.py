@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from kimi_mlx.hub.catalogue import draft_of
 from kimi_mlx.planner.backtest import TYPICAL_ERROR, backtest, left_out, median_error, rows
 from kimi_mlx.planner.constants import FITTED
+from kimi_mlx.planner.drafts import make_draft_shape, published_draft_config
 from kimi_mlx.planner.fit import fit
+from kimi_mlx.planner.links import RDMA, TCP
+from kimi_mlx.planner.machines import parse_machines
+from kimi_mlx.planner.model_shape import known_shape, with_expert_bits
+from kimi_mlx.planner.search import make_plan
 
 DOCS = Path(__file__).parents[3] / "docs" / "planner.md"
 
@@ -46,3 +52,24 @@ def test_the_docs_contain_every_row() -> None:
         numbers = f"{comparison.published:.1f} | {comparison.predicted:.1f} | {100 * comparison.error:+.0f} %"
         line = f"| {comparison.row.id} | {comparison.metric} | {numbers} |"
         assert line in text, f"docs/planner.md lacks: {line}"
+
+
+def test_the_docs_state_what_two_macs_should_do() -> None:
+    """Each row of the table has the numbers that its command prints."""
+    lines = DOCS.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("|") and "`kimi-mlx plan kimi-k2.6 --machines" in line]
+    table = [line.strip("| ").split(" | ") for line in rows]
+    assert len(table) >= 7
+    for _, _, without, drafted, _, _, command in table:
+        words = command.strip("`").split()
+        shape = known_shape(words[2])
+        if "--expert-bits" in words:
+            shape = with_expert_bits(shape, int(words[words.index("--expert-bits") + 1]))
+        machines = parse_machines(words[words.index("--machines") + 1])
+        entry = draft_of(words[2])
+        draft = make_draft_shape("", published_draft_config(), entry)
+        for cell, with_draft in ((without, None), (drafted, draft)):
+            is_fast = "--fast-sync" in words
+            choice = make_plan(shape, machines, [RDMA, TCP], 8192, is_fast_sync=is_fast, draft=with_draft).choice
+            expected = "does not fit" if choice is None else f"{choice.best_tok_per_s:.1f} (`{choice.strategy}`)"
+            assert cell == expected, command

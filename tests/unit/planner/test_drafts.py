@@ -17,10 +17,10 @@ from kimi_mlx.planner.drafts import (
 )
 from kimi_mlx.planner.links import RDMA, TCP
 from kimi_mlx.planner.machines import parse_machines
-from kimi_mlx.planner.model_shape import known_shape
+from kimi_mlx.planner.model_shape import known_shape, with_expert_bits
 from kimi_mlx.planner.search import Plan, make_plan
 from kimi_mlx.planner.to_json import plan_to_dict
-from kimi_mlx.sizing.draft import draft_bytes
+from kimi_mlx.sizing.draft import draft_memory
 from tests.drafts import PUBLISHED
 
 CONTEXT = 8192
@@ -94,7 +94,7 @@ def test_the_draft_model_is_in_the_memory_of_rank_0() -> None:
     without = make_plan(result.shape, result.machines, [RDMA, TCP], CONTEXT)
     key = lambda option: (option.placement, option.hosts, option.backend)  # noqa: E731
     others = {key(option): option for option in without.options}
-    size = draft_bytes(published_draft_config(), CONTEXT)
+    size = draft_memory(published_draft_config()).total_bytes(CONTEXT)
     assert 1.9e9 < size < 2.1e9
     for option in result.options:
         first, *rest = option.memory
@@ -112,6 +112,17 @@ def test_shares_by_memory_leave_room_for_the_draft_model() -> None:
         assert result.choice is not None
         free = [host.raised_gpu_bytes - host.needed_bytes for host in result.choice.memory]
         assert min(free) > 0
+
+
+def test_a_draft_model_that_needs_uneven_shares_of_equal_hosts_gets_them() -> None:
+    shape = with_expert_bits(known_shape("kimi-k2.6"), 3)
+    machines = parse_machines("m5-ultra-260x2:1200GB/s")
+    options = make_plan(shape, machines, [RDMA], CONTEXT, draft=draft(3.2)).options
+    even = {option.strategy: option.fits for option in options if option.shares == "even"}
+    assert even["hybrid"] == "no"
+    weighted = {option.strategy for option in options if option.shares != "even"}
+    assert "hybrid" not in {strategy for strategy, fits in even.items() if fits != "no"} & weighted
+    assert any(option.fits == "raised" for option in options if option.shares != "even")
 
 
 def test_json_has_the_draft_with_and_without() -> None:
