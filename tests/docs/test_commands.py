@@ -164,8 +164,8 @@ def test_every_reason_is_needed() -> None:
 
 
 def is_slow(example: Example) -> bool:
-    """Return whether only a slow run types a command: it starts several processes, or is not on the first page."""
-    return example.page != "README.md" or re.search(r"^curl |serve|--ranks", example.command) is not None
+    """Return whether only a slow run types a command: it takes seconds, or is not on the first page."""
+    return example.page != "README.md" or re.search(r"^curl |serve|--ranks|doctor|--image", example.command) is not None
 
 
 @pytest.mark.parametrize(
