@@ -39,27 +39,9 @@ settings.load_profile("quick")
 PLAIN_TERMINAL = {"NO_COLOR": "1", "COLUMNS": "100", "TERM": "dumb"}
 
 
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the user's settings, and make the output of Rich and Typer the same everywhere."""
-    for name in list(os.environ):
-        if name.startswith(("KIMI_MLX_", "MLX_RANK", "MLX_HOSTFILE", "FORCE_COLOR")):
-            monkeypatch.delenv(name)
-    for name, value in PLAIN_TERMINAL.items():
-        monkeypatch.setenv(name, value)
-
-
 @pytest.fixture(scope="session")
 def data_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data-home")
-
-
-@pytest.fixture(autouse=True)
-def private_folders(monkeypatch: pytest.MonkeyPatch, data_home: Path) -> None:
-    """Keep chats, logs and servers of tests out of the user's folders, and the user's settings out of tests."""
-    monkeypatch.setenv("XDG_DATA_HOME", str(data_home))
-    monkeypatch.setenv("XDG_STATE_HOME", str(data_home / "state"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(data_home / "config"))
 
 
 @pytest.fixture(scope="session")
@@ -72,18 +54,26 @@ def one_certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def few_certificates(monkeypatch: pytest.MonkeyPatch, one_certificate: Path, request: pytest.FixtureRequest) -> None:
-    """Trust one certificate: each new HTTP client reads all of them, for 25 ms, and tests have hundreds of clients."""
+def surroundings(
+    monkeypatch: pytest.MonkeyPatch, data_home: Path, one_certificate: Path, request: pytest.FixtureRequest
+) -> None:
+    """Make the surroundings of a test the same everywhere; one fixture, since each costs all tests time.
+
+    The user's settings are hidden, and the output of Rich and Typer is plain. Chats, logs and servers of tests stay out
+    of the user's folders. One certificate is trusted: a new HTTP client reads all of them, for 25 ms. Settings of MLX
+    that an earlier test may have changed are reset: compilation on, CPU; this keeps tolerances valid on a Mac too, and
+    tests marked `gpu` choose the device themselves.
+    """
+    for name in list(os.environ):
+        if name.startswith(("KIMI_MLX_", "MLX_RANK", "MLX_HOSTFILE", "FORCE_COLOR")):
+            monkeypatch.delenv(name)
+    for name, value in PLAIN_TERMINAL.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_DATA_HOME", str(data_home))
+    monkeypatch.setenv("XDG_STATE_HOME", str(data_home / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(data_home / "config"))
     if request.node.get_closest_marker("network") is None:
         monkeypatch.setenv("SSL_CERT_FILE", str(one_certificate))
-
-
-@pytest.fixture(autouse=True)
-def reset_mlx() -> None:
-    """Reset MLX settings that an earlier test may have changed: compilation on, CPU.
-
-    This keeps tolerances valid on a Mac too; tests marked `gpu` choose the device themselves.
-    """
     mx.enable_compile()
     mx.set_default_device(mx.cpu)  # pyright: ignore[reportArgumentType]
 

@@ -12,7 +12,7 @@ import pytest
 
 from kimi_mlx.bench.slow_link import ring_views, slow_links
 
-DELAY_MS = 20
+DELAY_MS = 40
 
 
 @pytest.fixture
@@ -52,14 +52,17 @@ def test_a_round_trip_takes_twice_the_delay_and_chunks_overlap(echo: str) -> Non
                 times.append(time.perf_counter() - start)
             assert min(times) >= 2 * DELAY_MS / 1000
             assert min(times) < 4 * DELAY_MS / 1000
-            start = time.perf_counter()
-            for _ in range(10):  # in flight at the same time: the relay adds latency, but keeps the bandwidth
-                near.sendall(b"x")
-                time.sleep(0.002)
-            remaining = 10
-            while remaining:
-                remaining -= len(near.recv(10))
-            assert time.perf_counter() - start < 10 * DELAY_MS / 1000  # sequential chunks would take 20 times the delay
+            bursts: list[float] = []
+            while len(bursts) < 5 and min(bursts, default=1.0) >= 10 * DELAY_MS / 1000:  # the machine may be busy
+                start = time.perf_counter()
+                for _ in range(10):  # in flight at the same time: the relay adds latency, but keeps the bandwidth
+                    near.sendall(b"x")
+                    time.sleep(0.002)
+                remaining = 10
+                while remaining:
+                    remaining -= len(near.recv(10))
+                bursts.append(time.perf_counter() - start)
+            assert min(bursts) < 10 * DELAY_MS / 1000  # sequential chunks would take 20 times the delay
             near.shutdown(socket.SHUT_WR)
             assert near.recv(1) == b""
 

@@ -298,6 +298,7 @@ def test_a_wrong_image_is_an_error_before_the_model_is_loaded(
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_draft_model_changes_the_number_of_steps_but_not_the_text() -> None:
     plain, drafted = (
         json.loads(run("chat", "-t", "0", "-p", QUESTION, "--json", *options).stdout)

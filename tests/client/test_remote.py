@@ -54,11 +54,15 @@ def talk(model: ChatModel, options: ChatOptions, messages: Sequence[str]) -> Con
     ("options", "messages"),
     [
         (GREEDY, ["What are you?", "Tell me more.", "数を三つ数えて 🎈"]),
-        (replace(GREEDY, template_kwargs={"thinking": False}), ["What are you?"]),
-        (replace(GREEDY, template_kwargs={"thinking": True}), ["What is 2 + 3?"]),
+        pytest.param(replace(GREEDY, template_kwargs={"thinking": False}), ["What are you?"], marks=pytest.mark.slow),
+        pytest.param(replace(GREEDY, template_kwargs={"thinking": True}), ["What is 2 + 3?"], marks=pytest.mark.slow),
         (replace(GREEDY, tools=[WEATHER]), ["What is the weather in Paris?"]),
         (replace(GREEDY, tools=[WEATHER], tool_choice={"name": "get_weather"}), ["Hello"]),
-        (replace(GREEDY, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False), ["Hello"]),
+        pytest.param(
+            replace(GREEDY, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False),
+            ["Hello"],
+            marks=pytest.mark.slow,
+        ),
         (replace(GREEDY, max_tokens=3), ["What are you?"]),
         (
             replace(
@@ -66,7 +70,7 @@ def talk(model: ChatModel, options: ChatOptions, messages: Sequence[str]) -> Con
             ),
             ["Choose"],
         ),
-        (replace(GREEDY, response_schema=True, max_tokens=12), ["Choose"]),
+        pytest.param(replace(GREEDY, response_schema=True, max_tokens=12), ["Choose"], marks=pytest.mark.slow),
         (
             ChatOptions(
                 sampling={"temperature": 1, "seed": 7, "top_p": 0.9, "top_k": 20, "min_p": 0.01}, max_tokens=30

@@ -170,11 +170,12 @@ SIZES = [2, *(pytest.param(size, marks=pytest.mark.sweep) for size in (3, 4))]
 LONG_SIZES = [pytest.param(size, marks=pytest.mark.sweep) for size in (2, 3, 4)]
 
 
+@pytest.mark.parametrize("is_even", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_placement_generates_the_tokens_of_one_process(
-    size: int, folders: dict[str, Path], expected: Expected, tmp_path: Path
+    size: int, is_even: bool, folders: dict[str, Path], expected: Expected, tmp_path: Path
 ) -> None:
-    strategies = [strategy for name in STRATEGIES for strategy in (name, f"{name}:{WEIGHTS[size]}")]
+    strategies = [name if is_even else f"{name}:{WEIGHTS[size]}" for name in STRATEGIES]
     indices = ALL if size == 2 else FEW
     cases = [("k2", case(folders["k2"], strategy, indices=indices)) for strategy in strategies]
     check(size, cases, expected, tmp_path, indices)

@@ -109,7 +109,8 @@ def test_two_ranks_generate_the_same_as_one_process_even_after_a_cancelled_or_re
     wait_until_gone(pids)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("hybrid", marks=pytest.mark.slow), "pipeline"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["hybrid", "pipeline"])
 def test_requests_of_several_threads_are_independent(folder: Path, strategy: str) -> None:
     """Meanwhile other requests are cancelled or refused, caches are reset, and two requests sample without a seed."""
     requests = [Request(PROMPT[:length], max_tokens=40 - length) for length in (3, 9, 17, 30)]
@@ -234,6 +235,7 @@ def test_cancelling_does_not_wait_for_the_restart(folder: Path, monkeypatch: pyt
         assert len([event for event in seen if isinstance(event, Token)]) == 5
 
 
+@pytest.mark.slow
 def test_without_restarts_the_session_fails(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with closing(RingSession(SessionOptions(folder, ranks=2, max_restarts=0))) as ring:
         pids = ring.pids

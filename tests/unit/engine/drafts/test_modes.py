@@ -144,6 +144,7 @@ def test_a_stop_token_inside_a_draft_ends_the_answer(
     assert answers == dict.fromkeys(range(6), (expected[0][0][:end], "stop"))
 
 
+@pytest.mark.slow
 def test_preempted_requests_resume(
     model: Model, random_modes: list[RandomPlanner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
