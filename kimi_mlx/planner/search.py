@@ -176,7 +176,7 @@ def make_plan(
     notes: dict[str, None] = {}
     options: list[Option] = []
     fence_s = FAST_FENCE_S if is_fast_sync else FENCE_S
-    for strategy, shares, hosts, link in _candidates(machines, links, has_draft=draft is not None):
+    for strategy, shares, hosts, link in _candidates(machines, links):
         if problem := _chip_problem(hosts, strategy) or (link and _link_problem(hosts, link)):
             notes[problem] = None
             continue
@@ -188,26 +188,14 @@ def make_plan(
             continue
         setup = Setup(shape, strategy, hosts, portions, link, KIMI_MLX, fence_s, constants, draft)
         options.append(_option(setup, placement, context))
-    if len({machine.memory_bytes for machine in machines}) == 1:
-        options = _without_needless_weights(options)
     options.sort(key=lambda option: option.request_s)
     return Plan(shape, tuple(machines), context, is_fast_sync, tuple(options), tuple(notes), draft)
 
 
-def _without_needless_weights(options: Sequence[Option]) -> list[Option]:
-    """Return the options of equal hosts without shares by memory where even ones fit too: only a draft model, on one of
-    the hosts, can make them unequal."""
-    fitting = {(option.strategy, option.hosts) for option in options if option.shares == "even" and option.fits != "no"}
-    return [option for option in options if option.shares == "even" or (option.strategy, option.hosts) not in fitting]
-
-
 def _candidates(
-    machines: Sequence[Machine], links: Sequence[LinkProfile], *, has_draft: bool
+    machines: Sequence[Machine], links: Sequence[LinkProfile]
 ) -> Iterator[tuple[Strategy, Shares, list[Machine], LinkProfile | None]]:
-    """Yield the largest host alone, then the largest two, and so on, for each strategy and link.
-
-    Shares by memory are for hosts of different sizes, and for equal ones if one of them has a draft model too.
-    """
+    """Yield the largest host alone, then the largest two, and so on, for each strategy and link."""
     largest = sorted(machines, key=lambda machine: -machine.raised_gpu_bytes)
     yield "single", "even", largest[:1], None
     for count in range(2, len(largest) + 1):
@@ -216,7 +204,7 @@ def _candidates(
         for strategy in STRATEGIES:
             for link in links:
                 yield strategy, "even", hosts, link
-                if not is_uniform or has_draft:
+                if not is_uniform:
                     yield strategy, "by memory", hosts, link
 
 

@@ -21,8 +21,6 @@ from kimi_mlx.planner.model_shape import known_shape
 from kimi_mlx.planner.search import Plan, make_plan
 from kimi_mlx.planner.to_json import plan_to_dict
 from kimi_mlx.sizing.draft import draft_memory
-from kimi_mlx.sizing.hosts import SYSTEM_BYTES
-from kimi_mlx.units import GIB
 from tests.drafts import PUBLISHED
 
 CONTEXT = 8192
@@ -114,19 +112,6 @@ def test_shares_by_memory_leave_room_for_the_draft_model() -> None:
         assert result.choice is not None
         free = [host.raised_gpu_bytes - host.needed_bytes for host in result.choice.memory]
         assert min(free) > 0
-
-
-def test_equal_hosts_get_unequal_shares_if_the_draft_model_needs_them() -> None:
-    shape = known_shape("kimi-k2")
-    large = make_plan(shape, parse_machines("m5-ultra-512x2"), [RDMA], CONTEXT, draft=draft(3.2)).options
-    assert all(option.shares == "even" for option in large)
-    first = next(option for option in large if option.strategy == "hybrid").memory[0]
-    too_small_gb = (first.needed_bytes + SYSTEM_BYTES) // GIB
-    options = make_plan(
-        shape, parse_machines(f"m5-ultra-{too_small_gb}x2:1200GB/s"), [RDMA], CONTEXT, draft=draft(3.2)
-    ).options
-    fits = {option.shares: option.fits for option in options if option.strategy == "hybrid"}
-    assert fits == {"even": "no", "by memory": "raised"}
 
 
 def test_json_has_the_draft_with_and_without() -> None:
