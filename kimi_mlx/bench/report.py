@@ -25,6 +25,11 @@ FIGURE_NAMES = {
 }
 
 
+def _is_plain(case: Case) -> bool:
+    """Return whether a case is what a calibration predicts: one request with an empty cache, without images."""
+    return case.depth == 0 and case.concurrency == 1 and case.images == 0
+
+
 @dataclass(frozen=True)
 class Report:
     """All results.
@@ -103,11 +108,30 @@ class Report:
                     f"{agreement.side}: same tokens as kimi-mlx in {agreement.equal} of {agreement.answers} "
                     f"answers; earliest difference at token {agreement.first_difference}"
                 )
+        lines += self._prediction_lines()
         lines += notes(self.runs, self.sides)
         if roofline := self.settings.get("roofline"):
             lines.append(f"roofline: {roofline['bytes_per_s'] / 1e9:.1f} GB/s ({roofline['source']})")
         if not self.is_complete:
             lines.append(f"interrupted after {len(self.runs)} of {self.plan.total * len(self.sides)} runs")
+        return lines
+
+    def _prediction_lines(self) -> list[str]:
+        """Return the predicted speeds of kimi-mlx beside the measured ones, with an empty cache and one request."""
+        seen = {row.case.prompt_tokens: row.rates for row in self.rows if row.side == OURS and _is_plain(row.case)}
+        lines: list[str] = []
+        for prediction in self.settings.get("predictions", ()):
+            if (rates := seen.get(prediction["prompt_tokens"])) is None:
+                continue
+            figures = [
+                f"{name.removesuffix('_tok_per_s')} {prediction[name]:.3g} tok/s "
+                f"({prediction[name] / rates[name].median:.2f} times the measured speed)"
+                for name in ("prefill_tok_per_s", "decode_tok_per_s")
+                if name in rates
+            ]
+            lines.append(
+                f"predicted for {prediction['strategy']}, prompt {prediction['prompt_tokens']}: {', '.join(figures)}"
+            )
         return lines
 
     def tables(self) -> list[Table]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from kimi_mlx.bench.prediction import Predict, predictor_here
 from kimi_mlx.bench.roofline import Roofline
 from kimi_mlx.bench.sides import SessionSide, Side
 from kimi_mlx.bench.slow_link import slow_links
-from kimi_mlx.bench.workloads import synthetic_checkpoint
+from kimi_mlx.bench.workloads import synthetic_checkpoint, synthetic_config
 from kimi_mlx.cli.bench import MeasurementOptions
+from kimi_mlx.cli.calibration import calibrate_on
 from kimi_mlx.cli.open_model import (
     LaunchContext,
     PreparedModel,
@@ -32,14 +33,11 @@ from kimi_mlx.cli.vision_check import require_vision, require_vision_in_catalogu
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.images.preprocessing import Preprocessing
-from kimi_mlx.model.config import ModelConfig, load_config
-from kimi_mlx.planner.links import LinkProfile, measured_link
+from kimi_mlx.model.config import ModelConfig, load_config, parse_config
+from kimi_mlx.planner.model_shape import shape_of_config
 from kimi_mlx.runtime.load import compute_dtype
 from kimi_mlx.session.session import SessionOptions
 from kimi_mlx.store.model_ref import resolve_model_name
-
-LOOPBACK_BYTES_PER_S = 1e9
-"""Approximate bandwidth of the relay that delays local links."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,7 @@ class BenchmarkModels:
             "placement": self.prepared.choice.to_dict(),
             "hosts": None if launch is None else launch.cluster.names,
             "link_delay_ms": measurement.link_delay_ms,
+            "predictions": self._predictions(),
             "speculate": run.speculate,
             "sums": next((choice.to_dict() for choice in all_reduce if choice), None),
             "dtype": _dtype_name(run.dtype, self.config),
@@ -81,6 +80,19 @@ class BenchmarkModels:
             "commit": machine.commit(),
             "roofline": None if self.roofline is None else self.roofline.to_dict(),
         }
+
+    def _predictions(self) -> list[dict[str, Any]]:
+        """Return the predicted speeds of the strategy that runs, for each prompt length; none without a calibration."""
+        calibration = self.prepared.choice.calibration
+        if calibration is None:
+            return []
+        strategy = "single" if calibration.num_ranks == 1 else self.prepared.choice.strategy
+        return [
+            {"prompt_tokens": tokens, **asdict(prediction)}
+            for tokens in self.plan.prompt_tokens
+            for prediction in calibration.predictions(tokens)
+            if prediction.strategy == strategy
+        ]
 
 
 def open_models(
@@ -104,14 +116,14 @@ def open_models(
     Raises:
         KimiMlxError: a model cannot be loaded, or the plan does not fit.
     """
-    prepared = _prepare(launch, run, measurement, plan, is_quiet)
+    cluster = _cluster(run.ranks, measurement.link_delay_ms, run.fast_sync, stack)
+    prepared = _prepare(launch, run, measurement, plan, cluster, is_quiet)
     if prepared.folder is not None:  # before loading
         if plan.has_images:
             require_vision(prepared.folder, prepared.name)
         context = load_config(prepared.folder).max_position_embeddings
         _with_preprocessing(plan, prepared.folder).check_context(context)
-    cluster = _delayed_cluster(run.ranks, measurement.link_delay_ms, run.fast_sync, stack)
-    options = replace(session_options(run), cluster=cluster)
+    options = replace(session_options(run), cluster=cluster if run.ranks > 1 else None)
     opened = open_session(prepared, options, run.ranks, is_quiet)
     session = stack.enter_context(closing_with_status(opened.session, is_quiet))
     config = load_config(opened.tokenizer_folder)
@@ -135,19 +147,28 @@ def _with_preprocessing(plan: BenchmarkPlan, folder: Path) -> BenchmarkPlan:
 
 
 def _prepare(
-    launch: LaunchContext | None, run: RunOptions, measurement: MeasurementOptions, plan: BenchmarkPlan, is_quiet: bool
+    launch: LaunchContext | None,
+    run: RunOptions,
+    measurement: MeasurementOptions,
+    plan: BenchmarkPlan,
+    cluster: Cluster,
+    is_quiet: bool,
 ) -> PreparedModel:
     """Place the model and find its files; a synthetic checkpoint is written first."""
-    link = _delayed_link(measurement.link_delay_ms)
     name = measurement.synthetic
     if name is None:
         target = resolve_model_name(run.model_name)
         if plan.has_images:
             require_vision_in_catalogue(target)
-        return prepare_model(launch, target, run, is_quiet=is_quiet, link=link)
+        return prepare_model(launch, target, run, is_quiet=is_quiet, cluster=cluster)
     if run.model is not None:
         raise UsageError(f"`{run.model}` and --synthetic exclude each other", hint="leave one of them out")
-    choice = place_model(None, run.ranks, run.strategy, is_quiet=is_quiet, link=link)
+    shape = shape_of_config(name, parse_config(synthetic_config(name)))
+    choice = place_model(
+        None, run.ranks, run.strategy, is_quiet=is_quiet, cluster=cluster, shape=shape, dtype=run.dtype
+    )
+    if choice.calibration is None:  # measured here too where nothing is chosen: the report compares
+        choice = replace(choice, calibration=calibrate_on(cluster, is_quiet, run.dtype)(shape))
     with load_progress(f"making the checkpoint `{name}`", is_quiet) as progress:
         return PreparedModel(None, name, choice, synthetic_checkpoint(name, progress))
 
@@ -157,16 +178,12 @@ def _dtype_name(dtype: str | None, config: ModelConfig) -> str:
     return str(compute_dtype(dtype, config)).removeprefix("mlx.core.")
 
 
-def _delayed_cluster(ranks: int, delay_ms: float | None, fast_sync: bool, stack: ExitStack) -> Cluster | None:
-    """Return ranks on this machine with delayed links between them; None without a delay."""
+def _cluster(ranks: int, delay_ms: float | None, fast_sync: bool, stack: ExitStack) -> Cluster:
+    """Return ranks on this machine, with delayed links between them if there is a delay."""
+    cluster = local_cluster(ranks, fast_sync)
     if delay_ms is None:
-        return None
-    return replace(local_cluster(ranks, fast_sync), hostfile_rewriter=stack.enter_context(slow_links(delay_ms)))
-
-
-def _delayed_link(delay_ms: float | None) -> LinkProfile | None:
-    """Return the delayed link as the planner describes it; None without a delay."""
-    return None if not delay_ms else measured_link(2 * delay_ms / 1000, LOOPBACK_BYTES_PER_S)
+        return cluster
+    return replace(cluster, hostfile_rewriter=stack.enter_context(slow_links(delay_ms)))
 
 
 def _open_mlx_lm_sides(options: SessionOptions, stack: ExitStack, is_quiet: bool) -> list[Side]:

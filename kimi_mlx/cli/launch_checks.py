@@ -8,6 +8,7 @@ from dataclasses import replace
 import typer
 from rich.text import Text
 
+from kimi_mlx.cli.calibration import calibrate_on
 from kimi_mlx.cli.confirm import can_ask
 from kimi_mlx.cli.doctor_json import to_dict
 from kimi_mlx.cli.doctor_report import report
@@ -56,7 +57,8 @@ def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: Launched
         _report_servers(request)
     diagnosis = run_diagnosis(request, options.install)
     draft = None if command.draft is None else draft_shape(command.draft, command.model, is_assumed=True)
-    choice = choose_placement_on_hosts(diagnosis, request, command.strategy, draft)
+    calibrate = None if diagnosis.cluster is None else calibrate_on(diagnosis.cluster, command.is_json)
+    choice = choose_placement_on_hosts(diagnosis, request, command.strategy, draft, calibrate)
     need = with_placement(need, choice, request.world_size, draft)
     diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
     cluster = _require_cluster(diagnosis, need, option, command, is_forced=options.force)

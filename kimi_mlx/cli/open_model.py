@@ -9,18 +9,19 @@ from typing import Any
 
 import typer
 
+from kimi_mlx.cli.calibration import calibrate_on
 from kimi_mlx.cli.deployment import deployment_here, deployment_on_hosts
 from kimi_mlx.cli.fetch_model import fetch_model
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.cli.output import load_progress, print_warning
 from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.cluster.doctor.wired_memory import find_lost_memory
-from kimi_mlx.cluster.hosts.host import Cluster
+from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.draft_config import load_draft_config
 from kimi_mlx.planner.choice import Choice
-from kimi_mlx.planner.links import LinkProfile
+from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.session import open as session_open
 from kimi_mlx.session.model_status import ModelDeployment
 from kimi_mlx.session.session import Session, SessionOptions
@@ -103,21 +104,26 @@ def place_model(
     strategy: str | None,
     *,
     is_quiet: bool,
-    link: LinkProfile | None = None,
+    cluster: Cluster | None = None,
+    shape: ModelShape | None = None,
+    dtype: str | None = None,
 ) -> Choice:
     """Choose the placement of a model on ranks of this machine, and print it.
 
     Args:
         target: the model; None for a synthetic one.
         ranks: number of ranks.
-        strategy: strategy of the user; None for the stored one, else the planner's choice.
+        strategy: strategy of the user; None for the stored one, else the fastest by measurement.
         is_quiet: whether to print nothing.
-        link: link between the ranks; None for the fast one within a machine.
+        cluster: ranks to measure on; None for ranks over loopback.
+        shape: dimensions of the model; None to look them up by its name.
+        dtype: compute dtype; None for the default.
 
     Raises:
         UsageError: the weights of the strategy are for another number of ranks.
     """
-    choice = choose_placement(target, ranks, strategy, link)
+    calibrate = calibrate_on(cluster or local_cluster(ranks), is_quiet, dtype)
+    choice = choose_placement(target, ranks, strategy, calibrate, shape)
     print_placement(choice, f"{ranks} ranks", is_quiet or ranks == 1)
     return choice
 
@@ -128,7 +134,7 @@ def prepare_model(
     run: RunOptions,
     *,
     is_quiet: bool,
-    link: LinkProfile | None = None,
+    cluster: Cluster | None = None,
 ) -> PreparedModel:
     """Choose the placement of a model and find its files and those of its draft model; missing ones are downloaded.
 
@@ -137,7 +143,7 @@ def prepare_model(
         target: the model.
         run: options of the user.
         is_quiet: whether to print neither progress nor notices.
-        link: link between ranks on this machine; None for its own, fast one.
+        cluster: ranks on this machine, to measure on; None for ranks over loopback.
 
     Raises:
         UsageError: the model is large and there is no terminal to ask on, or the strategy does not fit `--ranks`.
@@ -148,7 +154,7 @@ def prepare_model(
     if launch is not None:
         draft_name = None if draft is None else name_for_hosts(draft)
         return PreparedModel(target, target.name, launch.choice, None, launch, draft_name=draft_name)
-    choice = place_model(target, run.ranks, run.strategy, is_quiet=is_quiet, link=link)
+    choice = place_model(target, run.ranks, run.strategy, is_quiet=is_quiet, cluster=cluster, dtype=run.dtype)
     folder = fetch_model(target, run.ranks, choice.strategy, is_quiet)
     config = load_config(folder)  # before anything is loaded: an unsupported checkpoint gets an error that says so
     draft_folder = None if draft is None else fetch_model(draft, 1, "hybrid", is_quiet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kimi_mlx.cli.model_size import model_shape
@@ -15,8 +15,17 @@ from kimi_mlx.cluster.doctor.memory_need import ModelNeed, RankNeed
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.parallel.placement import normalize_strategy
+from kimi_mlx.planner.calibration import Calibration
 from kimi_mlx.planner.chips import UNKNOWN_CHIP
-from kimi_mlx.planner.choice import Choice, by_rule, choose, choose_pipeline, memory_of
+from kimi_mlx.planner.choice import (
+    Choice,
+    by_calibration,
+    by_rule,
+    choose,
+    choose_pipeline,
+    memory_of,
+    needs_calibration,
+)
 from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.links import RDMA, LinkProfile
 from kimi_mlx.planner.machines import Machine, any_machine
@@ -32,8 +41,16 @@ _ANY_MACHINE = Machine("", UNKNOWN_CHIP, 0, 0)
 OVERRIDES = "--strategy overrides the choice"
 
 
+Calibrate = Callable[[ModelShape], Calibration | None]
+"""Measures a layer of a model and messages between ranks; returns None if that fails."""
+
+
 def choose_placement(
-    target: ModelRef | None, ranks: int, requested: str | None, link: LinkProfile | None = None
+    target: ModelRef | None,
+    ranks: int,
+    requested: str | None,
+    calibrate: Calibrate | None = None,
+    shape: ModelShape | None = None,
 ) -> Choice:
     """Choose the strategy of ranks on this machine.
 
@@ -41,7 +58,8 @@ def choose_placement(
         target: the model; None for one that has no stores.
         ranks: number of ranks.
         requested: value of `--strategy`.
-        link: link between the ranks; None for the machine's own, which is fast.
+        calibrate: function that measures on these ranks; None to measure nothing.
+        shape: dimensions of the model; None to look them up by its name.
 
     Raises:
         UsageError: the weights of the strategy are for another number of ranks.
@@ -53,11 +71,33 @@ def choose_placement(
     if target is not None and (stored := stored_strategy(target, ranks)) is not None:
         return Choice(stored, "as it is stored on this machine")
     # The planner assumes one rank per chip, so it cannot predict several on one machine.
-    return by_rule(None, (), link, "the ranks share one machine")
+    if calibrate is not None:
+        shape = shape or (None if target is None else _shape(target.name))
+        if (choice := _calibrated(calibrate, shape, (), None)) is not None:
+            return choice
+    return by_rule(None, (), None, "the ranks share one machine")
+
+
+def _calibrated(
+    calibrate: Calibrate,
+    shape: ModelShape | None,
+    machines: Sequence[Machine],
+    link: LinkProfile | None,
+    draft: DraftShape | None = None,
+) -> Choice | None:
+    """Measure and choose, if there is no prediction; return None if there is one or nothing can be measured."""
+    if shape is None or not needs_calibration(shape, machines, link):
+        return None
+    calibration = calibrate(shape)
+    return None if calibration is None else by_calibration(calibration, shape, machines, draft)
 
 
 def choose_placement_on_hosts(
-    diagnosis: Diagnosis, request: DoctorRequest, requested: str | None, draft: DraftShape | None = None
+    diagnosis: Diagnosis,
+    request: DoctorRequest,
+    requested: str | None,
+    draft: DraftShape | None = None,
+    calibrate: Calibrate | None = None,
 ) -> Choice:
     """Choose the strategy of ranks on hosts.
 
@@ -66,6 +106,7 @@ def choose_placement_on_hosts(
         request: hosts and model of the diagnosis.
         requested: value of `--strategy`.
         draft: draft model; None without one.
+        calibrate: function that measures on the ranks where nothing can be predicted; None to measure nothing.
 
     Raises:
         UsageError: the weights of the strategy are for another number of ranks.
@@ -82,6 +123,11 @@ def choose_placement_on_hosts(
         strategy, reason = stored, "as it is stored on the hosts"
     elif difference is not None:
         return choose_pipeline(shape if machines else None, machines, difference, draft)
+    elif (
+        calibrate is not None
+        and (choice := _calibrated(calibrate, shape, machines, _link(diagnosis), draft)) is not None
+    ):
+        return choice
     elif not machines:
         return by_rule(None, (), _link(diagnosis), "the hosts' memory is not known")
     else:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from kimi_mlx.errors import PlacementError
+from kimi_mlx.planner.calibration import Calibration
 from kimi_mlx.planner.constants import KIMI_MLX, Strategy
 from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.links import LinkProfile
@@ -20,6 +22,9 @@ SLOW_HOP_S = 0.5e-3
 """Hop time from which `by_rule` treats a link as slow: the 61 all-reduces per token of K2 then take longer than the
 computation on a Mac."""
 
+MIN_CALIBRATED_BYTES = 50e6
+"""Weights of a model from which on measuring pays: smaller ones answer at once with any strategy."""
+
 UNEVEN = 1.05
 """Ratio of memory sizes above which `by_rule` gives shares by memory."""
 
@@ -32,15 +37,18 @@ class Choice:
         strategy: strategy as `--strategy` takes it.
         reason: why it was chosen, shown to the user.
         memory: memory that each rank needs, if it is known.
+        calibration: measured times on which the choice is based, if any.
     """
 
     strategy: str
     reason: str
     memory: tuple[HostMemory, ...] = ()
+    calibration: Calibration | None = None
 
-    def to_dict(self) -> dict[str, str]:
-        """Return the choice for JSON."""
-        return {"strategy": self.strategy, "reason": self.reason}
+    def to_dict(self) -> dict[str, Any]:
+        """Return the choice for JSON, with what was measured and predicted for it, if anything."""
+        measured = {} if self.calibration is None else {"calibration": self.calibration.to_dict()}
+        return {"strategy": self.strategy, "reason": self.reason, **measured}
 
 
 def choose(
@@ -97,6 +105,33 @@ def by_rule(
     is_slow = link is not None and link.hop_s >= SLOW_HOP_S
     full_reason = f"{describe_link(link)}, {reason}" if link is not None else reason
     return _with_shares("pipeline" if is_slow else "hybrid", shape, machines, full_reason, draft)
+
+
+def needs_calibration(shape: ModelShape | None, machines: Sequence[Machine], link: LinkProfile | None) -> bool:
+    """Return whether `choose` has no prediction, but could measure: an unknown machine or link, and a large model."""
+    if shape is None or shape.weights_bytes < MIN_CALIBRATED_BYTES:
+        return False
+    return link is None or not all(machine.is_known for machine in machines)
+
+
+def by_calibration(
+    calibration: Calibration, shape: ModelShape, machines: Sequence[Machine], draft: DraftShape | None = None
+) -> Choice:
+    """Return the strategy with the fastest predicted decode, from measured times.
+
+    Args:
+        calibration: times measured on two ranks or more.
+        shape: the model.
+        machines: one machine per rank; empty if their memory is not known.
+        draft: draft model; None without one.
+    """
+    best, other, *_ = calibration.predictions()
+    reason = (
+        f"a layer and messages measured: {best.decode_tok_per_s:.3g} tok/s predicted, "
+        f"{other.strategy} {other.decode_tok_per_s:.3g}"
+    )
+    choice = _with_shares(best.strategy, shape, machines, reason, draft) if machines else Choice(best.strategy, reason)
+    return replace(choice, calibration=calibration)
 
 
 def choose_pipeline(

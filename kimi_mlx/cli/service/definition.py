@@ -18,10 +18,11 @@ import typer
 from kimi_mlx.cli.host_options import HostOptions
 from kimi_mlx.cli.launch import LaunchOptions
 from kimi_mlx.cli.launched_command import LaunchedCommand
-from kimi_mlx.cli.open_model import name_for_hosts, place_model, session_options
+from kimi_mlx.cli.open_model import name_for_hosts, session_options
 from kimi_mlx.cli.option_defaults import LAUNCHED
 from kimi_mlx.cli.option_groups import build_group
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
+from kimi_mlx.cli.placement import choose_placement
 from kimi_mlx.cli.serve import ServerOptions
 from kimi_mlx.errors import ServiceError, UsageError
 from kimi_mlx.server.http.server_socket import ServerSocket
@@ -201,7 +202,7 @@ def _check_model(target: ModelRef, run: RunOptions) -> None:
         UsageError: it is not here.
         WeightsError: it is here for another number of ranks.
     """
-    choice = place_model(target, run.ranks, run.strategy, is_quiet=True)
+    choice = choose_placement(target, run.ranks, run.strategy)
     if find_local_model(target, run.ranks, choice.strategy) is None:
         ranks = f" --ranks {run.ranks}" if run.ranks > 1 else ""
         raise UsageError(

@@ -19,7 +19,8 @@ from kimi_mlx.cluster.hosts.ssh import ScriptResult
 from kimi_mlx.cluster.network.links import LinkSpeed, Network
 from kimi_mlx.cluster.network.measure_networks import Link
 from kimi_mlx.errors import UsageError
-from kimi_mlx.planner.links import measured_link
+from kimi_mlx.planner.calibration import Calibration, Times
+from kimi_mlx.planner.model_shape import ModelShape, known_shape
 from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.units import GIB
 from tests.command import call
@@ -106,10 +107,23 @@ def test_invalid_strategies_exit_with_2(words: tuple[str, ...], message: str) ->
     assert message in " ".join(done.stderr.split())
 
 
-def test_a_slow_link_between_local_ranks() -> None:
-    choice = choose_placement(None, 2, None, measured_link(2e-3, 1e9))
-    assert choice.strategy == "pipeline"
-    assert "1 ms per message" in choice.reason
+def test_local_ranks_are_measured_unless_something_decides() -> None:
+    measured: list[ModelShape] = []
+
+    def calibrate(shape: ModelShape) -> Calibration | None:
+        measured.append(shape)
+        return calibration if len(measured) == 1 else None
+
+    times = {name: Times(seconds, seconds) for name, seconds in (("single", 2.0), ("hybrid", 1.5), ("tensor", 1.4))}
+    heads = {"single": 1.0, "split": 0.5}
+    calibration = Calibration(2, 61, times, heads, *[Times(1.0, 1.0)] * 3)
+    shape = known_shape("kimi-k2")
+    assert choose_placement(None, 2, None, calibrate, shape).strategy == "pipeline"
+    assert choose_placement(None, 2, None, calibrate, shape).strategy == "hybrid"  # nothing could be measured
+    assert choose_placement(None, 2, "tensor", calibrate, shape).strategy == "tensor"
+    assert choose_placement(None, 1, None, calibrate, shape).strategy == "hybrid"
+    assert choose_placement(resolve_model_name("kimi-mini"), 2, None, calibrate).strategy == "hybrid"
+    assert measured == [shape, shape]
 
 
 def test_hosts_use_the_planners_choice() -> None:
