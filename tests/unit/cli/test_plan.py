@@ -10,13 +10,15 @@ from typer.testing import CliRunner, Result
 
 import kimi_mlx.cli.plan_inputs
 from kimi_mlx.cli.app import app
+from kimi_mlx.cli.plan_bars import memory_bar
 from kimi_mlx.cli.plan_hosts import host_machines, measured_links
 from kimi_mlx.cluster.doctor.doctor import Diagnosis
 from kimi_mlx.cluster.hosts.facts import Facts
 from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.network.links import LinkSpeed, Network
 from kimi_mlx.cluster.network.measure_networks import Link
-from kimi_mlx.errors import LinkError, SshError, UsageError
+from kimi_mlx.errors import ConfigError, LinkError, SshError, UsageError
+from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.units import GIB
 from tests.fakes import KIMI_MINI
 
@@ -133,3 +135,61 @@ def test_measured_links() -> None:
         measured_links(Diagnosis(("mac-a", "mac-b"), {}, (problem,)))
     with pytest.raises(SshError, match="mac-a"):
         host_machines(Diagnosis(("mac-a",), {}, ()))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("kimi-k2.6", "--machines", "m3-ultra-512x2", "--draft", "auto"),
+        ("kimi-k2", "--machines", "m3-ultra-512,m4-max-128"),
+        ("kimi-k2.6", "--machines", "m6-ultra-512:1500GB/sx2", "--expert-bits", "3"),
+    ],
+)
+def test_the_report_has_the_choice_first_its_strategy_and_bars(words: tuple[str, ...]) -> None:
+    value = json.loads(call(*words, "--json").stdout)
+    choice = value["options"][value["choice"]]
+    shown = call(*words).stdout
+    lines = shown.splitlines()
+    header = next(number for number, line in enumerate(lines) if line.startswith("strategy "))
+    rows = [line.split() for line in lines[header + 1 : lines.index("", header)]]
+    assert rows[0][0].rstrip("*") == choice["strategy"]
+    fits = [row[4] for row in rows]
+    assert fits == sorted(fits, key=lambda cell: cell == "no")
+    assert all((row[-1] == "-") == (row[4] == "no") for row in rows)
+    assert (f"--strategy {choice['placement']}`" in shown) == (choice["strategy"] != "single")
+    assert "#####" in shown
+    assert "first token" in " ".join(shown.split())
+    assert "###" not in json.dumps(value)
+    assert all(len(line.rstrip()) <= 80 and line.isascii() for line in lines)
+
+
+def test_a_draft_model_is_planned_with_and_without() -> None:
+    shown = call("kimi-k2.6", "--machines", "m3-ultra-512x2", "--draft", "kimi-k2.6-draft").stdout
+    assert "with kimi-k2.6-draft: 3.2 tokens a step" in shown
+    assert "with drafts." in shown
+    assert "draft model" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (("kimi-k2", "--draft", "auto"), UsageError),
+        (("kimi-k2.6", "--draft", "someone/draft"), UsageError),
+        (("kimi-k2.6", "--draft", "kimi-mini-draft"), UsageError),
+        (("moonlight", "--draft", str(KIMI_MINI.parent / "kimi-mini-draft")), ConfigError),
+    ],
+)
+def test_wrong_draft_models_are_errors(words: tuple[str, ...], error: type[Exception]) -> None:
+    result = call(*words, "--machines", "m3-ultra-512x2")
+    assert isinstance(result.exception, error)
+
+
+def test_bars_of_memory_add_up() -> None:
+    for needed in (0, 10, 200, 400, 500, 600):
+        memory = HostMemory("mac", needed * GIB, GIB, GIB, 384 * GIB, 504 * GIB, 2 * GIB)
+        bar = memory_bar(memory).split("[")[1].split("]")[0]
+        assert len(bar) == 41
+        assert bar.count("|") == 1
+        shown = len(bar) - 1 - bar.count(".")
+        whole = max(504, needed + 4)
+        assert shown == pytest.approx(40 * (needed + 4) / whole, abs=3)
