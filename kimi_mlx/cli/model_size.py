@@ -13,6 +13,7 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.model.draft_config import load_draft_config
 from kimi_mlx.planner.drafts import DraftShape, make_draft_shape, published_draft_config
 from kimi_mlx.planner.model_shape import ModelShape, known_models, known_shape, shape_of_config
+from kimi_mlx.sizing.draft import draft_weight_bytes
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
 from kimi_mlx.sizing.prefill import PREFILL_CHUNK
@@ -83,6 +84,22 @@ def draft_shape(draft: str, model: str, *, is_assumed: bool = False) -> DraftSha
         f"the dimensions of the draft model `{draft}` are not known here",
         hint=f"download it first: `kimi-mlx download {draft}`",
     )
+
+
+def draft_download_bytes(draft: str, model: str) -> int:
+    """Return the size of a draft model that is not on this machine, about that of its matrices; 0 for one that is.
+
+    Args:
+        draft: value of `--draft`.
+        model: name of the model for which it drafts.
+
+    Raises:
+        UsageError: there is no such draft model, or its dimensions are not known here.
+        ConfigError: its configuration is not supported.
+    """
+    if config_folder(resolve_draft_name(draft, resolve_model_name(model))) is not None:
+        return 0
+    return draft_weight_bytes(draft_shape(draft, model).config, quantization=None)
 
 
 def _repository(target: ModelRef) -> str | None:

@@ -13,7 +13,7 @@ import typer
 from kimi_mlx.cli.doctor_json import to_dict
 from kimi_mlx.cli.doctor_report import report
 from kimi_mlx.cli.host_options import HostOptions
-from kimi_mlx.cli.model_size import download_disk, draft_shape, memory_requirement
+from kimi_mlx.cli.model_size import download_disk, draft_download_bytes, draft_shape, memory_requirement
 from kimi_mlx.cli.output import hides_messages, print_json, slow_status, stderr, stdout
 from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
 from kimi_mlx.cli.text_check import text_findings
@@ -55,9 +55,12 @@ def run_doctor(
     """
     ranks, option = hosts.read()
     with_draft = None if draft is None else draft_shape(draft, name)
+    need = memory_requirement(name)
+    if draft is not None:
+        need = replace(need, draft_download_bytes=draft_download_bytes(draft, name))
     request = DoctorRequest(
         ranks.with_envs(envs).with_fast_sync(fast_sync),
-        memory_requirement(name),
+        need,
         backend=hosts.requested_backend,
         python=hosts.python,
         is_link_forced=hosts.force_link,

@@ -48,6 +48,7 @@ class ModelNeed:
         download_bytes: size of the download; None if unknown.
         store_prefix: start of the folder names of the chosen placement's stores; None for any placement.
         by_rank: memory of each rank with the chosen placement; empty if unknown.
+        draft_download_bytes: size of the draft model that the host of rank 0 has yet to download.
     """
 
     name: str
@@ -61,6 +62,7 @@ class ModelNeed:
     download_bytes: int | None = None
     store_prefix: str | None = None
     by_rank: Sequence[RankNeed] = ()
+    draft_download_bytes: int = 0
 
     def memory_bytes(self, facts: Facts, ranks: Sequence[int], world_size: int) -> int | None:
         """Return the memory that a host's ranks need; None if unknown.

@@ -128,10 +128,12 @@ def _check_capacity(request: DoctorRequest, facts: Facts) -> list[Finding]:
 
 def _disk_bytes(request: DoctorRequest, facts: Facts) -> int | None:
     """Return the bytes that a host has yet to store: a download on this machine alone, else its part of the stores."""
-    need = request.need
+    need, ranks = request.need, request.ranks[facts.host]
     if not request.is_alone or (request.option and not need.is_here):
-        return need.disk_bytes(facts, request.ranks[facts.host], request.world_size)
-    return 0 if need.is_here else need.download_bytes
+        missing = need.disk_bytes(facts, ranks, request.world_size)
+    else:
+        missing = 0 if need.is_here else need.download_bytes
+    return missing if missing is None or 0 not in ranks else missing + need.draft_download_bytes
 
 
 def replace_model_findings(

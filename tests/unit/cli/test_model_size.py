@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cli.model_size import draft_shape, memory_requirement, model_shape
+from kimi_mlx.cli.model_size import draft_download_bytes, draft_shape, memory_requirement, model_shape
 from kimi_mlx.cli.placement import ALONE, with_placement
+from kimi_mlx.cluster.doctor.run_checks import DoctorRequest, check_hosts
 from kimi_mlx.cluster.hosts.facts import Facts, HeldStore
+from kimi_mlx.cluster.hosts.host import Host, Hostfile
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.links import RDMA
 from kimi_mlx.planner.machines import parse_machines
@@ -62,3 +65,13 @@ def test_expert_bits_plan_what_the_conversion_makes(tmp_path: Path) -> None:
     convert(open_conversion(KIMI_MINI, ConvertOptions(expert_bits=3)), tmp_path / "converted")
     converted = model_shape(str(tmp_path / "converted"))
     assert with_expert_bits(model_shape(str(KIMI_MINI)), 3).bytes == converted.bytes
+
+
+def test_a_missing_draft_model_needs_disk_space() -> None:
+    assert draft_download_bytes("auto", "kimi-k2.6") == pytest.approx(3.7e9, rel=0.01)
+    assert draft_download_bytes("auto", "kimi-mini") == 0
+    need = replace(memory_requirement("kimi-mini"), draft_download_bytes=7)
+    request = DoctorRequest(Hostfile((Host("localhost"),)), need)
+    facts = Facts("localhost", True, disk_free_bytes=6, stores_folder="/stores")
+    (finding,) = (finding for finding in check_hosts(request, {"localhost": facts}, {}) if finding.check == "disk")
+    assert (finding.state, finding.message) == ("problem", "needs 7 B; 6 B are free for `/stores`")
