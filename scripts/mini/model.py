@@ -150,14 +150,14 @@ def route(p: Parameters, name: str, x: mx.array, shape: Shape) -> tuple[mx.array
 
 
 def experts(
-    p: Parameters, name: str, x: mx.array, shape: Shape, capacity: float = CAPACITY
+    p: Parameters, name: str, x: mx.array, shape: Shape, capacity: float | None = None
 ) -> tuple[mx.array, mx.array]:
     """The routed experts, each on its own tokens. x: (T, D). Return (T, D) and the tokens per expert (E,)."""
     T, D = x.shape
     E, k = shape.n_routed_experts, shape.num_experts_per_tok
     weights, chosen = route(p, name, x, shape)
     chosen = chosen.astype(mx.int32)
-    C = int(T * k / E * capacity)
+    C = int(T * k / E * (CAPACITY if capacity is None else capacity))
     place = mx.cumsum(chosen, axis=0) - 1  # (T, E): place of the token in the expert's queue
     kept = (chosen > 0) & (place < C)
     token_of_slot = mx.full((E * C + 1,), T, dtype=mx.int32)
@@ -177,7 +177,7 @@ def experts(
 
 
 def feed_forward(
-    p: Parameters, index: int, h: mx.array, shape: Shape, capacity: float = CAPACITY
+    p: Parameters, index: int, h: mx.array, shape: Shape, capacity: float | None = None
 ) -> tuple[mx.array, mx.array | None]:
     """Add a layer's feed-forward to h (T, D); return it, and the number of tokens per expert, if any."""
     layer = f"model.layers.{index}"
