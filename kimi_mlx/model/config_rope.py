@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kimi_mlx.errors import ConfigError
-from kimi_mlx.model.config_values import check_fields, first_given, get_object
+from kimi_mlx.model.config_values import INVALID_HINT, check_fields, first_given, get_object
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,7 @@ def parse_rope(raw: Mapping[str, Any], where: str) -> tuple[Any, YarnScaling | N
     if kind == "default":
         return theta, None
     if kind != "yarn":
-        raise ConfigError(f"`{where}` has rope scaling {reprlib.repr(kind)}; supported are `yarn` and none")
+        raise ConfigError(
+            f"`{where}` has rope scaling {reprlib.repr(kind)}; supported are `yarn` and none", hint=INVALID_HINT
+        )
     return theta, YarnScaling(**check_fields(YarnScaling, scaling, where, f"{name}."))

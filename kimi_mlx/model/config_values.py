@@ -117,5 +117,5 @@ def get_object(raw: Mapping[str, Any], name: str, where: str, prefix: str = "") 
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"`{where}` has {prefix}{name} = {reprlib.repr(value)}, not an object")
+        raise ConfigError(f"`{where}` has {prefix}{name} = {reprlib.repr(value)}, not an object", hint=INVALID_HINT)
     return value

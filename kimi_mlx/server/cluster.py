@@ -14,6 +14,7 @@ from kimi_mlx.server.health import health_problem
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.service import Service
 from kimi_mlx.session.model_status import ModelDeployment, ModelStatus, model_status
+from kimi_mlx.session.session import DraftStatus
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class ClusterStatus(ModelStatus):
         instant_sampling: sampling parameters that differ when thinking is off.
         queue_capacity: maximum number of answers that wait; further ones are refused.
         batch_sizes: number of steps by the number of their sequences: `1`, `2`, `3-4` and so on.
+        drafts: use of drafts since the start; None if they are not enabled.
         answers: answers in progress and in the queue, the oldest first.
         rates: token rates of the last minutes.
         prompt_tokens: number of prompt tokens of all finished answers.
@@ -43,6 +45,7 @@ class ClusterStatus(ModelStatus):
     instant_sampling: Mapping[str, float] = field(default_factory=dict[str, float])
     queue_capacity: int = 0
     batch_sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+    drafts: DraftStatus | None = None
     answers: Sequence[RunningAnswer] = ()
     rates: TokenRates = field(default_factory=TokenRates)
     prompt_tokens: int = 0
@@ -84,6 +87,7 @@ def cluster_status(service: Service, model_info: ModelInfo, deployment: ModelDep
         instant_sampling=service.prompt_builder.instant_sampling,
         queue_capacity=service.queue_capacity,
         batch_sizes=session_status.batch_sizes.to_dict(),
+        drafts=session_status.drafts,
         answers=service.running_answers(),
         rates=service.rates.rates(),
         prompt_tokens=prompt_tokens,

@@ -86,9 +86,15 @@ class Job:
         num_prompt = len(self.request.prompt)
         cached, peak = (0, 0) if statistics is None else (statistics.cached_tokens, statistics.peak_memory_bytes)
         ttft_s, decode_s = first_token_at - self.submitted_at, now - first_token_at
-        return Finished(
-            reason, Statistics(num_prompt, min(cached, num_prompt), len(self.sent_ids), ttft_s, decode_s, peak)
-        )
+        own = Statistics(num_prompt, min(cached, num_prompt), len(self.sent_ids), ttft_s, decode_s, peak)
+        if statistics is not None:  # draft tokens are counted as in DraftStatus
+            own = replace(
+                own,
+                drafted_tokens=statistics.drafted_tokens,
+                accepted_tokens=statistics.accepted_tokens,
+                drafts_off=statistics.drafts_off,
+            )
+        return Finished(reason, own)
 
     def _finish_reason(self, context: int) -> FinishReason | None:
         if self.sent_ids and self.sent_ids[-1] in self.request.stop_ids:

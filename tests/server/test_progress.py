@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import httpx2
@@ -14,7 +15,7 @@ from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Prefil
 from kimi_mlx.engine.request import Request
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.model_status import ModelStatus
-from kimi_mlx.session.session import EventCallback
+from kimi_mlx.session.session import DraftStatus, EventCallback, SessionStatus
 from tests.fakes import KIMI_MINI, FixedSession
 from tests.server.running_server import RunningServer, serving, wait_until
 
@@ -143,3 +144,11 @@ def test_cluster_describes_the_model_and_its_answers() -> None:
         wait_until(lambda: not client.get("/v1/cluster").json()["answers"])
         schema = client.get("/openapi.json").json()["components"]["schemas"]["ClusterStatus"]["properties"]
         assert schema.keys() == document.keys()
+        assert document["drafts"] is None
+
+
+def test_cluster_says_why_nothing_is_drafted(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts = DraftStatus(drafted_tokens=40, accepted_tokens=25, off_reason="a step of 4 tokens takes 2.9 times as long")
+    monkeypatch.setattr(FixedSession, "status", lambda self: SessionStatus(True, drafts=drafts))
+    with serving(FixedSession([])) as server:
+        assert httpx2.get(f"{server.url}/v1/cluster", timeout=60).json()["drafts"] == asdict(drafts)

@@ -103,6 +103,7 @@ def test_an_unsupported_or_invalid_file_is_an_error(fields: dict[str, Any], mess
         parse_draft_config({**PUBLISHED, **fields}, where="draft/config.json")
     assert "`draft/config.json`" in error.value.message
     assert message in error.value.message
+    assert error.value.hint
 
 
 @pytest.mark.parametrize(

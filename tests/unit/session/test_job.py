@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kimi_mlx.cluster.channel.messages import decode
@@ -9,6 +11,7 @@ from kimi_mlx.engine.events import Event, Finished, Statistics
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError
 from kimi_mlx.session.job import Job
+from kimi_mlx.session.session import DraftStatus
 
 REQUEST = Request((1, 2, 3), max_tokens=5, stop_ids=frozenset([9]))
 STATISTICS = Statistics(3, 2, 5, ttft_s=0.5, decode_s=1.0, peak_memory_bytes=7)
@@ -55,3 +58,10 @@ def test_statistics_of_an_interrupted_answer_cover_all_of_it() -> None:
     assert (statistics.prompt_tokens, statistics.cached_tokens, statistics.generated_tokens) == (3, 2, 5)
     assert (statistics.peak_memory_bytes, statistics.decode_s) == (7, 0)
     assert statistics.ttft_s > 0
+
+
+def test_draft_tokens_of_an_interrupted_answer_are_those_that_the_status_counts() -> None:
+    job = make_job([7, 8, 9])
+    job.was_interrupted = True
+    ended = replace(STATISTICS, drafted_tokens=6, accepted_tokens=4, drafts_off="a reason")
+    assert DraftStatus().after(job.finish_event("stop", ended).statistics) == DraftStatus(6, 4, "a reason")
