@@ -1,0 +1,42 @@
+"""The metrics that the engine counts."""
+
+from __future__ import annotations
+
+from kimi_mlx.engine.batch_sizes import BATCH_SIZE_LIMITS, NO_STEPS, BatchSizes
+from kimi_mlx.server.metrics import Metrics
+from kimi_mlx.session.session import SessionStatus
+
+
+def test_batch_sizes_are_a_histogram() -> None:
+    sizes = NO_STEPS
+    for size in (0, 1, 2, 3, 100, 100, 300):
+        sizes = sizes.with_step(size)
+    lines = Metrics().render(SessionStatus(is_up=True, batch_sizes=sizes), is_up=True).decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if line.startswith("kimi_mlx_batch_size"))
+    buckets = {name.split('"')[1]: float(value) for name, value in values.items() if "bucket" in name}
+    assert buckets == dict.fromkeys(["4", "8", "16", "32", "64"], 3.0) | {
+        "1": 1.0,
+        "2": 2.0,
+        "128": 5.0,
+        "256": 5.0,
+        "+Inf": 6.0,
+    }
+    assert float(values["kimi_mlx_batch_size_count"]) == 6
+    assert float(values["kimi_mlx_batch_size_sum"]) == 506
+
+
+def test_batch_sizes_by_name() -> None:
+    names = BatchSizes(range(len(BATCH_SIZE_LIMITS) + 1)).to_dict()
+    assert list(names) == [
+        "1",
+        "2",
+        "3-4",
+        "5-8",
+        "9-16",
+        "17-32",
+        "33-64",
+        "65-128",
+        "129-256",
+        "257 or more",
+    ]
+    assert list(names.values()) == list(range(10))
