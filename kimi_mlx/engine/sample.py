@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import mlx.core as mx
 
 from kimi_mlx.engine.batch_entry import BatchEntry
 from kimi_mlx.engine.events import Logprobs
+from kimi_mlx.engine.request import Sampling
+from kimi_mlx.engine.sampling import sample_rows
 
 
 @dataclass
@@ -54,23 +56,40 @@ def sample_tokens(logits: mx.array, entries: Sequence[BatchEntry]) -> SampledTok
     if all(entry.sequence.sampler.is_greedy for entry in with_logits):
         tokens = mx.argmax(logits, axis=-1)
     else:
-        tokens = mx.concatenate([_sample(logits, entry) for entry in with_logits])
+        tokens = _sample_together(logits, with_logits)
     logprobs = {
         row: _logprobs(logits[row : row + 1], tokens[row : row + 1], top_logprobs)
         for entry in with_logits
         if (top_logprobs := entry.sequence.request.top_logprobs) is not None
-        for row in range(entry.logits_start, entry.logits_start + entry.num_logits)
+        for row in _rows(entry)
     }
     return SampledTokens(tokens, logprobs)
 
 
-def _sample(logits: mx.array, entry: BatchEntry) -> mx.array:
-    """Sample the tokens of one entry, (num_logits,)."""
-    sampler = entry.sequence.sampler
-    rows = logits[entry.logits_rows]
-    if sampler.is_greedy:
-        return mx.argmax(rows, axis=-1)
-    return sampler.sample(sampler.bias(rows, entry.draft), entry.position)
+def _sample_together(logits: mx.array, entries: Sequence[BatchEntry]) -> mx.array:
+    """Sample the tokens of all entries, (M,); those with equal sampling parameters at once."""
+    groups: dict[Sampling, list[BatchEntry]] = {}
+    for entry in entries:
+        groups.setdefault(replace(entry.sequence.request.sampling, seed=None), []).append(entry)
+    sampled: list[mx.array] = []
+    for sampling, group in groups.items():
+        rows = [entry.sequence.sampler.bias(logits[entry.logits_rows], entry.draft) for entry in group]
+        seeds = [
+            seed
+            for entry in group
+            for seed in entry.sequence.sampler.sample.row_seeds(entry.position, entry.num_logits)
+        ]
+        sampled.append(sample_rows(rows[0] if len(rows) == 1 else mx.concatenate(rows), sampling, seeds))
+    tokens = sampled[0] if len(sampled) == 1 else mx.concatenate(sampled)
+    order = [row for group in groups.values() for entry in group for row in _rows(entry)]
+    if order == sorted(order):
+        return tokens
+    return tokens[mx.array(sorted(range(len(order)), key=order.__getitem__))]
+
+
+def _rows(entry: BatchEntry) -> range:
+    """Return the rows of the logits of an entry."""
+    return range(entry.logits_start, entry.logits_start + entry.num_logits)
 
 
 def _logprobs(logits: mx.array, token: mx.array, top_logprobs: int) -> tuple[mx.array, mx.array, mx.array]:

@@ -7,6 +7,7 @@ tokens by their probabilities at temperature 1, and the temperature applies to w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -40,16 +41,34 @@ class Sampler:
         Returns:
             (n,) integers.
         """
-        temperature = self._sampling.temperature
-        if temperature < GREEDY_BELOW:
-            return mx.argmax(logits, axis=-1)
-        logits = logits.astype(mx.float32)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        kept = keep_likely(logprobs, self._sampling) * (1 / temperature)
-        # The largest sum of a logit and Gumbel noise is a sample of the softmax (Gumbel 1954).
-        keys = [mx.random.key(_mixed(self._seed, position + row)) for row in range(logits.shape[0])]
-        noise = [mx.random.gumbel(logits.shape[1:], key=key) for key in keys]
-        return mx.argmax(kept + mx.stack(noise), axis=-1)
+        return sample_rows(logits, self._sampling, self.row_seeds(position, logits.shape[0]))
+
+    def row_seeds(self, position: int, count: int) -> list[int]:
+        """Return the seeds of the random numbers of consecutive positions."""
+        return [_mixed(self._seed, position + row) for row in range(count)]
+
+
+def sample_rows(logits: mx.array, sampling: Sampling, seeds: Sequence[int]) -> mx.array:
+    """Sample a token from each row of logits, also of different sequences, (n,) integers.
+
+    Args:
+        logits: (n, vocab_size); -inf for forbidden tokens.
+        sampling: sampling parameters of all rows; their seed is not used.
+        seeds: seed of each row's random numbers, at least one.
+    """
+    if sampling.temperature < GREEDY_BELOW:
+        return mx.argmax(logits, axis=-1)
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    kept = keep_likely(logprobs, sampling) * (1 / sampling.temperature)
+    # The largest sum of a logit and Gumbel noise is a sample of the softmax (Gumbel 1954).
+    shape = logits.shape[1:]
+    keys = [mx.random.key(seed) for seed in seeds]
+    if len(keys) == 1:
+        noise = mx.random.gumbel(shape, key=keys[0])[None]
+    else:
+        noise = mx.vmap(lambda key: mx.random.gumbel(shape, key=key))(mx.stack(keys))
+    return mx.argmax(kept + noise, axis=-1)
 
 
 def keep_likely(logprobs: mx.array, sampling: Sampling) -> mx.array:
