@@ -175,9 +175,17 @@ class KeyStack:
 
     def holds(self, caches: Sequence[LatentCache]) -> bool:
         """Return whether the rows are those of these caches, in this order."""
-        return len(caches) == self.rows.shape[0] and all(
-            cache.stack is self and reference() is cache for cache, reference in zip(caches, self._members, strict=True)
+        return len(caches) == self.rows.shape[0] and self.first_row(caches) == 0
+
+    def first_row(self, caches: Sequence[LatentCache]) -> int | None:
+        """Return the row of the first of these caches; None unless they are adjacent rows in this order."""
+        members = [reference() for reference in self._members]
+        first = next((row for row, member in enumerate(members) if member is caches[0]), len(members))
+        adjacent = members[first : first + len(caches)]
+        is_here = len(adjacent) == len(caches) and all(
+            cache.stack is self and member is cache for cache, member in zip(caches, adjacent, strict=True)
         )
+        return first if is_here else None
 
 
 def append_together(caches: Sequence[LatentCache], rows: mx.array, where: tuple[mx.array, mx.array]) -> None:
@@ -204,7 +212,8 @@ def append_together(caches: Sequence[LatentCache], rows: mx.array, where: tuple[
 def fetch_together(caches: Sequence[LatentCache], length: int) -> mx.array:
     """Return the first `length` own rows of several caches, (B * N, 1, length, R + P); without a copy from a stack."""
     stack = caches[0].stack
-    if stack is not None and stack.holds(caches) and stack.rows.shape[1] >= length:
-        return stack.rows[:, None, :length]
+    first = None if stack is None or stack.rows.shape[1] < length else stack.first_row(caches)
+    if stack is not None and first is not None:
+        return stack.rows[first : first + len(caches), None, :length]
     parts = [cache.fetch_own(length) for cache in caches]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=0)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kimi_mlx.model.attention_cost import AttentionCost, AttentionShape
+from kimi_mlx.model.cache import SharedRows
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
 from kimi_mlx.model.device_traits import CPU_TUNING, METAL_TUNING
@@ -121,9 +122,16 @@ def test_logits_and_caches_are_those_of_one_rank(strategy: str, tuning: object, 
         for step in ([(23, 0), (2, 2), (40, 1)], [(9, 9), (1, 1), (5, 0)], [(1, 1), (1, 1), (1, 1)])
     ]
 
+    shared_tokens = [rng.randrange(200) for _ in range(17)]
+
     def run(model: Model) -> np.ndarray:
         model.tune(tuning)
         caches = [model.make_cache() for _ in steps[0]]
+        prefix = model.make_cache()
+        mx.eval(model.hidden(mx.array([shared_tokens]), [SequenceSlice(prefix, len(shared_tokens), 0)]))
+        for cache in caches[:2]:
+            for layer, source in zip(cache, prefix, strict=True):
+                layer.copy(source, len(shared_tokens), SharedRows(source.fetch(len(shared_tokens))))
         outputs: list[np.ndarray] = []
         for step in steps:
             tokens = mx.array([[token for tokens, _ in step for token in tokens]])
@@ -143,7 +151,7 @@ def test_logits_and_caches_are_those_of_one_rank(strategy: str, tuning: object, 
 
     single = run(load_model(folder, load_config(folder), mx.float32))
     results = on_ranks(size, run_rank)
-    assert len(gathers) == size * 2 * len(steps)
+    assert len(gathers) == size * (2 * len(steps) + 1)  # the prefix needs one query in its last layer
     assert all(np.array_equal(result, results[0]) for result in results)
     np.testing.assert_allclose(results[0], single, rtol=0, atol=2e-5 * np.abs(single).max())
 
