@@ -186,7 +186,7 @@ class Engine:
 
     def measure_steps(self) -> None:
         """Measure how long steps of a few tokens take, to decide on drafts. Collective; call it before any request."""
-        self._step_times.set_start(measure_steps(self._model, self._runner))
+        self._step_times.set_start_times(measure_steps(self._model, self._runner))
 
     def cancel(self, request_id: int) -> None:
         """Cancel a request if it is not finished. Its Finished event has the reason `cancelled`."""

@@ -1,4 +1,4 @@
-"""How often drafts are accepted, by the number of the draft token."""
+"""Acceptance rates of draft tokens, by their position in the draft."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ FIRST_GUESS = 0.6
 """Assumed probability that a draft token is accepted, before any was verified."""
 
 PRIOR_WEIGHT = 2.0
-"""Number of verified tokens that the prior counts as: a sequence whose drafts are wrong shows it in two or three."""
+"""Weight of the prior, in verified tokens: so small that two or three wrong drafts of a sequence outweigh it."""
 
 DECAY, LONG_DECAY = 0.95, 0.99
 """Decay of older results per draft: of one sequence, and of all."""
@@ -17,10 +17,10 @@ DECAY, LONG_DECAY = 0.95, 0.99
 class Acceptance:
     """Decaying averages of the acceptance of draft tokens, each given that all before it were accepted.
 
-    Results of later tokens decay with every draft, also with shorter ones: so longer drafts are tried again.
+    Results of later tokens decay with every draft, even a shorter one, so longer drafts are tried again.
 
     Args:
-        prior: acceptance of other sequences, which counts until this one has results; None for a constant.
+        prior: acceptance of all sequences, used until this one has results; None for FIRST_GUESS.
     """
 
     def __init__(self, prior: Acceptance | None = None):
@@ -33,7 +33,7 @@ class Acceptance:
 
         Args:
             drafted: number of draft tokens.
-            accepted: number of them that were accepted, the first ones.
+            accepted: number of leading draft tokens that were accepted.
         """
         missing = [0.0] * (drafted - len(self._verified))
         self._verified = [weight * self._decay for weight in self._verified + missing]
@@ -47,20 +47,21 @@ class Acceptance:
     def probabilities(self, count: int) -> list[float]:
         """Return for each of the first draft tokens the probability that it is accepted, if all before it were.
 
-        Before there are results, a token is as likely as the one before; in a sequence, with the ratio of the two in
-        all sequences.
+        A token without results gets the probability of the previous token, times the ratio of the two in all sequences
+        if there is a prior.
         """
-        others = [] if self._prior is None else self._prior.probabilities(count)
-        found: list[float] = []
+        prior_values = [] if self._prior is None else self._prior.probabilities(count)
+        probabilities: list[float] = []
         for index in range(count):
             is_known = index < len(self._verified)
             verified, accepted = (self._verified[index], self._accepted[index]) if is_known else (0.0, 0.0)
             if not index:
-                prior = others[0] if others else FIRST_GUESS
+                prior = prior_values[0] if prior_values else FIRST_GUESS
             else:
-                prior = min(found[-1] * (others[index] / others[index - 1] if others else 1.0), 1.0)
-            found.append((accepted + PRIOR_WEIGHT * prior) / (verified + PRIOR_WEIGHT))
-        return found
+                ratio = prior_values[index] / prior_values[index - 1] if prior_values else 1.0
+                prior = min(probabilities[-1] * ratio, 1.0)
+            probabilities.append((accepted + PRIOR_WEIGHT * prior) / (verified + PRIOR_WEIGHT))
+        return probabilities
 
     def chances(self, count: int) -> list[float]:
         """Return for each of the first draft tokens the probability that it and all before it are accepted."""

@@ -1,8 +1,8 @@
-"""The message that tells all ranks the leader's decision before a step.
+"""The message with the leader's decision, which all ranks receive before a step.
 
-In a pipeline it also has the tokens that the leader accepted of the step before, because the others do not sample.
-All integers: is_drafting, then the accepted tokens and the drafts, each list as their count and for each its length
-and its tokens.
+In a pipeline it also has the accepted tokens of the previous step, because the other ranks do not sample.
+Format: integers. First is_drafting, then two lists, the accepted tokens and the drafts. A list is its number of items,
+then for each item its number of tokens and its tokens.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from kimi_mlx.engine.drafts.drafter import Draft
 
 @dataclass(frozen=True)
 class Decision:
-    """What the leader has decided before a step.
+    """The leader's decision before a step.
 
     Args:
         drafts: draft of each sequence whose last token is known.
-        is_drafting: whether the next step is decided on, too; otherwise steps are launched ahead.
+        is_drafting: whether the mode with drafts continues, so that the next step has a decision, too; otherwise steps
+            are launched ahead.
     """
 
     drafts: tuple[Draft, ...]
@@ -27,10 +28,10 @@ class Decision:
 
 
 def encode(accepted: Sequence[Sequence[int]], decision: Decision) -> list[int]:
-    """Return a message.
+    """Encode a message.
 
     Args:
-        accepted: accepted tokens by entry of the step before; empty if all ranks know them.
+        accepted: accepted tokens of each entry of the previous step; empty if all ranks know them.
         decision: the decision.
     """
     numbers = [int(decision.is_drafting)]
@@ -42,7 +43,7 @@ def encode(accepted: Sequence[Sequence[int]], decision: Decision) -> list[int]:
 
 
 def decode(message: Sequence[int]) -> tuple[list[list[int]], Decision]:
-    """Return the accepted tokens and the decision of a message."""
+    """Decode a message into the accepted tokens and the decision."""
     numbers = iter(message)
     is_drafting = bool(next(numbers))
     accepted = list(_read_lists(numbers))

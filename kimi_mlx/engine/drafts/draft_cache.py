@@ -1,7 +1,7 @@
-"""The draft model's cache of one sequence, and captured states that it has not read yet.
+"""The draft model's cache of one sequence, and captured states that the draft model has not read yet.
 
 Row i was computed from the state of position i and token i + 1. Rows may be missing: those of blocks from the disk, and
-the last one of a prefix. Then the draft model knows less; the text does not depend on it.
+the last one of a prefix. Missing rows make drafts worse; they never change the text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kimi_mlx.model.cache import LatentCache
 
 
 class DraftCache:
-    """Rows and unread states.
+    """Cached rows of one sequence, and its unread states.
 
     Attributes:
         rows: the cached rows.
@@ -58,7 +58,7 @@ class DraftCache:
         return positions, mx.concatenate([states for _, states in taken], axis=1)
 
     def truncate(self, num_tokens: int) -> None:
-        """Keep only what belongs to the first `num_tokens` tokens: row i has read token i + 1."""
+        """Keep only the rows and states of the first `num_tokens` tokens: row i depends on token i + 1."""
         count = bisect.bisect_left(self.positions, num_tokens - 1)
         self.rows.trim(len(self.positions) - count)
         del self.positions[count:]
@@ -67,7 +67,7 @@ class DraftCache:
         ]
 
     def copy(self, other: DraftCache, num_tokens: int) -> None:
-        """Replace the contents with what belongs to the first `num_tokens` tokens of another cache."""
+        """Replace the contents with the rows and states of the first `num_tokens` tokens of another cache."""
         self.positions, self._unread = list(other.positions), list(other._unread)
         if other.positions:
             self.rows.copy(other.rows, len(other.positions))

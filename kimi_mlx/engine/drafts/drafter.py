@@ -1,4 +1,4 @@
-"""The interface of what proposes drafts."""
+"""The interface of drafters, which propose drafts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Draft = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Offer:
-    """What a drafter can propose for a sequence now.
+    """A draft that a drafter can propose for a sequence now.
 
     Args:
-        source: where the draft comes from; drafts of one source are accepted about equally often.
+        source: origin of the draft; drafts from one source have similar acceptance.
         length: maximum number of draft tokens, at least 1.
         tokens: the draft, if it is known already; then it costs nothing.
     """
@@ -37,7 +37,7 @@ class Drafter(Protocol):
     """
 
     def offer(self, sequence: Sequence, limit: int) -> Offer | None:
-        """Return what can be proposed after the known tokens of a sequence; None if nothing.
+        """Offer a draft after the known tokens of a sequence; return None if there is nothing to propose.
 
         Args:
             sequence: the sequence.
@@ -54,7 +54,7 @@ class Drafter(Protocol):
         ...
 
     def observe(self, step: InFlightStep) -> None:
-        """Take what the drafter needs from a step, after its tokens are read and appended."""
+        """Keep data of a step for later drafts. Called after its tokens are read and appended."""
         ...
 
 

@@ -21,13 +21,13 @@ PROMPT_TOKENS = 16
 """Number of tokens in the cache."""
 
 NUM_STEPS = 4
-"""Number of steps of each size. The first one does not count, because it may compile kernels."""
+"""Number of steps of each size. The first one is discarded, because it may compile kernels."""
 
 
 def measure_steps(model: Model, runner: StepRunner) -> dict[int, float]:
-    """Return seconds by number of tokens. Collective: all ranks run the same steps.
+    """Measure steps; return seconds by number of tokens. Collective: all ranks run the same steps.
 
-    The tokens differ, so that they choose different experts.
+    The tokens are random, so that they choose different experts.
     """
     longest = MEASURED_TOKENS[-1]
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, PROMPT_TOKENS + longest).tolist()

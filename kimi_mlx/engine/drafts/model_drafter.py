@@ -2,8 +2,9 @@
 
 Draft tokens are sampled with the same random numbers as the model's tokens at their positions, and with the same bias,
 grammar and sampling parameters. A draft token is accepted if it equals the model's token. So the text is the same as
-without drafts, and as many tokens are accepted as the similarity of the two distributions allows, nearly.
-Source: Daliri, Musco and Suresh 2025, "Coupling without Communication and Drafter-Invariant Speculative Decoding".
+without drafts, and acceptance is close to the maximum for the two distributions.
+Source: Daliri, Musco and Suresh 2024, "Coupling without Communication and Drafter-Invariant Speculative Decoding"
+(https://arxiv.org/abs/2408.07978).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MAX_UNREAD = 64
 """Maximum number of captured states of a sequence that wait for the next draft."""
 
 MAX_LATE = 4
-"""Maximum number of steps without logits whose captured states are taken later, about that of a pipeline's ranks."""
+"""Maximum number of steps without logits whose captured states are not kept yet; about the number of ranks."""
 
 SOURCE = "draft model"
 
@@ -68,14 +69,14 @@ class ModelDrafter:
         self._late: deque[InFlightStep] = deque()
 
     def offer(self, sequence: Sequence, limit: int) -> Offer | None:
-        """Offer any length."""
+        """Offer a draft of the maximum length: the draft model can always propose."""
         return Offer(SOURCE, limit)
 
     def observe(self, step: InFlightStep) -> None:
         """Keep the captured states of a step; read them if there are many.
 
-        In a pipeline those of a step without logits come later than its end on this rank. They are taken with those of
-        a later step, so that this rank does not wait for the others, which still compute chunks of the prompt.
+        In a pipeline the states of a step without logits arrive after the step has ended on this rank. They are kept
+        together with those of a later step, so that this rank does not wait for ranks that still compute chunks.
         """
         if step.captured is None:
             return
@@ -99,7 +100,7 @@ class ModelDrafter:
             first += entry.length
 
     def draft(self, requests: ListOf[tuple[Sequence, Offer, int]]) -> list[Draft]:
-        """Return drafts, one draft token of all sequences at a time."""
+        """Return drafts; each pass of the draft model gives one draft token of every sequence."""
         drafts: list[list[mx.array]] = [[] for _ in requests]
         jobs: list[_Job] = []
         for index, (sequence, _, length) in enumerate(requests):
@@ -118,11 +119,11 @@ class ModelDrafter:
             if jobs:
                 outputs = self._next_outputs(outputs, tokens, jobs, count)
         mx.eval(drafts)
-        found: list[Draft] = []
+        allowed: list[Draft] = []
         for (sequence, _, _), draft in zip(requests, drafts, strict=True):
             draft_cache_of(sequence).truncate(len(sequence.tokens))
-            found.append(sequence.sampler.allowed_prefix([cast(int, token.item()) for token in draft]))
-        return found
+            allowed.append(sequence.sampler.allowed_prefix([cast(int, token.item()) for token in draft]))
+        return allowed
 
     def _read_states(self, sequence: Sequence) -> None:
         """Read all states but the last one, from which the next draft begins."""
@@ -167,7 +168,7 @@ class ModelDrafter:
             drafts: drafts of all requests so far.
 
         Returns:
-            The M jobs that go on, because their grammars have not failed, their tokens (M,), and outputs (1, M, D).
+            The M jobs that continue, because their grammars have not failed; their tokens (M,) and outputs (1, M, D).
         """
         logits = self._model.logits(outputs)[0]
         if all(job.sequence.sampler.is_greedy for job in jobs):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kimi_mlx.engine.drafts.step_times import Load, StepTimes
 
 MAX_STEP_TOKENS = 48
-"""Maximum number of tokens of a step with drafts. With as many sequences nothing is drafted."""
+"""Maximum number of tokens of a step with drafts. With that many sequences nothing is drafted."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class DraftPlan:
 
     Args:
         lengths: number of draft tokens of each sequence.
-        gain: expected tokens per second in units of those without drafts.
+        gain: expected tokens per second, relative to steps without drafts.
     """
 
     lengths: tuple[int, ...]
@@ -32,11 +32,11 @@ def plan_drafts(
     The draft tokens are added in the order of their chances, and the best number of them is taken.
 
     Args:
-        chances: for each sequence, the probability that its first draft tokens are accepted, each with those before
-            it; empty for a sequence without a draft. At least one is not empty, and there are fewer sequences than
-            MAX_STEP_TOKENS.
-        draft_s: for each sequence, the time to propose one draft token. All sequences are drafted for at once.
-        step_s: function from the number of draft tokens to the time of a step; of 0, without drafts.
+        chances: for each sequence and each of its draft tokens, the probability that it and all before it are
+            accepted; empty for a sequence without a draft. At least one is not empty, and there are fewer sequences
+            than MAX_STEP_TOKENS.
+        draft_s: for each sequence, the seconds to propose one draft token. All sequences are drafted for at once.
+        step_s: function from the number of draft tokens to the seconds of a step.
     """
     # Sorting is stable, and chances never rise: a token never comes before the one that it follows.
     order = sorted(((chance, index) for index, row in enumerate(chances) for chance in row), key=lambda item: -item[0])
@@ -62,6 +62,6 @@ def needed_chance(times: StepTimes, load: Load, max_tokens: int) -> float:
         load: load of the steps.
         max_tokens: maximum number of draft tokens of each sequence.
     """
-    most = min(load.sequences * max_tokens, MAX_STEP_TOKENS - load.sequences)
-    counts = {1, most, *(count for count in (2, 4, 8, 16) if count < most)}
+    max_count = min(load.sequences * max_tokens, MAX_STEP_TOKENS - load.sequences)
+    counts = {1, max_count, *(count for count in (2, 4, 8, 16) if count < max_count)}
     return min((times.ratio(load, load.sequences + count) - 1) * load.sequences / count for count in counts)

@@ -1,7 +1,8 @@
 """The leader's decisions on drafts for one batch: when to draft, and how many tokens for each sequence.
 
 Without drafts steps are launched ahead, on tokens that are not read yet, and nothing is lost. Drafts start when the
-expected gain is clear, and are tried again from time to time, the less often the less they gained.
+expected gain is clear. Otherwise they are tried from time to time, the less often the less they gain: a probe is a step
+with drafts that are not expected to gain anything.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ START_GAIN, STAY_GAIN = 1.05, 1.02
 """Expected gain from which drafts start, and above which they stay on."""
 
 FIRST_PROBE_STEPS, MAX_PROBE_STEPS = 16, 512
-"""Number of steps without drafts after which one step with drafts is tried; doubled each time that it gains nothing."""
+"""Number of steps without drafts before a probe; doubled each time that a probe gains nothing."""
 
 PROBE_SHARE = 0.005
-"""Share of the time that such steps may cost: where it is not reached, they are tried more often."""
+"""Maximum share of the time that probes may cost; cheaper probes run more often."""
 
 MAX_PROBES = 8
-"""Maximum number of such steps that follow each other because draft tokens were accepted."""
+"""Maximum number of consecutive probes; another one follows only if draft tokens were accepted."""
 
 FIRST_REFRESH_STEPS, MAX_REFRESH_STEPS = 64, 1024
 """Number of steps with drafts after which steps without drafts are measured; doubled each time."""
 
 REFRESH_STEPS = 4
-"""Number of steps without drafts that are measured then, and in each new load; the first one does not count."""
+"""Number of steps without drafts that are measured then, and at each new load; the first one is discarded."""
 
 FIRST_PAUSE_STEPS, MAX_PAUSE_STEPS = 2, 64
-"""Number of steps before drafts are considered again after there was nothing to draft when they were to start."""
+"""Number of steps before drafts are considered again after a switch to drafts was in vain; doubled each time."""
 
 LINGER_STEPS = 3
 """Number of steps without any draft after which drafts end, if the last one was accepted in part."""
@@ -65,7 +66,7 @@ class DraftPlanner:
     """Decides for one batch.
 
     Args:
-        drafters: what proposes drafts; with equal chances the first one counts.
+        drafters: sources of drafts; the first one wins if chances are equal.
         records: records of all batches.
         max_tokens: maximum number of draft tokens per step and sequence.
     """
@@ -79,7 +80,7 @@ class DraftPlanner:
         self._num_probes, self._has_accepted = 0, False
 
     def observe(self, step: InFlightStep) -> None:
-        """Let the drafters take what they need from a step whose tokens are read."""
+        """Pass a step whose tokens are read to the drafters."""
         for drafter in self._drafters:
             drafter.observe(step)
 
@@ -100,7 +101,7 @@ class DraftPlanner:
         self._has_accepted |= bool(num_accepted)
 
     def wants_decision(self, sequences: ListOf[Sequence], others_decode: bool) -> bool:
-        """Return whether to decide on drafts before the next step. Called after each step that is launched ahead.
+        """Return whether to decide on drafts before the next step. Call it after each step that is launched ahead.
 
         Args:
             sequences: sequences that sample a token in that step.
@@ -123,7 +124,7 @@ class DraftPlanner:
         if needed >= 1 and not is_probe_due:
             self._records.off = Off(load, 1.0)
             return False
-        candidates = [self._compare(sequence) for sequence in sequences]
+        candidates = [self._best_ahead(sequence) for sequence in sequences]
         first_chance = max((candidate.chances[0] for candidate in candidates if candidate), default=None)
         if _can_continue(sequences):
             self._records.off = Off(load, first_chance)
@@ -147,7 +148,7 @@ class DraftPlanner:
             return self._run_ahead(load, 0)
         if not any(candidates):
             return self._without_candidates(load, _can_continue(sequences))
-        if self._records.times.num_samples(load, load.sequences) < MIN_SAMPLES or self._is_refresh_due():
+        if self._records.times.num_samples(load, load.sequences) < MIN_SAMPLES or self._count_until_refresh():
             return self._run_ahead(load, REFRESH_STEPS)
         plan = self._plan(candidates, load)
         continues_probe = 0 < self._num_probes < MAX_PROBES and self._has_accepted
@@ -155,7 +156,7 @@ class DraftPlanner:
         if plan.gain <= STAY_GAIN and not is_probe:
             self._records.off = Off(load, max(candidate.chances[0] for candidate in candidates if candidate))
             self._probe_steps = min(2 * self._probe_steps, MAX_PROBE_STEPS)
-            return self._run_ahead(load, 0 if self._num_probes else self._longer_pause())
+            return self._run_ahead(load, 0 if self._num_probes else self._next_pause())
         if not is_probe:
             self._probe_steps, self._pause_steps = FIRST_PROBE_STEPS, FIRST_PAUSE_STEPS
         self._records.off = None
@@ -164,23 +165,23 @@ class DraftPlanner:
         return Decision(tuple(self._draft(sequences, candidates, plan)), is_drafting=True)
 
     def _is_probe_due(self, load: Load) -> bool:
-        """Return whether to try a step with drafts, although they are not expected to gain anything."""
+        """Return whether to run a probe now."""
         if self._steps_ahead < FIRST_PROBE_STEPS:
             return False
         cost = 2 * (self._records.times.ratio(load, 2 * load.sequences) - 1)  # in steps, with those before and after
         return self._steps_ahead >= min(self._probe_steps, max(cost / PROBE_SHARE, FIRST_PROBE_STEPS))
 
     def _without_candidates(self, load: Load, can_continue: bool) -> Decision:
-        """Return the decision if there is nothing to draft. Soon there may be again, if the last draft was good."""
+        """Return the decision if there is nothing to draft now. After a good draft, wait a few steps for the next."""
         self._steps_without_offer += 1
         if self._has_accepted and self._steps_without_offer <= LINGER_STEPS:
             return Decision(((),) * load.sequences, is_drafting=True)
         if can_continue:
             self._records.off = Off(load, None)
-        return self._run_ahead(load, 0 if self._has_accepted else self._longer_pause())
+        return self._run_ahead(load, 0 if self._has_accepted else self._next_pause())
 
-    def _longer_pause(self) -> int:
-        """Return the number of steps to wait, because the switch to drafts was in vain; the next time twice as many."""
+    def _next_pause(self) -> int:
+        """Return the number of steps to wait after a switch to drafts that was in vain, and double the next one."""
         pause, self._pause_steps = self._pause_steps, min(2 * self._pause_steps, MAX_PAUSE_STEPS)
         return pause
 
@@ -191,7 +192,7 @@ class DraftPlanner:
         self._steps_ahead = self._steps_without_offer = 0
         return Decision(((),) * load.sequences, is_drafting=False)
 
-    def _is_refresh_due(self) -> bool:
+    def _count_until_refresh(self) -> bool:
         """Count a step with drafts; return whether to measure steps without drafts instead."""
         self._steps_with_drafts += 1
         if self._steps_with_drafts < self._refresh_steps:
@@ -200,17 +201,17 @@ class DraftPlanner:
         self._refresh_steps = min(2 * self._refresh_steps, MAX_REFRESH_STEPS)
         return True
 
-    def _best(self, sequence: Sequence, tried: Candidate | None = None) -> Candidate | None:
+    def _best(self, sequence: Sequence, known: Candidate | None = None) -> Candidate | None:
         """Return the offer with the most expected tokens.
 
         Args:
             sequence: sequence to draft for.
-            tried: offer of one of the drafters that is already known.
+            known: candidate of one of the drafters, if it is already known; then this drafter is not asked.
         """
         limit = min(self._max_tokens, sequence.remaining_tokens - 1)
-        candidates = [] if tried is None else [tried]
+        candidates = [] if known is None else [known]
         for drafter in self._drafters if limit > 0 else []:
-            if tried is None or tried.drafter is not drafter:
+            if known is None or known.drafter is not drafter:
                 offer = drafter.offer(sequence, limit)
                 candidates += [] if offer is None else [self._candidate(drafter, offer, sequence)]
         return max(candidates, key=lambda candidate: sum(candidate.chances), default=None)
@@ -219,8 +220,8 @@ class DraftPlanner:
         acceptance = self._records.acceptance(sequence.drafts, offer.source)
         return Candidate(drafter, offer, acceptance.chances(offer.length))
 
-    def _compare(self, sequence: Sequence) -> Candidate | None:
-        """Return the best offer for a sequence that runs ahead; compare known drafts with its text, at no cost."""
+    def _best_ahead(self, sequence: Sequence) -> Candidate | None:
+        """Return the best offer for a sequence that runs ahead; advance its trial, at no cost."""
         drafts = sequence.drafts
         trial = drafts.trial
         if trial is not None:
@@ -238,7 +239,7 @@ class DraftPlanner:
         return best
 
     def _plan(self, candidates: ListOf[Candidate | None], load: Load) -> DraftPlan:
-        """Return the best lengths of drafts, if there is at least one offer."""
+        """Return the best lengths of drafts; there must be at least one offer."""
         records = self._records
         return plan_drafts(
             [[] if candidate is None else candidate.chances for candidate in candidates],

@@ -29,12 +29,12 @@ class PromptLookup:
     """
 
     def offer(self, sequence: Sequence, limit: int) -> Offer | None:
-        """Return what followed the last n-gram. Longer n-grams are sources of their own: they predict better."""
+        """Offer the tokens that followed the last n-gram. Each length is a source: longer n-grams predict better."""
         draft, ngram = find_draft(sequence.token_array.ids, limit)
         return Offer(f"prompt lookup of {ngram} tokens", len(draft), draft) if draft else None
 
     def draft(self, requests: ListOf[tuple[Sequence, Offer, int]]) -> list[Draft]:
-        """Return the offers as far as the grammars allow them."""
+        """Return the offered drafts, each cut where its grammar forbids a token."""
         return [sequence.sampler.allowed_prefix(offer.tokens[:length]) for sequence, offer, length in requests]
 
     def observe(self, step: InFlightStep) -> None:

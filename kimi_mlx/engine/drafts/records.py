@@ -1,4 +1,4 @@
-"""What the leader knows about drafts: their acceptance, their cost, and the times of steps."""
+"""The leader's records of drafts: their acceptance, their cost, and the times of steps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from kimi_mlx.engine.drafts.drafter import Draft, Drafter, Offer
 from kimi_mlx.engine.drafts.plan import MAX_STEP_TOKENS
 from kimi_mlx.engine.drafts.step_times import NUM_SAMPLES, Load, StepTimes
 
-COMPARED_TOKENS = 4
-"""Size of the step whose time is named as the reason for not drafting."""
+REPORTED_TOKENS = 4
+"""Number of tokens per sequence of the step whose time `off_reason` states."""
 
 
 @dataclass
 class Trial:
-    """A draft that is compared with tokens that are sampled without it, at no cost.
+    """A draft that is not verified, but compared with the tokens that are sampled later, at no cost.
 
     Args:
         drafter: the drafter that offered it.
@@ -36,7 +36,7 @@ class SequenceDrafts:
 
     Args:
         num_drafted: number of draft tokens that were verified.
-        num_accepted: number of them that were accepted.
+        num_accepted: number of draft tokens that were accepted.
         offer: offer that the current draft comes from.
         trial: draft that is being compared.
         acceptance: acceptance by source.
@@ -55,7 +55,8 @@ class Off:
 
     Args:
         load: load of the steps.
-        first_chance: largest probability that a first draft token is accepted; None if there is nothing to draft.
+        first_chance: largest probability that a first draft token is accepted; 1 if not even a certain draft would gain
+            anything; None if there is nothing to draft.
     """
 
     load: Load
@@ -70,7 +71,7 @@ class DraftRecords:
 
     Attributes:
         num_drafted: number of draft tokens that were verified.
-        num_accepted: number of them that were accepted.
+        num_accepted: number of draft tokens that were accepted.
         off: state in which nothing is drafted now; None while drafts are on.
     """
 
@@ -98,12 +99,12 @@ class DraftRecords:
         self.num_accepted += num_accepted
 
     def draft_s(self, source: str) -> float:
-        """Return the time to propose one draft token."""
+        """Return the seconds to propose one draft token; 0 before the first draft."""
         samples = self._draft_s.get(source)
         return statistics.median(samples) if samples else 0.0
 
     def on_drafted(self, source: str, length: int, seconds: float) -> None:
-        """Record the time of drafting."""
+        """Record the seconds that a draft of `length` tokens took."""
         self._draft_s.setdefault(source, deque(maxlen=NUM_SAMPLES)).append(seconds / length)
 
     @property
@@ -115,7 +116,7 @@ class DraftRecords:
             return f"a step of {self.off.load.sequences} answers has no room for drafts"
         if self.off.first_chance is None:
             return "nothing to draft: the last tokens have not occurred before"
-        load, tokens = self.off.load, self.off.load.sequences * COMPARED_TOKENS
+        load, tokens = self.off.load, self.off.load.sequences * REPORTED_TOKENS
         ratio = self.times.ratio(load, tokens)
         times = f"a step of {tokens} tokens takes {ratio:.1f} times as long as one of {load.sequences}"
         chance = self.off.first_chance

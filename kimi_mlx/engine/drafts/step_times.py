@@ -1,4 +1,4 @@
-"""How long steps take, by their number of tokens: measured at the start, and of running steps."""
+"""Times of steps by their number of tokens: measured at the start, and while the engine runs."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ MEASURED_TOKENS = (1, 2, 4, 8)
 """Numbers of tokens whose steps are measured at the start."""
 
 DEFAULT_TIMES: Mapping[int, float] = {1: 1.0, 8: 2.0}
-"""Relative times of steps that count until some are measured."""
+"""Relative times of steps, used until some are measured."""
 
 NUM_SAMPLES = 9
-"""Number of recent samples whose median counts: interference with some of them does not matter."""
+"""Number of recent samples of which the median is used: a few slow steps do not matter."""
 
 MIN_SAMPLES = 2
-"""With fewer samples the expected time counts as well."""
+"""With fewer samples, the expected time is one more sample of the median."""
 
 DEPTH_STEP = 1024
-"""Tokens of a sequence up to this number, and up to each of its doublings, count as one depth."""
+"""Sequences shorter than this have depth 0; each doubling of the length adds 1."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the time of a step depends on, except its number of tokens.
+    """The conditions that the time of a step depends on, besides its number of tokens.
 
     Args:
         sequences: number of sequences in the step.
-        depth: logarithm of the length of the longest one.
+        depth: class of the length of the longest one, logarithmic (DEPTH_STEP).
         others_decode: whether other batches are in flight.
     """
 
@@ -59,28 +59,28 @@ class _Times:
 class StepTimes:
     """Times of steps.
 
-    Of each load, the times of some numbers of tokens are known. Those of others are expected to have the same ratios
-    as at the start.
+    For each load, only some numbers of tokens were measured. The times of the others are estimated with the ratios of
+    the times at the start.
 
     Args:
-        start: seconds by number of tokens, of one sequence, measured at the start; at least two.
+        start_times: seconds by number of tokens, of one sequence, measured at the start; at least two.
     """
 
-    def __init__(self, start: Mapping[int, float] = DEFAULT_TIMES):
-        self._start = sorted(start.items())
+    def __init__(self, start_times: Mapping[int, float] = DEFAULT_TIMES):
+        self._start_times = sorted(start_times.items())
         self._loads: dict[Load, dict[int, _Times]] = {}
         self._last_scale = 1.0
 
-    def set_start(self, start: Mapping[int, float]) -> None:
+    def set_start_times(self, start_times: Mapping[int, float]) -> None:
         """Replace the times measured at the start."""
-        self._start = sorted(start.items())
+        self._start_times = sorted(start_times.items())
 
     def add(self, load: Load, tokens: int, seconds: float) -> None:
         """Add the time of a step.
 
         Args:
             load: load of the step.
-            tokens: number of its tokens; without drafts as many as sequences.
+            tokens: number of its tokens; without drafts the number of sequences.
             seconds: time between its results and those of the step before.
         """
         self._loads.setdefault(load, {}).setdefault(tokens, _Times()).add(seconds)
@@ -114,19 +114,19 @@ class StepTimes:
         return statistics.median([*times.samples, expected])
 
     def ratio(self, load: Load, tokens: int) -> float:
-        """Return the time of a step in times of one without drafts."""
+        """Return the time of a step, relative to one without drafts."""
         return self.seconds(load, tokens) / self.seconds(load, load.sequences)
 
     def _expected(self, tokens: int) -> float:
-        """Return the time at the start, on straight lines between and after the measured numbers of tokens."""
-        points = self._start
+        """Return the time at the start: interpolated linearly, and extrapolated after the largest measured number."""
+        points = self._start_times
         upper = next((index for index, (number, _) in enumerate(points) if number >= tokens), len(points) - 1)
         (a, a_s), (b, b_s) = points[max(upper, 1) - 1], points[max(upper, 1)]
         return max(a_s + (b_s - a_s) * (tokens - a) / (b - a), points[0][1])
 
 
 class StepClock:
-    """Measures the time between the results of two steps of a batch that follow each other.
+    """Measures the time between the results of consecutive steps of a batch.
 
     Args:
         times: receives the times.
@@ -138,11 +138,11 @@ class StepClock:
         self._excluded_s = 0.0
 
     def exclude(self, seconds: float) -> None:
-        """Subtract time since the last results that is counted elsewhere."""
+        """Exclude seconds that are counted elsewhere from the time since the last results."""
         self._excluded_s += seconds
 
     def on_results(self, load: Load | None, tokens: int, with_drafts: bool) -> None:
-        """Record that the results of a step are there.
+        """Record that the results of a step are available now.
 
         Args:
             load: load of the step; None if it had chunks of prompts.

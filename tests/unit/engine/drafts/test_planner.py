@@ -116,7 +116,7 @@ def make_sequences(count: int, num_tokens: int, prompt: Sequence[int] = (1, 2, 3
 
 def make_planner(simulation: Simulation, start: StepSeconds | None = None) -> tuple[DraftPlanner, DraftRecords]:
     times = StepTimes()
-    times.set_start({count: (start or simulation.step_s)(count) for count in (1, 2, 4, 8)})
+    times.set_start_times({count: (start or simulation.step_s)(count) for count in (1, 2, 4, 8)})
     records = DraftRecords(times)
     return DraftPlanner([simulation], records, MAX_TOKENS), records
 
