@@ -1,4 +1,4 @@
-"""Measure decoding with drafts of a given acceptance against decoding without drafts, in turns.
+"""Measure decoding with drafts of a given acceptance against decoding without drafts, alternating.
 
 The drafts come from an oracle, which knows the answers and takes as long as a draft model would. An acceptance of 0
 gives drafts that are always wrong: they must cost nothing. Examples:
@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -110,7 +109,7 @@ def run_ranks(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace, group: Group | None) -> None:
-    """Answer the same requests with and without drafts, in turns; print the figures on rank 0."""
+    """Answer the same requests with and without drafts, alternating; print the figures on rank 0."""
     folder = folder_of(options.model)
     config = load_config(folder)
     model = load_share(folder, config, "float32", group, strategy=options.strategy)
@@ -172,14 +171,16 @@ def report(
     drafts = engine.drafts
     assert drafts is not None
     ratios = [with_drafts / without for with_drafts, without in zip(drafting, plain, strict=True)]
-    spread: Callable[[list[float]], str] = lambda values: (  # noqa: E731
-        f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-    )
     print(json.dumps(vars(options)))
     print(f"without drafts {spread(plain)} tok/s, with drafts {spread(drafting)} tok/s")
     print(f"ratio {spread(ratios)}; {statistics.median(steps):.2f} tokens a step")
     print(f"{drafts.num_drafted} tokens drafted, {drafts.num_accepted} accepted; off: {drafts.off_reason}")
     print(f"load {os.getloadavg()[0]:.1f}")
+
+
+def spread(values: list[float]) -> str:
+    """Return median and range as text."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 if __name__ == "__main__":

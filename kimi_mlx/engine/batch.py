@@ -45,7 +45,7 @@ class Batch:
         chunk: maximum number of prompt tokens per step.
         estimate: estimates the time of chunks beside decoding.
         speculate: maximum number of draft tokens per step and sequence.
-        planner: decides on drafts; None if there are none, and on other ranks than the leader.
+        planner: decides on drafts; None without drafts, and on ranks other than the leader.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Batch:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether a prompt is computed, so that its answer waits for long steps."""
+        """Whether a sequence decodes, so that long steps delay its answer."""
         return any(member.num_computed_tokens >= len(member.tokens) for member in self.members)
 
     @property
@@ -162,7 +162,7 @@ class Batch:
         """Read the tokens of the previous step, and launch one with the drafts that the leader decides on."""
         sampled, state = self._runner.read(previous)
         self._on_header(state)
-        self._time(previous, others_decode, with_drafts=True)
+        self._record_time(previous, others_decode, with_drafts=True)
         pipeline, size = self._runner.pipeline, max_size(len(previous.entries), len(self.members), self._speculate)
         decision: Decision | None = None
         received: list[list[int]] | None = None
@@ -244,7 +244,7 @@ class Batch:
         """Return chunks of prompts, in the order of PrefillOrder: fewer tokens while others decode.
 
         Args:
-            decoding: entries of the step before these, which all need logits.
+            decoding: entries that come first in the step; all need logits.
             others_decode: whether sequences of other batches decode.
         """
         entries: list[BatchEntry] = []
@@ -289,7 +289,7 @@ class Batch:
         sampled, state = self._runner.read(step, following)
         self._on_header(state)
         self._is_drafting |= state.wants_decision
-        self._time(step, others_decode, with_drafts=False)
+        self._record_time(step, others_decode, with_drafts=False)
         continued = set() if following is None else {entry.previous_entry for entry in following.entries}
         for index, entry in enumerate(step.entries):
             sequence = entry.sequence
@@ -298,7 +298,7 @@ class Batch:
             yield from _progress(entry)
             if not entry.num_logits:
                 continue
-            if index not in sampled:  # a last token, which only the leader knows
+            if index not in sampled:  # the last token of a sequence, which only the leader knows
                 yield self._finish(sequence, "length")
                 continue
             yield from self._append(step, entry, sampled[index])
@@ -313,7 +313,7 @@ class Batch:
     def _accept(
         self, step: InFlightStep, sampled: dict[int, list[int]], received: list[list[int]] | None
     ) -> Generator[tuple[int, Event | KimiMlxError], None, list[list[int]]]:
-        """Yield the events of a step, with the accepted draft tokens; return these by entry with logits.
+        """Accept draft tokens: yield the events of a step, return the accepted tokens of each entry with logits.
 
         Args:
             step: the step.
@@ -340,8 +340,8 @@ class Batch:
             self._planner.observe(step)
         return all_accepted
 
-    def _time(self, step: InFlightStep, others_decode: bool, *, with_drafts: bool) -> None:
-        """Record on the leader that the results of a step are there."""
+    def _record_time(self, step: InFlightStep, others_decode: bool, *, with_drafts: bool) -> None:
+        """Record the time of a step whose results are available; only on the leader."""
         if self._planner is not None:
             is_decoding = not any(entry.is_prefill for entry in step.entries)
             load = Load.of([entry.position for entry in step.entries], others_decode) if is_decoding else None

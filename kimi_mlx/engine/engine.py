@@ -59,8 +59,8 @@ class Engine:
             fits.
         speculate: maximum number of draft tokens per step and sequence; 0 for no drafts.
         draft_model: draft model, on the leader; the model must capture its layers on all ranks.
-        drafters: what proposes drafts on the leader, the first ones with equal chances; None for prompt lookup, then
-            the draft model.
+        drafters: sources of drafts on the leader; the first one wins if chances are equal. None for prompt lookup,
+            then the draft model.
         constrain: returns the constraint of a grammar, not compiled yet; None if grammars are not supported.
         cache_bytes: size of the KV caches on each rank; None for most of the free memory.
         blocks: the prompt cache on disk, if any.
@@ -95,7 +95,7 @@ class Engine:
         num_batches = 1 if self._runner.pipeline is None else self._runner.pipeline.group.size
         self._step_times = StepTimes()
         self.drafts = DraftRecords(self._step_times) if speculate and self._runner.is_leader else None
-        """Records of drafts; None if there are none, and on other ranks than the leader."""
+        """Records of drafts; None without drafts, and on ranks other than the leader."""
         if drafters is None:
             drafters = [PromptLookup(), *([] if draft_model is None else [ModelDrafter(draft_model)])]
         all_drafters = list(drafters)

@@ -39,7 +39,7 @@ class FairQueue:
 
     def in_turn(self) -> list[Sequence]:
         """Return all sequences in the order in which they should be admitted."""
-        return take_turns(self._by_client.values())
+        return round_robin(self._by_client.values())
 
     def take(self, sequence: Sequence) -> None:
         """Remove a sequence that is admitted; its client's next turn comes after those of all others."""
@@ -66,7 +66,7 @@ class FairQueue:
         self._by_client.clear()
 
 
-def take_turns(queues: Iterable[Iterable[Sequence]]) -> list[Sequence]:
+def round_robin(queues: Iterable[Iterable[Sequence]]) -> list[Sequence]:
     """Return the first sequence of each queue, then the second of each, and so on."""
     turns: list[Sequence] = []
     remaining: list[Iterator[Sequence]] = [iter(queue) for queue in queues]

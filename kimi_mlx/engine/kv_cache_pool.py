@@ -152,9 +152,8 @@ class SequenceCache:
             if layer.keys is None:
                 layer.keys = mx.zeros((1, 1, padded_length(capacity), rows.shape[2]), rows.dtype)
             layer.append(layer_rows[None, None])
-        mx.eval(
-            [layer.state for layer in self.layers]
-        )  # one block at a time, so that there is no second copy of all blocks
+        # One block at a time, so that there is no second copy of all blocks.
+        mx.eval([layer.state for layer in self.layers])
         self.tokens.extend(tokens)
 
     def rows(self, start: int, stop: int) -> mx.array:
@@ -171,7 +170,7 @@ class KVCachePool:
         model: model of the caches.
         budget_tokens: number of tokens of all caches, as counted by `padded_length`; None for one full context.
         blocks: the prompt cache on disk, if any.
-        has_draft_caches: whether each cache has one of a draft model.
+        has_draft_caches: whether each sequence also has a cache of the draft model.
     """
 
     def __init__(
@@ -282,8 +281,8 @@ class KVCachePool:
     def _prefix_to_share(self, tokens: list[int], common: int) -> SharedPrefix | None:
         """Return the prefix of which a new sequence shares the rows.
 
-        Running sequences share it already, or one that had more rows of its own does from now on. A sequence that runs
-        alone keeps its own rows, because attention in two parts takes longer.
+        Either running sequences share it already, or a running sequence starts to share some of its own rows. A
+        sequence that runs alone keeps its own rows, because attention in two parts takes longer.
 
         Args:
             tokens: tokens of the new sequence.
@@ -311,7 +310,7 @@ class KVCachePool:
         return prefix
 
     def _needed_tokens(self, tokens: int, prefix: SharedPrefix | None) -> int:
-        """Return the number of tokens of the budget that a sequence of `tokens` tokens takes in addition.
+        """Return the number of tokens of the budget that one more sequence of `tokens` tokens takes.
 
         Args:
             tokens: number of its tokens.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kimi_mlx.engine.fair_queue import take_turns
+from kimi_mlx.engine.fair_queue import round_robin
 from kimi_mlx.engine.sequence import Sequence
 
 SHORT_PROMPT = 64
@@ -14,12 +14,12 @@ SHORT_PROMPT = 64
 class PrefillOrder:
     """Orders prompts: clients take turns, and a client's prompts are prefilled one after the other as they arrived.
 
-    So of the prompts of one client the first is answered first; only a short prompt may pass a long one.
+    So a client's first prompt is answered first; only a short prompt may overtake a long one.
     """
 
     def __init__(self) -> None:
         self._last_served: dict[str, None] = {}
-        """Clients whose prompts were prefilled, the one that waits longest first."""
+        """Clients whose prompts were prefilled, least recently served first."""
         self._has_put_short_first = False
 
     def next_prompts(self, prompts: Iterable[Sequence]) -> list[Sequence]:
@@ -34,13 +34,13 @@ class PrefillOrder:
             queues.setdefault(sequence.request.client, []).append(sequence)
         self._last_served = {client: None for client in self._last_served if client in queues}
         new_clients = [client for client in queues if client not in self._last_served]
-        ordered = take_turns(queues[client] for client in (*new_clients, *self._last_served))
+        ordered = round_robin(queues[client] for client in (*new_clients, *self._last_served))
         short = [sequence for sequence in ordered if sequence.remaining_prompt <= SHORT_PROMPT]
         self._has_put_short_first = 0 < len(short) < len(ordered) and not self._has_put_short_first
         return short if self._has_put_short_first else ordered
 
     def record(self, sequence: Sequence) -> None:
-        """Record that a part of a prompt is prefilled; the next turn of its client comes after those of the others."""
+        """Record that a part of a prompt is prefilled: its client moves to the end of the order."""
         client = sequence.request.client
         self._last_served.pop(client, None)
         self._last_served[client] = None

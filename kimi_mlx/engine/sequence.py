@@ -65,7 +65,7 @@ class Sequence:
         return self.max_tokens - self.generated
 
     def padded_length(self, new_tokens: int) -> int:
-        """Return the number of tokens that its cache allocates for its tokens and further ones."""
+        """Return the number of tokens that its cache allocates for its tokens and `new_tokens` more."""
         assert self.cache is not None
         return self.cache.padded_length(len(self.tokens) + new_tokens)
 
@@ -112,7 +112,7 @@ class Sequence:
         return cache
 
     def next_chunk(self, count: int) -> tuple[int, ...]:
-        """Return up to `count` of the next known tokens, as the model reads them, and count them as computed."""
+        """Return up to `count` of the next known tokens, with placeholder tokens of images, and count them as computed."""
         assert self.cache is not None
         start = self.num_computed_tokens
         chunk = self.tokens[start : start + count]

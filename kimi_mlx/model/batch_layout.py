@@ -78,9 +78,9 @@ class DecodeGroup:
         length, tuning = self.segment.length, self._cost.tuning
         offsets = [*self.offsets, segment.offset]
         shortest, total = min(offsets) + length, max(offsets) + length
-        most = min(tuning.stack_max_keys, shortest + max(MIN_PADDING, int(shortest * tuning.stack_padding)))
+        max_total = min(tuning.stack_max_keys, shortest + max(MIN_PADDING, int(shortest * tuning.stack_padding)))
         num_scores = len(offsets) * length * self._cost.shape.heads * total
-        if segment.length != length or total > most or num_scores > SCORES_MAX:
+        if segment.length != length or total > max_total or num_scores > SCORES_MAX:
             return False
         self.indices.append(index)
         self.offsets, self.stop, self.total = offsets, segment.stop, total
@@ -237,7 +237,7 @@ class BatchLayout:
         """Divide the tokens over ranks, as queries; set `share`.
 
         Args:
-            bounds: the tokens of rank r are those from bounds[r] to bounds[r + 1] (excluded); none has an empty range.
+            bounds: the tokens of rank r are those from bounds[r] to bounds[r + 1] (excluded); no range is empty.
             rank: this rank.
         """
         start, stop = bounds[rank], bounds[rank + 1]

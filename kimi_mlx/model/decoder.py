@@ -244,7 +244,7 @@ class Model(nn.Module):
         the leader. On other ranks it is None.
 
         Args:
-            layers: numbers of the layers, from 0; none switches it off.
+            layers: numbers of the layers, from 0; an empty list stops capturing.
         """
         self._captured_layers, self.captured = frozenset(layers), None
         self.communicator.set_captured_layers(self._captured_layers)

@@ -49,8 +49,8 @@ def has_fused_attention(kind: DeviceKind, value_bytes: int, q_dim: int, v_dim: i
 
 
 NUMPY_MIN_MULTIPLY_ADDS = 2**18
-"""Multiply-adds of a layer's latent attention from which on NumPy's speed outweighs the evaluation of its inputs
-(about 0.1 ms)."""
+"""Minimum multiply-adds of a layer's latent attention for NumPy: below, evaluating its inputs (about 0.1 ms) costs more
+than NumPy saves."""
 
 
 def uses_numpy(kind: DeviceKind, platform: str, value_bytes: int, multiply_adds: int) -> bool:
@@ -144,7 +144,7 @@ METAL_TUNING = replace(
     latent_flops=1.4e13,  # scores are written to memory and read: 8 bytes besides 1,088 multiply-adds
     read_bytes_per_s=6.2e11,
 )
-"""Not measured yet: `kimi-mlx doctor --gpu` times the neighbours of the values for text. 10**12 operations take about
+"""Not measured yet: `kimi-mlx doctor --gpu` times these values for text and their neighbours. 10**12 operations take about
 50 ms on an M3 Ultra, as long as a decode step of K2."""
 
 CUDA_TUNING = replace(METAL_TUNING, weight_flops=1e14, attention_flops=1e14, latent_flops=8e13, read_bytes_per_s=1.5e12)

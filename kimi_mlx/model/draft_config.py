@@ -31,7 +31,7 @@ LAYER = "midlayer."
 NUM_DEFAULT_LAYERS = 3
 """Number of layers where the file names none."""
 
-HINT = "use a draft model of the MLA kind, such as lightseekorg/kimi-k2.6-eagle3.1-mla"
+UNSUPPORTED_HINT = "use a draft model of the MLA kind, such as lightseekorg/kimi-k2.6-eagle3.1-mla"
 """Hint for a draft model that is not supported."""
 
 
@@ -140,9 +140,9 @@ def _reject_unsupported(raw: Mapping[str, Any], where: str) -> None:
     if not set(names) & set(ARCHITECTURES):
         found = " and ".join(map(reprlib.repr, names)) or "none"
         raise ConfigError(
-            f"`{where}` is not that of a draft model that kimi-mlx runs: architectures are {found}, not "
+            f"`{where}` is not that of a draft model that kimi-mlx supports: architectures are {found}, not "
             f"'{ARCHITECTURES[0]}'",
-            hint=HINT,
+            hint=UNSUPPORTED_HINT,
         )
     eagle = get_object(raw, "eagle_config", where)
     expected = [
@@ -158,7 +158,8 @@ def _reject_unsupported(raw: Mapping[str, Any], where: str) -> None:
     for values, prefix, name, value in expected:
         if first_given(values.get(name), value) != value:
             raise ConfigError(
-                f"`{where}` has {prefix}{name} = {reprlib.repr(values[name])}; only {value!r} is supported", hint=HINT
+                f"`{where}` has {prefix}{name} = {reprlib.repr(values[name])}; only {value!r} is supported",
+                hint=UNSUPPORTED_HINT,
             )
 
 

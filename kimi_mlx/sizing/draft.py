@@ -32,7 +32,7 @@ class DraftMemory:
     captured_bytes: int
 
     def total_bytes(self, context: int) -> int:
-        """Return the sum for a cache of `context` tokens, and the captured states of as many, up to a chunk."""
+        """Return the total with a cache of `context` tokens and their captured states, at most those of a chunk."""
         states = min(context, CAPTURED_TOKENS) * self.captured_bytes
         return self.weights_bytes + context * self.token_bytes + states
 
@@ -49,7 +49,7 @@ def draft_memory(config: DraftConfig, has_embedding: bool = False) -> DraftMemor
 
 
 def draft_pass_bytes(config: DraftConfig) -> int:
-    """Return the bytes of weights that a pass for one more drafted token reads: all but `fc`, which is read once."""
+    """Return the bytes of weights that each draft token reads: all but `fc`, which is read once per draft."""
     values = config.num_captured * config.target_hidden_size * config.hidden_size
     fc_bytes = _matrix_bytes(values, config.quantization_of("fc") or EIGHT_BITS, BFLOAT16_BYTES)
     return draft_weight_bytes(config) - fc_bytes
@@ -64,7 +64,7 @@ def draft_weight_bytes(
     """Return the bytes of a draft model's weights: for those of K2.5 to K2.7 3.7 GB as published, 2.0 GB on a GPU.
 
     Args:
-        config: dimensions of the draft model; a quantization in it counts for all matrices.
+        config: dimensions of the draft model; its quantization applies to all matrices.
         has_embedding: whether its files have an embedding; otherwise it uses that of the model.
         value_bytes: bytes per float.
         quantization: quantization of float matrices when they are loaded, by default that on a GPU; None keeps them,

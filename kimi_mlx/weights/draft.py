@@ -148,7 +148,7 @@ def _read_token_ids(reader: CheckpointReader[DraftCheckpoint]) -> mx.array | Non
     """Return the tokens of the drafted ids, (draft_vocab_size,) int32; None if they are equal.
 
     Raises:
-        WeightsError: the tokens are not distinct tokens of the vocabulary, or `t2d` says otherwise.
+        WeightsError: the tokens are not distinct tokens of the vocabulary, or contradict `t2d`.
     """
     checkpoint = reader.checkpoint
     if TOKEN_OFFSETS not in checkpoint.tensors:

@@ -187,6 +187,6 @@ def loss(p: Parameters, batch: Parameters, shape: Shape, num_steps: int = NUM_ST
     return total, mx.stop_gradient(mx.stack(shares))
 
 
-def accepted_per_step(shares: Any) -> float:
-    """Return the mean number of tokens a step, with the model's own, for the shares of `loss`."""
+def tokens_per_step(shares: Any) -> float:
+    """Return the mean number of tokens per step, including the model's own, from the shares of `loss`."""
     return 1.0 + float(mx.array(shares).sum())

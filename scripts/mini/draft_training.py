@@ -16,7 +16,7 @@ from scripts.mini.draft_architecture import DRAFT_VOCAB_SIZE
 from scripts.mini.draft_batches import batches, to_arrays
 from scripts.mini.draft_data import Sample, Target, frequent_tokens, make_samples
 from scripts.mini.draft_export import quantize_draft, write_draft
-from scripts.mini.draft_model import accepted_per_step, init_draft, loss
+from scripts.mini.draft_model import init_draft, loss, tokens_per_step
 from scripts.mini.export import folder_bytes
 from scripts.mini.model import Parameters
 
@@ -32,7 +32,7 @@ class Settings:
 
     Args:
         folder: folder of the exported draft model.
-        minutes: training time, without the making of samples.
+        minutes: training time, not counting the generation of samples.
         num_samples: number of dialogues to train on.
         learning_rate: peak of AdamW's learning rate.
     """
@@ -79,7 +79,7 @@ class DraftTrainer:
                 self.num_tokens += sum(len(sample.ids) for row in rows for sample in row)
                 if self.num_steps % LOG_EVERY == 0:
                     text = (
-                        f"step {self.num_steps}  loss {value.item():.3f}  {accepted_per_step(shares):.2f} tokens a step"
+                        f"step {self.num_steps}  loss {value.item():.3f}  {tokens_per_step(shares):.2f} tokens a step"
                     )
                     print(f"{text}  {100 * fraction:.0f} %", file=sys.stderr, flush=True)
 
@@ -109,7 +109,7 @@ def main(settings: Settings) -> None:
     trainer.run()
     shares = trainer.test(make_samples(target, "draft test", NUM_TEST_SAMPLES))
     print("right up to depth: " + ", ".join(f"{share:.3f}" for share in shares))
-    print(f"{accepted_per_step(shares):.2f} tokens a step of {len(shares)} drafted tokens, on new prompts")
+    print(f"{tokens_per_step(shares):.2f} tokens a step of {len(shares)} drafted tokens, on new prompts")
     print(f"{trainer.num_steps} steps, {trainer.num_tokens:,} tokens; wrote {trainer.export() / 1e6:.2f} MB")
 
 
