@@ -112,7 +112,7 @@ class Sequence:
         return cache
 
     def next_chunk(self, count: int) -> tuple[int, ...]:
-        """Return up to `count` of the next known tokens, with placeholder tokens of images, and count them as computed."""
+        """Return up to `count` of the next known tokens, as `input_ids` does, and count them as computed."""
         assert self.cache is not None
         start = self.num_computed_tokens
         chunk = self.tokens[start : start + count]

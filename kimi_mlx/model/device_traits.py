@@ -144,8 +144,8 @@ METAL_TUNING = replace(
     latent_flops=1.4e13,  # scores are written to memory and read: 8 bytes besides 1,088 multiply-adds
     read_bytes_per_s=6.2e11,
 )
-"""Not measured yet: `kimi-mlx doctor --gpu` times these values for text and their neighbours. 10**12 operations take about
-50 ms on an M3 Ultra, as long as a decode step of K2."""
+"""Not measured yet: `kimi-mlx doctor --gpu` times the values for text and their neighbours. 10**12 operations take
+about 50 ms on an M3 Ultra, as long as a decode step of K2."""
 
 CUDA_TUNING = replace(METAL_TUNING, weight_flops=1e14, attention_flops=1e14, latent_flops=8e13, read_bytes_per_s=1.5e12)
 """Not measured yet; rates of a GPU for servers."""
