@@ -31,6 +31,9 @@ LAYER = "midlayer."
 NUM_DEFAULT_LAYERS = 3
 """Number of layers where the file names none."""
 
+MAX_CAPTURED_LAYERS = 16
+"""Maximum number of captured layers. Published draft models have 3."""
+
 UNSUPPORTED_HINT = "use a draft model of the MLA kind, such as lightseekorg/kimi-k2.6-eagle3.1-mla"
 """Hint for a draft model that is not supported."""
 
@@ -177,6 +180,11 @@ def _parse_layer_ids(raw: Mapping[str, Any], where: str) -> tuple[int, ...] | No
     if not isinstance(ids, list) or not ids:
         raise ConfigError(
             f"`{where}` has {prefix}{LAYER_IDS} = {reprlib.repr(ids)}, not a list of layers", hint=INVALID_HINT
+        )
+    if len(ids) > MAX_CAPTURED_LAYERS:
+        raise ConfigError(
+            f"`{where}` has {len(ids)} layers in {prefix}{LAYER_IDS}; at most {MAX_CAPTURED_LAYERS} are supported",
+            hint=UNSUPPORTED_HINT,
         )
     layers = [check_value(id, "int", ValueRange(0, 1_000), where, prefix + LAYER_IDS) for id in ids]
     if layers != sorted(set(layers)):

@@ -8,12 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.model.draft_config import MAX_CAPTURED_LAYERS
 from kimi_mlx.model.draft_model import DraftModel
 from kimi_mlx.parallel.group import Group, gather_on_host
 from kimi_mlx.runtime.load import load_draft_model
-
-MAX_CAPTURED_LAYERS = 16
-"""Maximum number of captured layers. Published draft models have 3."""
 
 WARM_UP_ROWS = 4
 

@@ -86,6 +86,10 @@ def test_defaults_are_those_of_eagle_3() -> None:
         ({"eagle_config": {LAYER_IDS: "2,30,58"}}, "= '2,30,58', not a list of layers"),
         ({"eagle_config": {LAYER_IDS: []}}, "not a list of layers"),
         ({"eagle_config": {LAYER_IDS: [2, 2.5]}}, "= 2.5, not a whole number"),
+        (
+            {"eagle_config": {LAYER_IDS: list(range(17))}},
+            "17 layers in eagle_config.eagle_aux_hidden_state_layer_ids; at",
+        ),
         ({"eagle_config": {LAYER_IDS: [2, 58, 30]}}, "= [2, 58, 30], not ascending"),
         ({"eagle_config": {LAYER_IDS: [2, 2, 30]}}, "= [2, 2, 30], not ascending"),
         ({"fc_norm": 1}, "fc_norm = 1, not true or false"),
