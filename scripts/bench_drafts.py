@@ -173,7 +173,7 @@ def report(
     ratios = [with_drafts / without for with_drafts, without in zip(drafting, plain, strict=True)]
     print(json.dumps(vars(options)))
     print(f"without drafts {spread(plain)} tok/s, with drafts {spread(drafting)} tok/s")
-    print(f"ratio {spread(ratios)}; {statistics.median(steps):.2f} tokens a step")
+    print(f"ratio {spread(ratios)}; {statistics.median(steps):.2f} tokens per step")
     print(f"{drafts.num_drafted} tokens drafted, {drafts.num_accepted} accepted; off: {drafts.off_reason}")
     print(f"load {os.getloadavg()[0]:.1f}")
 

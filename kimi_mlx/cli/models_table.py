@@ -248,7 +248,7 @@ def _draft_text(row: Row) -> str | None:
     """Return the draft model, its published acceptance and where it comes from."""
     if (draft := row.draft) is None:
         return None
-    speed = "" if draft.tokens_per_step is None else f"; published: {draft.tokens_per_step:g} tokens a step"
+    speed = "" if draft.tokens_per_step is None else f"; published: {draft.tokens_per_step:g} tokens per step"
     return f"{draft.alias} ({draft.repository or 'bundled'}){speed}; use it with `--draft auto`"
 
 

@@ -62,7 +62,7 @@ def plan_report(plan: Plan) -> Iterator[Part]:
         ]
         yield f"over {', '.join(speeds)}"
     if plan.draft is not None:
-        yield f"with {plan.draft.name}: {plan.draft.tokens_per_step:g} tokens a step ({plan.draft.source})"
+        yield f"with {plan.draft.name}: {plan.draft.tokens_per_step:g} tokens per step ({plan.draft.source})"
     yield ""
     shown = shown_options(plan)
     yield _table(plan, shown)
@@ -135,7 +135,7 @@ def _draft_lines(plan: Plan, choice: Option) -> Iterator[str]:
         yield "  Drafts would not pay: a step of several tokens takes too long."
         return
     yield (
-        f"  A step with {format_count(drafted.drafted, 'drafted token')} takes {drafted.step.total_s * 1e3:.1f} ms and "
+        f"  A step with {format_count(drafted.drafted, 'draft token')} takes {drafted.step.total_s * 1e3:.1f} ms and "
         f"gives {drafted.tokens_per_step:.2f} tokens, {drafted.tok_per_s / choice.decode_tok_per_s:.2f} times as fast:"
     )
     yield from time_bars(drafted.step, has_products=True)

@@ -15,7 +15,7 @@ class Statistics:
 
     Time starts when the engine admits the request. Prefill ends, and decode starts, when the first new token is known
     (ttft_s). That token counts as part of prefill, so decode_tok_per_s covers the others. encode_s is the part of
-    ttft_s in which the vision tower encoded images of the request. Of the drafted tokens that the model verified, some
+    ttft_s in which the vision tower encoded images of the request. Of the draft tokens that the model verified, some
     were accepted; drafts_off is the reason why nothing was drafted at the end, if drafts were enabled.
     """
 

@@ -79,9 +79,9 @@ class DraftConfig(DecoderConfig):
             ("hidden states of size", self.target_hidden_size, config.hidden_size),
             ("a vocabulary of", self.vocab_size, config.vocab_size),
         ]
-        for name, drafted, size in sizes:
-            if drafted != size:
-                raise _misfit_error(f"the draft model is made for {name} {drafted}, but the model has {size}")
+        for name, expected, size in sizes:
+            if expected != size:
+                raise _misfit_error(f"the draft model is made for {name} {expected}, but the model has {size}")
         layers = (2, count // 2, count - 3) if self.layer_ids is None else self.layer_ids
         if not all(first < second for first, second in zip((-1, *layers), (*layers, count), strict=True)):
             names = ", ".join(map(str, layers))

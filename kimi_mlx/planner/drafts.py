@@ -1,4 +1,4 @@
-"""Draft models as the planner sees them: memory, bytes per drafted token, and published acceptance."""
+"""Draft models as the planner sees them: memory, bytes per draft token, and published acceptance."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DraftShape:
 
     @property
     def most_drafted(self) -> int:
-        """Largest number of drafted tokens per step for which acceptance is known."""
+        """Largest number of draft tokens per step for which acceptance is known."""
         return PUBLISHED_DRAFTED
 
     @cached_property
@@ -55,13 +55,13 @@ class DraftShape:
         return drafted * one + self.memory.weights_bytes - self._pass_bytes
 
     def tokens_of(self, drafted: int) -> float:
-        """Return the mean number of tokens per step with fewer drafted tokens, each accepted with equal probability."""
+        """Return the mean number of tokens per step with fewer draft tokens, each accepted with equal probability."""
         probability = acceptance_of(self.tokens_per_step, PUBLISHED_DRAFTED)
         return sum(probability**count for count in range(drafted + 1))
 
 
 def acceptance_of(tokens_per_step: float, drafted: int) -> float:
-    """Return the probability p that a drafted token is accepted: 1 + p + ... + p**drafted is the tokens per step."""
+    """Return the probability p that a draft token is accepted: 1 + p + ... + p**drafted is the tokens per step."""
     low, high = 0.0, 1.0
     for _ in range(50):  # halves the interval
         middle = (low + high) / 2

@@ -111,7 +111,7 @@ class DraftedDecode:
     """Decode with a draft model.
 
     Args:
-        drafted: number of drafted tokens per step.
+        drafted: number of draft tokens per step.
         tokens_per_step: mean number of new tokens per step.
         step: time of a step, including the draft model's.
     """
@@ -127,9 +127,9 @@ class DraftedDecode:
 
 
 def decode_with_draft(setup: Setup, context: int) -> DraftedDecode | None:
-    """Predict decode with the number of drafted tokens that is fastest.
+    """Predict decode with the number of draft tokens that is fastest.
 
-    None without a draft model, or if every number of drafted tokens is slower than none: then nothing is drafted.
+    None without a draft model, or if every number of draft tokens is slower than none: then nothing is drafted.
     """
     if setup.draft is None:
         return None
@@ -139,7 +139,7 @@ def decode_with_draft(setup: Setup, context: int) -> DraftedDecode | None:
 
 
 def _draft_step(setup: Setup, draft: DraftShape, context: int, drafted: int) -> DraftedDecode:
-    """Predict a step with `drafted` drafted tokens. The leader drafts, then sends the tokens: one more message."""
+    """Predict a step with `drafted` draft tokens. The leader drafts, then sends the tokens: one more message."""
     step = decode(setup, context, 1 + drafted)
     draft_s = draft.read_bytes(drafted, context) / setup.bandwidth(0)
     draft_s += drafted * setup.engine.kernels_per_layer * setup.constants.kernel_s

@@ -1,4 +1,4 @@
-"""Load a draft model on rank 0, and let all ranks capture the states that it reads."""
+"""Load a draft model on rank 0, and make all ranks capture the states that it reads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def open_draft_model(folder: Path | None, model: Model, group: Group) -> DraftMo
 
 
 def warm_up_draft(draft: DraftModel) -> None:
-    """Compute some rows and one more, so that kernels are compiled. The results are discarded."""
+    """Compile the kernels: compute some rows, then one more. The results are discarded."""
     cache, width = draft.make_cache(), len(draft.captured_layers) * draft.config.target_hidden_size
     states = draft.fuse(mx.zeros((1, WARM_UP_ROWS, width), draft["input_layernorm"].dtype))
     start = 0

@@ -71,7 +71,8 @@ class Target:
         mask = mx.where(is_seen, 0.0, -1e9)[:, None]
         angles = mx.arange(L)[:, None] * mx.array(yarn_inverse_frequencies(shape.qk_rope_head_dim))
         rope = (mx.cos(angles), mx.sin(angles))
-        no_limit = shape.n_routed_experts / shape.num_experts_per_tok  # of tokens per expert
+        # Capacity factor at which an expert takes any number of tokens.
+        no_limit = shape.n_routed_experts / shape.num_experts_per_tok
         h, captured = self.embedding[tokens.reshape(-1)], []
         for index in range(shape.num_hidden_layers):
             if index in LAYER_IDS:

@@ -32,7 +32,7 @@ def init_draft(shape: Shape, head: mx.array, seed: int) -> Parameters:
 
     Args:
         shape: shape of kimi-mini.
-        head: (V, D), rows of kimi-mini's head for the drafted tokens, as the first values of the draft model's.
+        head: (V, D), rows of kimi-mini's head for tokens that can be drafted: initial values of the draft model's head.
         seed: seed of the random numbers.
     """
     mx.random.seed(seed)
@@ -141,7 +141,7 @@ class Attention:
 def draft(p: Parameters, batch: Parameters, shape: Shape, num_steps: int) -> Iterator[mx.array]:
     """Yield the scores (B, L, V) of each step.
 
-    In step s, row i predicts token i + 2 after s drafted tokens, as if the model had computed positions 0 to i - s.
+    In step s, row i predicts token i + 2 after s draft tokens, as if the model had computed positions 0 to i - s.
 
     Args:
         p: parameters.
@@ -176,7 +176,7 @@ def loss(p: Parameters, batch: Parameters, shape: Shape, num_steps: int = NUM_ST
     is_right = mx.ones(wanted.shape, mx.bool_)
     total, shares = mx.array(0.0), []
     for step, scores in enumerate(draft(p, batch, shape, num_steps)):
-        # All drafted tokens of a row belong to the answer of one dialogue.
+        # All draft tokens of a row belong to the answer of one dialogue.
         is_inside = shift(batch["segments"] + 1, step, axis=1) == batch["segments"] + 1
         weights = batch["weights"] * shift(batch["weights"], step, axis=1) * is_inside
         losses = logsumexp(scores.reshape(-1, DRAFT_VOCAB_SIZE)).reshape(weights.shape) - (targets * scores).sum(-1)

@@ -79,7 +79,7 @@ class DraftTrainer:
                 self.num_tokens += sum(len(sample.ids) for row in rows for sample in row)
                 if self.num_steps % LOG_EVERY == 0:
                     text = (
-                        f"step {self.num_steps}  loss {value.item():.3f}  {tokens_per_step(shares):.2f} tokens a step"
+                        f"step {self.num_steps}  loss {value.item():.3f}  {tokens_per_step(shares):.2f} tokens per step"
                     )
                     print(f"{text}  {100 * fraction:.0f} %", file=sys.stderr, flush=True)
 
@@ -109,7 +109,7 @@ def main(settings: Settings) -> None:
     trainer.run()
     shares = trainer.test(make_samples(target, "draft test", NUM_TEST_SAMPLES))
     print("right up to depth: " + ", ".join(f"{share:.3f}" for share in shares))
-    print(f"{tokens_per_step(shares):.2f} tokens a step of {len(shares)} drafted tokens, on new prompts")
+    print(f"{tokens_per_step(shares):.2f} tokens per step with {len(shares)} draft tokens, on new prompts")
     print(f"{trainer.num_steps} steps, {trainer.num_tokens:,} tokens; wrote {trainer.export() / 1e6:.2f} MB")
 
 

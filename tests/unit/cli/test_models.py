@@ -219,7 +219,7 @@ def test_sources_are_shown_only_on_request() -> None:
 
 def test_models_with_a_draft_model_name_it() -> None:
     text = details_text("kimi-k2.6")
-    assert "kimi-k2.6-draft (lightseekorg/kimi-k2.6-eagle3.1-mla); published: 3.2 tokens a step" in text
+    assert "kimi-k2.6-draft (lightseekorg/kimi-k2.6-eagle3.1-mla); published: 3.2 tokens per step" in text
     assert "draft model" not in details_text("kimi-k2")
     rows = [find_row(entry, STUDIO) for entry in catalogue()]
     note = next(line for line in footnotes(rows, STUDIO) if "--draft" in line)

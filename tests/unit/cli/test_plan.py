@@ -165,7 +165,7 @@ def test_the_report_has_the_choice_first_its_strategy_and_bars(words: tuple[str,
 
 def test_a_draft_model_is_planned_with_and_without() -> None:
     shown = call("kimi-k2.6", "--machines", "m3-ultra-512x2", "--draft", "kimi-k2.6-draft").stdout
-    assert "with kimi-k2.6-draft: 3.2 tokens a step" in shown
+    assert "with kimi-k2.6-draft: 3.2 tokens per step" in shown
     assert "with drafts." in shown
     assert "draft model" in shown
 

@@ -63,7 +63,7 @@ def test_several_steps_of_feeding_back_equal_the_formula(
     tokens = rng.integers(0, config["vocab_size"], 30)
     captured = rng.normal(size=(29, layers, size)).astype(np.float32)
     table = np.array(draft.embed(mx.array(tokens[None])))[0]
-    # The prompt in two chunks, without rows 5 and 6, then drafted tokens, one row each.
+    # The prompt in two chunks, without rows 5 and 6, then draft tokens, one row each.
     positions = [i for i in range(29) if i not in (5, 6)]
     states = reference.fuse(list(captured.swapaxes(0, 1)))[positions]
     embeddings = table[[i + 1 for i in positions]]

@@ -70,7 +70,7 @@ def test_a_step_pays_kernels_once_reads_more_experts_and_drafts() -> None:
         step, one = drafted.step, option.decode
         assert step.kernels_s == one.kernels_s
         assert one.read_s < step.read_s < (1 + drafted.drafted) * one.read_s
-        assert step.fences_s - one.fences_s <= 181e-6  # the message with the drafted tokens
+        assert step.fences_s - one.fences_s <= 181e-6  # the message with the draft tokens
         assert step.draft_s > 0 == one.draft_s
         assert drafted.tok_per_s > option.decode_tok_per_s
         assert option.token.total_s == pytest.approx(1 / drafted.tok_per_s)
