@@ -21,7 +21,7 @@ class BatchEntry:
         logits_start: index of the entry's first row in the logits of the step.
         tokens: input tokens; empty if the input is the token that `previous_entry` samples.
         previous_entry: index of the entry of the previous step whose token is the input.
-        draft: speculated tokens, the last ones of `tokens`.
+        draft: draft tokens, the last ones of `tokens`.
         is_prefill: whether the tokens are a chunk of a prompt.
         features: features of images among the tokens; their positions count from the first token of the entry.
     """
