@@ -1,4 +1,4 @@
-"""Random requests with kimi-mini's draft model, and with one whose logits are not numbers: the text of no drafts."""
+"""Random requests with kimi-mini's draft model, and with one whose logits are NaN: the text is that without drafts."""
 
 from __future__ import annotations
 
