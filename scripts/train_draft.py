@@ -27,12 +27,15 @@ def main(
     samples: Annotated[int, typer.Option(help="Number of dialogues with kimi-mini.")] = 6000,
     folder: Annotated[Path, typer.Option(help="Folder to export to.")] = SHIPPED,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
+    start: Annotated[Path | None, typer.Option(help="Folder of a draft model to go on from.")] = None,
 ) -> None:
     """Train and export the draft model."""
     from scripts.mini.draft_training import Settings
     from scripts.mini.launch import fast_environment
 
-    settings = Settings(str(folder.resolve()), minutes, samples, learning_rate)
+    settings = Settings(
+        str(folder.resolve()), minutes, samples, learning_rate, None if start is None else str(start.resolve())
+    )
     command = [sys.executable, "-m", "scripts.mini.draft_training", json.dumps(asdict(settings))]
     subprocess.run(command, cwd=ROOT, env=fast_environment(), check=True)
 

@@ -24,6 +24,7 @@ def batches(samples: Sequence[Sample], seed: int) -> Iterator[list[list[Sample]]
                 rows = []
             rows.append([])
         rows[-1].append(sample)
+    yield rows
 
 
 def to_arrays(rows: Sequence[Sequence[Sample]], embedding: mx.array, head: mx.array, drafted: np.ndarray) -> Parameters:
@@ -43,8 +44,7 @@ def to_arrays(rows: Sequence[Sequence[Sample]], embedding: mx.array, head: mx.ar
     for row, samples in enumerate(rows):
         start = 0
         for number, sample in enumerate(samples):
-            length = len(sample.ids)
-            stop = start + length
+            stop = start + len(sample.ids)
             segments[row, start:stop] = number
             captured[row, start:stop] = sample.captured
             following[row, start : stop - 1] = sample.ids[1:]

@@ -25,8 +25,8 @@ from scripts.mini.quantize import dequantize
 from scripts.mini.render import Renderer, Row
 
 TARGET = Path(__file__).resolve().parents[2] / "kimi_mlx" / "models" / "kimi-mini"
-ROW_LENGTH = 256
-ROWS = 8
+ROW_LENGTH = 384  # kimi-mini's longest answer, the drawing, has about 300 tokens with its prompt
+ROWS = 5
 MAX_DIALOGUE_TOKENS = 160
 
 
@@ -98,13 +98,13 @@ def make_samples(target: Target, seed: str, count: int, num_rows: int = ROWS) ->
     rows = (renderer.render(dialogue) for dialogue in stream(seed, part=1, max_tokens=MAX_DIALOGUE_TOKENS))
     samples: list[Sample] = []
     while len(samples) < count:
-        samples += _samples(target, pack(rows, num_rows, ROW_LENGTH))
+        samples += samples_of(target, pack(rows, num_rows, ROW_LENGTH))
         print(f"\r{len(samples)} of {count} samples", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return samples[:count]
 
 
-def _samples(target: Target, bins: list[list[Row]]) -> Iterator[Sample]:
+def samples_of(target: Target, bins: list[list[Row]]) -> Iterator[Sample]:
     """Yield the dialogues whose last answer greedy decoding would write."""
     arrays: Parameters = to_arrays(bins, ROW_LENGTH, pad=target.shape.vocab_size - 1).arrays
     captured, final = target.states(arrays["tokens"], arrays["segments"])

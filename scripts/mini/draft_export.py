@@ -49,3 +49,16 @@ def write_draft(folder: Path, tensors: Parameters, drafted: np.ndarray, shape: S
     sizes = {"vocab_size": shape.vocab_size, "draft_vocab_size": drafted.size, "torch_dtype": "float32"}
     write_tensors(folder, tensors | table, progress)
     write_json(folder, "config.json", {**DRAFT_CONFIG, **sizes, **blocks})
+
+
+def load_draft(folder: Path) -> tuple[Parameters, np.ndarray]:
+    """Return the dequantized parameters of an exported draft model, and the tokens that it drafts."""
+    tensors: Any = mx.load(str(folder / "model.safetensors"))
+    parameters: Parameters = {}
+    for name, value in tensors.items():
+        base = name.removesuffix("weight")
+        if f"{base}scales" in tensors and name.endswith("weight"):
+            value = mx.dequantize(value, tensors[f"{base}scales"], tensors[f"{base}biases"], GROUP_SIZE, BITS)
+        if not name.endswith((".scales", ".biases")) and name not in ("d2t", "t2d"):
+            parameters[name] = value
+    return parameters, np.array(tensors["d2t"]) + np.arange(tensors["d2t"].size)

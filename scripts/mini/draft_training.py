@@ -15,7 +15,7 @@ from mlx.optimizers import AdamW, clip_grad_norm
 from scripts.mini.draft_architecture import DRAFT_VOCAB_SIZE
 from scripts.mini.draft_batches import batches, to_arrays
 from scripts.mini.draft_data import Sample, Target, frequent_tokens, make_samples
-from scripts.mini.draft_export import quantize_draft, write_draft
+from scripts.mini.draft_export import load_draft, quantize_draft, write_draft
 from scripts.mini.draft_model import init_draft, loss, tokens_per_step
 from scripts.mini.export import folder_bytes
 from scripts.mini.model import Parameters
@@ -35,12 +35,14 @@ class Settings:
         minutes: training time, not counting the generation of samples.
         num_samples: number of dialogues to train on.
         learning_rate: peak of AdamW's learning rate.
+        start: folder of a draft model to go on from; None for fresh parameters.
     """
 
     folder: str
     minutes: float
     num_samples: int
     learning_rate: float
+    start: str | None = None
 
 
 class DraftTrainer:
@@ -57,7 +59,17 @@ class DraftTrainer:
         self.shape = target.shape
         self.drafted = frequent_tokens(samples, DRAFT_VOCAB_SIZE, self.shape.vocab_size)
         self.parameters = init_draft(self.shape, target.head[mx.array(self.drafted)], seed=1)
+        if settings.start is not None:
+            self._start_from(Path(settings.start))
         self.num_steps = self.num_tokens = 0
+
+    def _start_from(self, folder: Path) -> None:
+        """Take the parameters of another draft model, which may draft other tokens."""
+        parameters, drafted = load_draft(folder)
+        head, rows = np.array(self.parameters["lm_head.weight"]), np.array(parameters["lm_head.weight"])
+        _, own, others = np.intersect1d(self.drafted, drafted, return_indices=True)
+        head[own] = rows[others]
+        self.parameters = {**parameters, "lm_head.weight": mx.array(head)}
 
     def run(self) -> None:
         """Train until the time is up."""

@@ -159,7 +159,7 @@ class DraftPlanner:
             return self._run_ahead(load, 0 if self._num_probes else self._next_pause())
         if not is_probe:
             self._probe_steps, self._pause_steps = FIRST_PROBE_STEPS, FIRST_PAUSE_STEPS
-        self._records.off = None
+            self._records.off = None
         self._steps_ahead = self._steps_without_offer = 0
         self._num_probes, self._has_accepted = self._num_probes + 1 if is_probe else 0, False
         return Decision(tuple(self._draft(sequences, candidates, plan)), is_drafting=True)

@@ -16,7 +16,7 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.load import load_draft_model
 from scripts.mini.draft_architecture import DRAFT_VOCAB_SIZE, LAYER_IDS
 from scripts.mini.draft_batches import batches, to_arrays
-from scripts.mini.draft_data import TARGET, Sample, Target, frequent_tokens, make_samples
+from scripts.mini.draft_data import ROW_LENGTH, TARGET, Sample, Target, frequent_tokens, make_samples
 from scripts.mini.draft_export import write_draft
 from scripts.mini.draft_model import draft, init_draft, loss
 from scripts.mini.model import Parameters
@@ -105,5 +105,5 @@ def test_a_perfect_draft_has_a_share_of_one_and_the_loss_falls_with_its_gradient
 def test_batches_hold_each_sample_once(samples: list[Sample]) -> None:
     rows = [row for batch in batches(samples * 40, seed=1) for row in batch]
     assert rows
-    assert all(sum(len(sample.ids) for sample in row) <= 256 for row in rows)
+    assert all(sum(len(sample.ids) for sample in row) <= ROW_LENGTH for row in rows)
     assert len({id(sample) for row in rows for sample in row}) == len(samples)
