@@ -195,7 +195,16 @@ def _facts(address: ServerAddress, status: ModelStatus, document: Mapping[str, A
     decode, prefill = (float(rates.get(name) or 0) for name in ("completion_tok_per_s", "prompt_tok_per_s"))
     yield "speed", f"{format_rate(decode)} generated, {format_rate(prefill)} read"
     yield from _cache_facts(status)
+    if drafts := document.get("drafts"):
+        yield "drafts", _describe_drafts(drafts)
     yield from run_facts(status)
+
+
+def _describe_drafts(drafts: Mapping[str, Any]) -> str:
+    """Return how many draft tokens were accepted, and whether tokens are drafted now."""
+    drafted, accepted = int(drafts["drafted_tokens"]), int(drafts["accepted_tokens"])
+    state = drafts["off_reason"] or "drafts on"
+    return f"{accepted / drafted:.0%} of {drafted:,} draft tokens accepted; {state}" if drafted else str(state)
 
 
 def _cache_facts(status: ModelStatus) -> Iterator[tuple[str, str]]:

@@ -126,6 +126,12 @@ def test_many_answers_do_not_fill_the_screen() -> None:
     assert lines[-1] == "and 480 more"
 
 
+def test_drafts_say_what_was_accepted_and_why_they_are_off() -> None:
+    drafts = {"drafted_tokens": 40, "accepted_tokens": 30, "off_reason": "drafts off: too slow"}
+    with _Answering(OURS | {"drafts": drafts}) as drafting:
+        assert "75% of 40 draft tokens accepted; drafts off: too slow" in run(drafting.url).stdout
+
+
 @pytest.mark.slow
 def test_watch_continues_after_an_unreadable_document() -> None:
     with _Answering(OURS) as other:

@@ -62,6 +62,7 @@ export class ClusterView {
       section(text("speed"), speedOf(status)),
       section(text("answers"), answersOf(status)),
       section(text("promptCache"), cacheOf(status)),
+      status.drafts && section(text("drafts"), draftsOf(status)),
       section(text("restarts"), restartsOf(status)),
       !hasProblems && findings,
     ];
@@ -254,6 +255,14 @@ function cacheOf({ cached_tokens: cached, prompt_cache: cache }) {
     [text("memoryHits"), isUsed ? tokens(cache.memory_hit_tokens) : null],
     [text("diskHits"), isUsed && cache.has_disk ? tokens(cache.disk_hit_tokens) : null],
     [text("misses"), isUsed ? tokens(cache.miss_tokens) : null],
+  ]);
+}
+
+function draftsOf({ drafts: { drafted_tokens: drafted, accepted_tokens: accepted, off_reason: reason } }) {
+  const share = Math.round((100 * accepted) / drafted);
+  return factList([
+    [text("state"), reason ?? text("draftsOn")],
+    [text("accepted"), drafted ? text("acceptedOf", { accepted: count(accepted), drafted: count(drafted), share }) : null],
   ]);
 }
 
