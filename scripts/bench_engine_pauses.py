@@ -94,7 +94,7 @@ def measure(folder: Path, requests: list[Request]) -> str:
 def main(words: list[str]) -> None:
     """Run the cases whose names contain all words."""
     print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} processors")
-    prepare_device(has_sampling=False)
+    prepare_device()
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "kimi-mini"
         shutil.copytree(Path(kimi_mlx.__file__).parent / "models" / "kimi-mini", folder)

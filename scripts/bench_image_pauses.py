@@ -71,7 +71,7 @@ def measure(folder: Path, side: int, *, has_image: bool) -> str:
 
 def main(side: int) -> None:
     """Run all cases."""
-    prepare_device(has_sampling=False)
+    prepare_device()
     with tempfile.TemporaryDirectory() as parent:
         config = json.loads((MINI / "config.json").read_text())
         wider = {**config, "vision_config": {**config["vision_config"], **WIDER}}

@@ -123,7 +123,7 @@ class RateCounter:
     clock: Callable[[], float] = time.monotonic
     _intervals: deque[list[int]] = field(default_factory=lambda: deque(maxlen=NUM_INTERVALS + 1))
     _last: int | None = None
-    _slots: deque[list[float]] = field(default_factory=deque)
+    _slots: deque[list[float]] = field(default_factory=deque[list[float]])
     """Begin and counts of the recent half seconds with tokens."""
 
     def add(self, prompt: int = 0, completion: int = 0) -> None:

@@ -42,7 +42,7 @@ def run(open_loader: Callable[[Message, mx.distributed.Group], Loader]) -> None:
     """Run a rank: prepare, wait for the command, load, and report. Does not return."""
 
     def serve(channel: Channel, start: Message) -> None:
-        prepare_device(has_sampling=False)
+        prepare_device()
         group = join_with_peers(channel, start)
         load = open_loader(start, group)
         channel.send("ready")

@@ -239,8 +239,10 @@ def test_what_the_user_writes_is_kept(open_page: OpenPage) -> None:
 def test_the_conversation_that_was_opened_last_is_shown(running: RunningServer, open_page: OpenPage) -> None:
     chat = open_page(running.url)
     messages = [{"role": "user", "content": "word " * 500}] * 500
-    file = {"name": "Large.json", "mimeType": "application/json", "buffer": json.dumps(messages).encode()}
-    chat.page.set_input_files("#import-file", [file])
+    buffer = json.dumps(messages).encode()
+    chat.page.set_input_files(
+        "#import-file", [{"name": "Large.json", "mimeType": "application/json", "buffer": buffer}]
+    )
     chat.wait_text("Large", "#conversations a")
     address = chat.find("#conversations a").get_attribute("href")
     open_both = "(address) => { location.hash = address; setTimeout(() => document.querySelector('#new').click(), 5); }"

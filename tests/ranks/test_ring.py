@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from kimi_mlx.cluster.hosts.host import local_cluster
-from kimi_mlx.cluster.ring.ring import Ring
 from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.engine.events import Event, Finished, Interrupted, Prefilled, Resumed, Token
 from kimi_mlx.engine.request import Request, Sampling
@@ -280,8 +278,6 @@ def test_no_temporary_file_is_left(folder: Path, tmp_path: Path, monkeypatch: py
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
-    with Ring(local_cluster(2)) as ring:
-        ring.start(folder=str(folder), dtype=None, strategy="hybrid", needs_tokenizer_files=False)
-        next(ring.messages())
+    with closing(RingSession(SessionOptions(folder, ranks=2))):
         assert len(list(temporary.iterdir())) == 2
     assert not list(temporary.iterdir())

@@ -115,8 +115,8 @@ def test_local_ranks_are_measured_unless_something_decides() -> None:
         return calibration if len(measured) == 1 else None
 
     times = {name: Times(seconds, seconds) for name, seconds in (("single", 2.0), ("hybrid", 1.5), ("tensor", 1.4))}
-    heads = {"single": 1.0, "split": 0.5}
-    calibration = Calibration(2, 61, times, heads, *[Times(1.0, 1.0)] * 3)
+    heads, message = {"single": 1.0, "split": 0.5}, Times(1.0, 1.0)
+    calibration = Calibration(2, 61, times, heads, sums=message, gathers=message, hops=message)
     shape = known_shape("kimi-k2")
     assert choose_placement(None, 2, None, calibrate, shape).strategy == "pipeline"
     assert choose_placement(None, 2, None, calibrate, shape).strategy == "hybrid"  # nothing could be measured

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ from kimi_mlx.model.attention_cost import AttentionCost, AttentionShape
 from kimi_mlx.model.cache import SharedRows
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
-from kimi_mlx.model.device_traits import CPU_TUNING, METAL_TUNING
+from kimi_mlx.model.device_traits import CPU_TUNING, METAL_TUNING, Tuning
 from kimi_mlx.model.query_split import QueryCost, QuerySplit
 from kimi_mlx.parallel.placement import place
 from kimi_mlx.parallel.sum_communicator import SumCommunicator
@@ -114,7 +114,7 @@ def test_few_queries_take_the_time_to_read_the_weights() -> None:
 
 @pytest.mark.parametrize("strategy", ["hybrid", "hybrid:3:1", "expert", "hybrid:1:2:1"])
 @pytest.mark.parametrize("tuning", [CPU_TUNING, METAL_TUNING], ids=["cpu", "metal"])
-def test_logits_and_caches_are_those_of_one_rank(strategy: str, tuning: object, folder: Path) -> None:
+def test_logits_and_caches_are_those_of_one_rank(strategy: str, tuning: Tuning, folder: Path) -> None:
     rng = random.Random(strategy)
     size = 3 if strategy.count(":") == 3 else 2
     steps = [
@@ -146,7 +146,12 @@ def test_logits_and_caches_are_those_of_one_rank(strategy: str, tuning: object, 
         assert isinstance(model.communicator, SumCommunicator)
         model.communicator.query_split = QuerySplit(size, COST, 4, ((1.0, -1.0),))
         gather_queries = model.communicator.gather_queries
-        model.communicator.gather_queries = lambda x, bounds: (gathers.append(x.shape[1]), gather_queries(x, bounds))[1]
+
+        def count_gather(attended: mx.array, bounds: Sequence[int]) -> mx.array:
+            gathers.append(attended.shape[1])
+            return gather_queries(attended, bounds)
+
+        model.communicator.gather_queries = count_gather
         return run(model)
 
     single = run(load_model(folder, load_config(folder), mx.float32))
