@@ -228,7 +228,17 @@ class Channel:
             is_known = isinstance(error, (KimiMlxError, OSError))
             reason = str(error) if is_known else f"{type(error).__name__}: {error}"
             self._write(encode("failed", text=f"cannot read its commands: {reason}"))
+            self._skip_messages()
         self._end()
+
+    def _skip_messages(self) -> None:
+        """Wait until the front closes the input. By then the other ranks know that this one is lost.
+
+        If this rank closed its connections earlier, a collective of another rank could wait forever.
+        """
+        with contextlib.suppress(OSError):
+            for _ in self._source:
+                pass
 
     def _send_heartbeats(self) -> None:
         while True:
