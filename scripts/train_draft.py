@@ -27,7 +27,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Number of dialogues with kimi-mini.")] = 6000,
     folder: Annotated[Path, typer.Option(help="Folder to export to.")] = SHIPPED,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
-    start: Annotated[Path | None, typer.Option(help="Folder of a draft model to go on from.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Folder of a draft model to continue from.")] = None,
 ) -> None:
     """Train and export the draft model."""
     from scripts.mini.draft_training import Settings

@@ -23,7 +23,7 @@ TIME_PARTS = {
 
 
 def legend(has_draft: bool) -> str:
-    """Return what the characters of `memory_bar` mean."""
+    """Return the legend of `memory_bar`."""
     return f"  # weights, {'d draft model, ' if has_draft else ''}c cache, p prefill, . free, | GPU limit by default"
 
 

@@ -208,7 +208,7 @@ def _describe_drafts(drafts: Mapping[str, Any]) -> str:
 
 
 def _cache_facts(status: ModelStatus) -> Iterator[tuple[str, str]]:
-    """Yield what the prompt cache holds, and how many prompt tokens were found in it."""
+    """Yield the size of the prompt cache, and the number of prompt tokens that were found in it."""
     cache = status.prompt_cache
     yield "prompt cache", f"{status.cached_tokens:,} tokens in memory"
     if cache.has_disk:

@@ -279,7 +279,7 @@ class KVCachePool:
         return cache, len(cache.tokens)
 
     def _prefix_to_share(self, tokens: list[int], common: int) -> SharedPrefix | None:
-        """Return the prefix of which a new sequence shares the rows.
+        """Return the prefix whose rows a new sequence shares.
 
         Either running sequences share it already, or a running sequence starts to share some of its own rows. A
         sequence that runs alone keeps its own rows, because attention in two parts takes longer.

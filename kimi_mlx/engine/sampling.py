@@ -1,7 +1,7 @@
 """Samplers: temperature, top-p, top-k and min-p, with random numbers that depend only on the seed and the position.
 
 The filters are those of mlx-lm (`mlx_lm.sample_utils`, which takes 2 s to import; tests compare with it): each keeps
-tokens by their probabilities at temperature 1, and the temperature applies to what is left.
+tokens by their probabilities at temperature 1, and the temperature applies to the tokens that are kept.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class Calibration:
         return layers_s + self.heads["split"] + self.gathers.one_s
 
     def to_dict(self, prompt_tokens: int = PROMPT_TOKENS) -> dict[str, Any]:
-        """Return what was measured and what is predicted, for JSON."""
+        """Return the measured times and the predicted speeds, for JSON."""
         return {
             "measured": {key: value for key, value in asdict(self).items() if key != "seconds"},
             "measured_in_s": self.seconds,

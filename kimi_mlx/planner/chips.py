@@ -234,7 +234,7 @@ assert {*REQUIRED, *OPTIONAL} < {field.name for field in fields(Chip)}
 
 
 def make_chip(name: str, bandwidth: float, tflops: float | None, memory_gb: list[int], source: str) -> Chip:
-    """Return a chip of which little is known. The rest is assumed to be as in the newest similar chip.
+    """Return a chip with few known facts. The rest is assumed to be as in the newest similar chip.
 
     Args:
         name: name of the chip.

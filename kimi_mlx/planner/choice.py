@@ -46,7 +46,7 @@ class Choice:
     calibration: Calibration | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the choice for JSON, with what was measured and predicted for it, if anything."""
+        """Return the choice for JSON, with its measured times and predicted speeds, if there are any."""
         measured = {} if self.calibration is None else {"calibration": self.calibration.to_dict()}
         return {"strategy": self.strategy, "reason": self.reason, **measured}
 

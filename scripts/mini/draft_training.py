@@ -35,7 +35,7 @@ class Settings:
         minutes: training time, not counting the generation of samples.
         num_samples: number of dialogues to train on.
         learning_rate: peak of AdamW's learning rate.
-        start: folder of a draft model to go on from; None for fresh parameters.
+        start: folder of a draft model to continue from; None for fresh parameters.
     """
 
     folder: str

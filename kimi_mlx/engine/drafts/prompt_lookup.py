@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kimi_mlx.engine.step_runner import InFlightStep
 
 NGRAMS = (4, 3, 2)
-"""Lengths of the n-grams that are looked up, longest first. A single token predicts too little."""
+"""Lengths of the n-grams that are looked up, longest first. After a single token the drafts are rarely accepted."""
 
 
 class PromptLookup:

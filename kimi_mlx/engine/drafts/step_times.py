@@ -15,7 +15,7 @@ DEFAULT_TIMES: Mapping[int, float] = {1: 1.0, 8: 2.0}
 """Relative times of steps, used until some are measured."""
 
 NUM_SAMPLES = 9
-"""Number of recent samples of which the median is used: a few slow steps do not matter."""
+"""Number of recent samples. Their median is used, so a few slow steps do not matter."""
 
 MIN_SAMPLES = 2
 """With fewer samples, the expected time is one more sample of the median."""

@@ -1,4 +1,4 @@
-"""Use of the prompt cache: what is stored, and how many prompt tokens were found in it."""
+"""Use of the prompt cache: size, and number of prompt tokens that were found in it."""
 
 from __future__ import annotations
 
