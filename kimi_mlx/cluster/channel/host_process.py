@@ -29,6 +29,9 @@ LOG_LIMIT_BYTES = 10 << 20
 STDERR_TAIL_LINES = 12
 """Number of last lines of standard error kept for error messages."""
 
+OUTPUT_PATIENCE_S = 1.0
+"""Time to read the rest of standard error after the exit. A job of the login shell can hold it open."""
+
 EXIT_PATIENCE_S = 0.5
 """Time for a process to exit after its guard reported the end. A job of the login shell can keep ssh from exiting."""
 
@@ -81,6 +84,7 @@ class HostProcess:
         self._has_foreign_lines = False
         self._shell_lines: deque[str] = deque(maxlen=STDERR_TAIL_LINES)
         self._has_started = not mark
+        self._has_read_rest = False
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._outbox.put(preamble)
         loops = (self._read_messages, self._read_stderr, self._write_messages)
@@ -155,7 +159,10 @@ class HostProcess:
 
     @property
     def output(self) -> str:
-        """Last lines of standard error; until the command has started, also those of the login shell."""
+        """Last lines of standard error, complete after the exit; before the start, also those of the login shell."""
+        if self.exit_code is not None and not self._has_read_rest:
+            self._threads[1].join(OUTPUT_PATIENCE_S)
+            self._has_read_rest = True
         return "\n".join(self._tail)
 
     @property
@@ -172,12 +179,11 @@ class HostProcess:
         """Describe the exit: the signal or the exit code, and the last lines of output."""
         if not self.wait(1):
             return "closed its output but still runs"
-        self._threads[1].join(1)
         number = self.signal_number
         exit_text = f"exited with code {self.exit_code}"
         if number is not None:
             exit_text = f"was ended by {signal.Signals(number).name}"
-        lines = "\n".join(f"  {line}" for line in self._tail)
+        lines = "\n".join(f"  {line}" for line in self.output.splitlines())
         return f"{exit_text}; its last lines:\n{lines}" if lines else exit_text
 
     def _read_messages(self) -> None:
