@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import mlx.core as mx
 
@@ -15,11 +14,10 @@ from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.decoder import Communicator, Model
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.parallel.placement import Placement
-from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile, StoredWeight, read_manifest
+from kimi_mlx.store.layer_file import open_layer_file
+from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile, read_manifest
 from kimi_mlx.store.store_folders import download_command, is_same_source, rank_folder, source_folder, stored_ranks
-from kimi_mlx.weights.assemble import ProgressCallback, build_model, make_weight
-from kimi_mlx.weights.dequantize import MLX_TYPES
-from kimi_mlx.weights.plan import array_name
+from kimi_mlx.weights.assemble import ProgressCallback, build_model
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,7 @@ def load_store(
     dtype: mx.Dtype,
     communicator: Communicator | None = None,
     progress: ProgressCallback = lambda done, total: None,
+    with_experts: bool = True,
 ) -> Model:
     """Load a rank's store layer by layer, without slicing or copying.
 
@@ -94,18 +93,20 @@ def load_store(
         dtype: compute dtype.
         communicator: the rank's link to the others; None without others.
         progress: callback after each layer.
+        with_experts: whether to load routed experts, as in kimi_mlx.weights.assemble.load_model.
 
     Raises:
         WeightsError: a file differs from the manifest.
     """
+    path, hint = rank_folder(folder, manifest.rank), repair_hint(manifest)
 
     def layers() -> Iterator[LayerWeights]:
         for file in manifest.files:
-            yield _open_layer(rank_folder(folder, manifest.rank), file, dtype, manifest)
+            yield open_layer_file(path / file.name, file, dtype, hint, with_experts)
 
     vision = LayerWeights({})
     if manifest.vision is not None:
-        vision = _open_layer(rank_folder(folder, manifest.rank), manifest.vision, dtype, manifest)
+        vision = open_layer_file(path / manifest.vision.name, manifest.vision, dtype, hint, with_experts)
     return build_model(config, layers(), vision, communicator, progress)
 
 
@@ -143,43 +144,3 @@ def repair_hint(manifest: Manifest) -> str:
     placement = manifest.placement
     command = download_command(manifest.origin.repository, placement.world_size, placement.strategy)
     return f"repair it with `{command} --verify`"
-
-
-def _open_layer(folder: Path, file: StoredFile, dtype: mx.Dtype, manifest: Manifest) -> LayerWeights:
-    path = folder / file.name
-    try:
-        arrays = cast(dict[str, mx.array], mx.load(str(path)))  # lazy: read when evaluated
-    except (RuntimeError, ValueError) as error:
-        raise WeightsError(f"the store's file `{path}` cannot be read: {error}", hint=repair_hint(manifest)) from error
-    entries = {
-        entry: [
-            make_weight(
-                _arrays(path, arrays, entry, number, len(parts), part, manifest), part.quantization, entry, dtype
-            )
-            for number, part in enumerate(parts)
-        ]
-        for entry, parts in file.entries.items()
-    }
-    return LayerWeights(entries, file.latent_first, file.num_fused_shared, file.first_expert)
-
-
-def _arrays(
-    path: Path,
-    arrays: Mapping[str, mx.array],
-    entry: str,
-    number: int,
-    parts: int,
-    weight: StoredWeight,
-    manifest: Manifest,
-) -> list[mx.array]:
-    """Return the arrays of a weight, checked against the manifest."""
-    checked_arrays: list[mx.array] = []
-    for name, expected in weight.arrays.items():
-        array = arrays.get(array_name(entry, number, parts, name))
-        if array is None or array.shape != expected.shape or array.dtype != MLX_TYPES.get(expected.dtype):
-            raise WeightsError(
-                f"the store's file `{path}` does not have the `{entry}` that its manifest lists",
-                hint=repair_hint(manifest),
-            )
-        checked_arrays.append(array)
-    return checked_arrays

@@ -19,6 +19,7 @@ from kimi_mlx.model.vision import VisionTower
 from kimi_mlx.model.weight import Weight
 from kimi_mlx.parallel.placement import RankShare
 from kimi_mlx.weights.dequantize import MLX_TYPES
+from kimi_mlx.weights.expert_plan import split_experts
 from kimi_mlx.weights.layer_plan import plan_layer, plan_top, plan_vision
 from kimi_mlx.weights.plan import ArrayPlan, LayerPlan
 from kimi_mlx.weights.reader import C, CheckpointReader, open_checkpoint
@@ -34,6 +35,7 @@ def load_model(
     share: RankShare | None = None,
     communicator: Communicator | None = None,
     progress: ProgressCallback = lambda done, total: None,
+    with_experts: bool = True,
 ) -> Model:
     """Build the model, or one rank's share of it, layer by layer.
 
@@ -46,6 +48,8 @@ def load_model(
         share: share of this rank; None for the whole model.
         communicator: communication with the other ranks; None for a single rank.
         progress: callback after each layer.
+        with_experts: whether to load routed experts; without them, a stack of experts has only the shared ones, or does
+            not exist (kimi_mlx.weights.expert_plan.split_experts).
 
     Raises:
         WeightsError: missing, unknown or wrongly stored tensors.
@@ -54,7 +58,8 @@ def load_model(
 
     def layers() -> Iterator[LayerWeights]:
         for layer in range(config.num_hidden_layers):
-            yield load_layer(reader, plan_layer(reader.checkpoint, layer, share), dtype)
+            plan = plan_layer(reader.checkpoint, layer, share)
+            yield load_layer(reader, plan if with_experts else split_experts(plan)[0], dtype)
             reader.close()  # pages of memory maps count as used memory
         yield load_layer(reader, plan_top(reader.checkpoint, share), dtype)
 

@@ -152,6 +152,22 @@ def to_stored_type(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def cast_floats(values: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Convert stored floats to another type, as MLX does: bfloat16 (as uint16) rounds to the nearest, ties to even.
+
+    Args:
+        values: values of the type `source`.
+        source: stored type: `F32`, `F16` or `BF16`.
+        target: type of the result.
+    """
+    if source == target:
+        return values
+    is_bfloat16 = source == "BF16"
+    wide = (values.astype(np.uint32) << 16).view(np.float32) if is_bfloat16 else values.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):
+        return to_stored_type(wide, target)
+
+
 def _as_matrix(stored: np.ndarray, field: MatrixField) -> np.ndarray:
     """Return a convolution as a matrix: (rows, channels * height * width)."""
     channels_second = stored.transpose(0, 3, 1, 2) if field.decode == "channels_last" else stored
