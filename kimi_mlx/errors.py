@@ -15,7 +15,8 @@ KimiMlxError
 ├── VisionError      patches, grids or placeholders of images that do not fit the model or each other
 ├── PlacementError   model that cannot be split as requested
 ├── ToolError        MCP server that cannot be used, or tool call without a result
-├── EngineError      generation: request too long, cache misuse
+├── EngineError      generation: request that cannot be served, cache misuse
+│   ├── ContextLengthError  prompt that does not fit the context
 │   └── CacheError          unusable block of the prompt cache on disk
 ├── AnswerError      empty answer, or one that does not match its schema
 ├── StepError        failed step of the model, with all of its requests
@@ -126,6 +127,10 @@ class PlacementError(KimiMlxError):
 
 class EngineError(KimiMlxError):
     """Generation request that cannot be served."""
+
+
+class ContextLengthError(EngineError):
+    """Prompt that does not fit the context, or the KV cache."""
 
 
 class CacheError(EngineError):

@@ -31,7 +31,7 @@ from kimi_mlx.engine.sampling import GREEDY_BELOW
 from kimi_mlx.engine.sequence import Sequence
 from kimi_mlx.engine.step_runner import StepRunner
 from kimi_mlx.engine.token_sampler import TokenSampler
-from kimi_mlx.errors import EngineError, KimiMlxError, VisionError
+from kimi_mlx.errors import ContextLengthError, EngineError, KimiMlxError, VisionError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.draft_model import DraftModel
 from kimi_mlx.parallel.communicator import SEQUENCE_MODULUS, LeaderState
@@ -334,7 +334,7 @@ class Engine:
         if remaining < 1:
             is_memory = self.context < config.max_position_embeddings
             in_images = sum(image.num_tokens for image in request.images)
-            raise EngineError(
+            raise ContextLengthError(
                 f"the prompt has {length} tokens{f' ({in_images} of images)' * bool(in_images)}, "
                 f"but {'the KV cache' if is_memory else 'the context'} holds {self.context}",
                 hint="use fewer or smaller images, " * bool(in_images)

@@ -19,13 +19,15 @@ class AnswerFormat:
         tool_choice: `auto`, `none`, `required`, or `{"name": ...}` of the tool that must be called.
         parallel_tool_calls: whether one answer may call several tools.
         response_schema: JSON schema of the answer; True for any JSON object, None for any text.
-        response_schema_name: location of the schema, for error messages.
+        response_rule: body of a grammar rule that the answer matches, instead of a schema (kimi_mlx.text.answer_rules).
+        response_schema_name: location of the schema or the rule, for error messages.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, str] = "auto"
     parallel_tool_calls: bool = True
     response_schema: Mapping[str, Any] | bool | None = None
+    response_rule: str | None = None
     response_schema_name: str = "response_format"
 
     @property
@@ -61,4 +63,5 @@ class AnswerFormat:
             self.parallel_tool_calls,
             num_calls,
             self.response_schema_name,
+            self.response_rule,
         )

@@ -48,9 +48,13 @@ class ChatRequest(GenerationParams, AnswerFormat):
         places: locations of the messages in the body, for error messages; empty if they are `messages[0]` and so on.
         part_places: locations of the parts of a message with images, by the index of the message.
         thinking: whether the model reasons first; None leaves it to the template.
+        effort: amount of thinking, for templates that read it: `none`, `minimal`, `low`, `medium`, `high`, `xhigh` or
+            `max`.
+        keeps_reasoning: whether the prompt keeps the reasoning of all earlier answers, where the template can do so.
         template_kwargs: other variables of the chat template, such as `preserve_thinking`.
         partial: beginning of the assistant's message, which the answer continues without repeating it.
         partial_reasoning: reasoning before that beginning.
+        partial_name: name of the assistant in that message, which the model sees.
         call_id_prefix: prefix of the ids of new tool calls if the conversation has no calls yet; None uses Kimi's ids.
     """
 
@@ -59,9 +63,12 @@ class ChatRequest(GenerationParams, AnswerFormat):
     places: tuple[str, ...] = field(default=(), compare=False)
     part_places: Mapping[int, Sequence[str]] = field(default_factory=dict[int, "Sequence[str]"], compare=False)
     thinking: bool | None = None
+    effort: str | None = None
+    keeps_reasoning: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
     partial: str | None = None
     partial_reasoning: str = ""
+    partial_name: str | None = None
     call_id_prefix: str | None = None
 
 

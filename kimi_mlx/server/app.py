@@ -16,6 +16,7 @@ from kimi_mlx.server.anthropic.routes import anthropic_routes
 from kimi_mlx.server.cluster import cluster_status
 from kimi_mlx.server.health import health_problem, health_report
 from kimi_mlx.server.http.access_log import AccessLog
+from kimi_mlx.server.http.addresses import AddressMiddleware
 from kimi_mlx.server.http.body import JsonResponse
 from kimi_mlx.server.http.context import Context
 from kimi_mlx.server.http.errors_middleware import ErrorFormat, ErrorMiddleware
@@ -73,10 +74,11 @@ def build_app(
             allow_origins=list(security.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["request-id", "x-request-id", "retry-after"],
         )
     unlogged = {*(route.path for route in page), EVENTS_PATH}
-    return AccessLog(app, context.service.metrics, [*routes, *page], unlogged, log_prompts=log_prompts)
+    app = AccessLog(app, context.service.metrics, [*routes, *page], unlogged, log_prompts=log_prompts)
+    return AddressMiddleware(app, [*routes, *page])
 
 
 def _status_routes(context: Context) -> list[Route]:

@@ -53,6 +53,41 @@ class ApiError(KimiMlxError):
         return self.message if self.hint is None else f"{self.message} ({self.hint})"
 
 
+class PromptTooLongError(ApiError):
+    """A prompt that does not fit the context.
+
+    Clients recognise it by its words rather than by its code, and then shorten the conversation. The message has the
+    words of OpenAI's APIs; `anthropic_message` has those of the Messages API.
+
+    Args:
+        num_tokens: number of tokens of the prompt.
+        context_tokens: size of the context.
+        param: location of the prompt in the body.
+        is_exact: False if the prompt may have more tokens, because the rest was not counted.
+    """
+
+    def __init__(self, num_tokens: int, context_tokens: int, param: str, is_exact: bool = True):
+        super().__init__(
+            400,
+            f"This model's maximum context length is {context_tokens} tokens. However, your messages resulted in "
+            f"{num_tokens} tokens{'' if is_exact else ' or more'}. Please reduce the length of the messages.",
+            "context_length_exceeded",
+            param,
+        )
+        self.num_tokens = num_tokens
+        self.context_tokens = context_tokens
+        self.is_exact = is_exact
+
+    def __reduce__(self) -> tuple[type[ApiError], tuple[Any, ...]]:
+        """Keep all fields when the error crosses a process boundary."""
+        return type(self), (self.num_tokens, self.context_tokens, self.param, self.is_exact)
+
+    @property
+    def anthropic_message(self) -> str:
+        """Message with the words of the Messages API."""
+        return f"prompt is too long: {self.num_tokens} tokens > {self.context_tokens} maximum"
+
+
 def api_error(error: BaseException) -> ApiError:
     """Return the error response for any error: 4xx for errors of the client, 5xx for those of the server.
 

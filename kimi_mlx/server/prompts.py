@@ -14,10 +14,11 @@ from kimi_mlx.errors import CallIdError, GrammarError, ImageError, TextError, Us
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.prompt import Prompt
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest, GenerationParams
-from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.errors import ApiError, PromptTooLongError
 from kimi_mlx.server.media import image_error, resolve_media
 from kimi_mlx.server.message_content import texts_of
 from kimi_mlx.server.response_builder import ChatReader, PlainReader, TokenReader
+from kimi_mlx.server.template_variables import template_variables
 from kimi_mlx.text.call_ids import CallIds, to_kimi_ids
 from kimi_mlx.text.messages import Message
 from kimi_mlx.text.output import THINK_END, OutputParser, opens_reasoning
@@ -33,6 +34,9 @@ RESERVED = frozenset(
 USUAL_CHARS_PER_TOKEN = 8
 """Texts with more characters than this per token of the context rarely fit."""
 
+MAX_COUNTED_TOKENS = 1_000_000
+"""Maximum number of tokens of a prompt that are counted, if the context is not larger."""
+
 CUT_TOKENS = 16
 """Upper estimate of the additional tokens of a part that come from cutting the text."""
 
@@ -44,6 +48,9 @@ CALL_TOKENS = 6
 
 MANY_MESSAGES = 1_000
 """Number of messages from which on an error of the template names their number."""
+
+ASSISTANT_BEGIN, HEADER_END = "<|im_assistant|>", "<|im_middle|>"
+"""Control tokens around the name of the assistant, in Kimi's templates."""
 
 LEADING_NAME = re.compile(r"`([^`]+)`")
 """Location of the error, at the beginning of a GrammarError's message."""
@@ -63,6 +70,7 @@ class PreparedRequest:
         call_ids: tool call ids of the conversation; None if the answer is plain text.
         tool_names: names of the tools that the model may call.
         return_progress: whether the events of the answers include ProgressEvents.
+        place: location of the prompt in the body, for error messages.
     """
 
     request: Request
@@ -71,6 +79,7 @@ class PreparedRequest:
     call_ids: CallIds | None = None
     tool_names: tuple[str, ...] = ()
     return_progress: bool = False
+    place: str = "messages"
 
     def new_reader(self, tokenizer: Tokenizer) -> TokenReader:
         """Return a reader for the tokens of one answer."""
@@ -114,7 +123,7 @@ class PromptBuilder:
         """
         if isinstance(request, ChatRequest):
             request = self._resolve_media(request)
-        self._check_size(request)
+        self._check_size(request, self.context_tokens)
         images: tuple[ImageInput, ...] = ()
         if isinstance(request, ChatRequest):
             chat_prompt, ids = self._chat_prompt(request)
@@ -123,7 +132,7 @@ class PromptBuilder:
             prompt, ids = self._plain_prompt(request), None
         remaining = self.context_tokens - len(prompt)
         if remaining < 1:
-            raise self._too_long(request, f"{len(prompt)}")
+            raise self._too_long(request, len(prompt), is_exact=True)
         grammar, tool_names = None, ()
         if isinstance(request, ChatRequest) and ids is not None:
             special_tokens = self.tokenizer.tokenizer.special_tokens
@@ -141,15 +150,19 @@ class PromptBuilder:
             grammar=grammar,
             images=images,
         )
-        return PreparedRequest(engine_request, request.n, request.stop, ids, tool_names, request.return_progress)
+        place, progress = _place(request), request.return_progress
+        return PreparedRequest(engine_request, request.n, request.stop, ids, tool_names, progress, place)
 
     def count_tokens(self, request: ChatRequest) -> int:
         """Return the number of tokens of the prompt, even if it exceeds the context.
 
         Raises:
+            ApiError: the prompt has more than MAX_COUNTED_TOKENS tokens, or the request can never be served.
             KimiMlxError: the template cannot render the messages.
         """
-        return len(self._chat_prompt(self._resolve_media(request))[0].ids)
+        request = self._resolve_media(request)
+        self._check_size(request, max(self.context_tokens, MAX_COUNTED_TOKENS))
+        return len(self._chat_prompt(request)[0].ids)
 
     def _resolve_media(self, request: ChatRequest) -> ChatRequest:
         return resolve_media(request, self.text_only_reason, self.fetched)
@@ -159,23 +172,26 @@ class PromptBuilder:
             request.check_schemas()
             messages, ids = to_kimi_ids(request.messages, request.call_id_prefix, request.places)
         except GrammarError as error:
-            raise _schema_error(error) from error
+            raise schema_error(error) from error
         except CallIdError as error:
             raise ApiError(400, error.message, "invalid_tool_call_id", error.place) from error
-        variables: dict[str, Any] = dict(request.template_kwargs)
-        if reserved := RESERVED & variables.keys():
+        if reserved := RESERVED & request.template_kwargs.keys():
             message = f"`{min(reserved)}` is reserved and cannot be set as a variable of the chat template"
             raise ApiError(400, message, param="chat_template_kwargs")
-        if request.thinking is not None:
-            variables["thinking"] = request.thinking
-        prompt = self._render(request, messages, variables)
+        prompt = self._render(request, messages, template_variables(request, self.tokenizer.template))
         if request.partial is not None:
-            tokenizer = self.tokenizer.tokenizer
-            if opens_reasoning(tokenizer, prompt.ids):  # text of the answer comes after the reasoning
-                prompt.ids.extend(tokenizer.encode(request.partial_reasoning))
-                prompt.ids.append(tokenizer.special_tokens[THINK_END])
-            prompt.ids.extend(tokenizer.encode(request.partial))
+            self._begin_answer(prompt, request)
         return prompt, ids
+
+    def _begin_answer(self, prompt: Prompt, request: ChatRequest) -> None:
+        """Append the beginning of the answer, which a client has sent, to a prompt that ends where answers begin."""
+        tokenizer = self.tokenizer.tokenizer
+        if request.partial_name:
+            _set_last_name(prompt.ids, tokenizer.special_tokens, tokenizer.encode(request.partial_name))
+        if opens_reasoning(tokenizer, prompt.ids):  # text of the answer comes after the reasoning
+            prompt.ids.extend(tokenizer.encode(request.partial_reasoning))
+            prompt.ids.append(tokenizer.special_tokens[THINK_END])
+        prompt.ids.extend(tokenizer.encode(request.partial or ""))
 
     def _render(
         self,
@@ -198,21 +214,21 @@ class PromptBuilder:
                 message = f"`{param}` has {len(messages)} messages: {message}"
             raise ApiError(400, message, "invalid_value", param, hint=error.hint) from error
 
-    def _check_size(self, request: ChatRequest | CompletionRequest) -> None:
-        """Refuse a prompt that cannot fit the context, before it is rendered and all of it is tokenized."""
+    def _check_size(self, request: ChatRequest | CompletionRequest, max_tokens: int) -> None:
+        """Refuse a prompt that must have more tokens, before it is rendered and all of it is tokenized."""
         if isinstance(request, CompletionRequest) and not isinstance(request.prompt, str):
             min_tokens = len(request.prompt)
         elif isinstance(request, CompletionRequest):
-            min_tokens = self._min_tokens([str(request.prompt)])
+            min_tokens = self._min_tokens([str(request.prompt)], max_tokens)
         else:
             num_calls = sum(len(message.tool_calls) for message in request.messages)
             min_tokens = MESSAGE_TOKENS * len(request.messages) + CALL_TOKENS * num_calls
-            if min_tokens <= self.context_tokens:
-                min_tokens += self._min_tokens(self._texts(request))
-        if min_tokens > self.context_tokens:
-            raise self._too_long(request, f"at least {min_tokens}")
+            if min_tokens <= max_tokens:
+                min_tokens += self._min_tokens(self._texts(request, max_tokens), max_tokens)
+        if min_tokens > max_tokens:
+            raise self._too_long(request, min_tokens, is_exact=False)
 
-    def _texts(self, request: ChatRequest) -> list[str]:
+    def _texts(self, request: ChatRequest, max_tokens: int) -> list[str]:
         """Return the texts of a conversation that its prompt contains; others only if they could never fit."""
         calls = [call for message in request.messages for call in message.tool_calls]
         texts = [text for message in request.messages for text in texts_of(message.content)]
@@ -220,35 +236,28 @@ class PromptBuilder:
         texts += [request.partial_reasoning, request.partial or ""]
         others = [text for message in request.messages for text in (message.reasoning_content, message.name) if text]
         others += [call.name for call in calls]
-        return texts + [text for text in others if len(text) > USUAL_CHARS_PER_TOKEN * self.context_tokens]
+        return texts + [text for text in others if len(text) > USUAL_CHARS_PER_TOKEN * max_tokens]
 
-    def _min_tokens(self, texts: Sequence[str]) -> int:
-        """Return a lower bound of the number of tokens of the texts. Counting stops once it exceeds the context.
+    def _min_tokens(self, texts: Sequence[str], max_tokens: int) -> int:
+        """Return a lower bound of the number of tokens of the texts. Counting stops once it exceeds `max_tokens`.
 
         The first bound is the number of characters divided by the length of the longest token. If long texts could
         still fit, they are tokenized in parts, which are those of the tokenizer.
         """
         num_chars = sum(map(len, texts))
         min_tokens = num_chars // self.tokenizer.tokenizer.max_token_bytes
-        if num_chars <= USUAL_CHARS_PER_TOKEN * self.context_tokens or not self.tokenizer.has_tokenizer:
+        if num_chars <= USUAL_CHARS_PER_TOKEN * max_tokens or not self.tokenizer.has_tokenizer:
             return min_tokens
         num_tokens = 0
         for text in texts:
             for at in range(0, len(text), MAX_ENCODE_CHARS):
-                if max(min_tokens, num_tokens) > self.context_tokens:
+                if max(min_tokens, num_tokens) > max_tokens:
                     return max(min_tokens, num_tokens)
                 num_tokens += max(len(self.tokenizer.encode(text[at : at + MAX_ENCODE_CHARS])) - CUT_TOKENS, 0)
         return max(min_tokens, num_tokens)
 
-    def _too_long(self, request: ChatRequest | CompletionRequest, num_tokens: str) -> ApiError:
-        """Return the response for a prompt beyond the context. Clients that then shorten it look for these words."""
-        return ApiError(
-            400,
-            f"the prompt has {num_tokens} tokens, but this model's maximum context length is {self.context_tokens} "
-            "tokens",
-            "context_length_exceeded",
-            request.messages_name if isinstance(request, ChatRequest) else request.place,
-        )
+    def _too_long(self, request: ChatRequest | CompletionRequest, num_tokens: int, *, is_exact: bool) -> ApiError:
+        return PromptTooLongError(num_tokens, self.context_tokens, _place(request), is_exact)
 
     def _check_id(self, id: int, param: str) -> None:
         vocab_size = self.tokenizer.tokenizer.vocab_size
@@ -278,6 +287,19 @@ class PromptBuilder:
             return replace(self.tokenizer.sampling, **{**recommended, **requested})
         except UsageError as error:
             raise ApiError(400, error.message, "invalid_value", hint=error.hint) from error
+
+
+def _place(request: ChatRequest | CompletionRequest) -> str:
+    """Return the location of the prompt in the body."""
+    return request.messages_name if isinstance(request, ChatRequest) else request.place
+
+
+def _set_last_name(ids: list[int], special_tokens: Mapping[str, int], name: Sequence[int]) -> None:
+    """Replace the name in the header of the last message of a prompt, `<|im_assistant|>NAME<|im_middle|>`."""
+    begin, end = special_tokens.get(ASSISTANT_BEGIN), special_tokens.get(HEADER_END)
+    if begin in ids and end in ids:
+        last = len(ids) - 1
+        ids[last - ids[::-1].index(begin) + 1 : last - ids[::-1].index(end)] = name
 
 
 def _restore_builder(values: tuple[Any, ...], fetched: Mapping[str, bytes]) -> PromptBuilder:
@@ -312,16 +334,16 @@ def request_grammar(
     Raises:
         ApiError: 400, a schema or a tool is invalid; `param` is its location.
     """
-    if request.partial is not None and request.response_schema is not None:
-        message = "a partial message cannot be combined with a schema for the answer"
+    if request.partial is not None and (request.response_schema is not None or request.response_rule is not None):
+        message = "a partial message cannot be combined with a schema or a grammar for the answer"
         raise ApiError(400, message, param=request.response_schema_name)
     try:
         return request.grammar(special_tokens, prompt, num_calls)
     except GrammarError as error:
-        raise _schema_error(error) from error
+        raise schema_error(error) from error
 
 
-def _schema_error(error: GrammarError) -> ApiError:
+def schema_error(error: GrammarError) -> ApiError:
     """Return the response for a schema or a tool that is refused; its hint is for the client too."""
     message = SCHEMA_PATH.sub(r"`\1\2`", error.message, 1) if SCHEMA_PATH.match(error.message) else error.message
     name = LEADING_NAME.match(message)

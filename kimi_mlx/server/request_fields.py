@@ -22,6 +22,15 @@ def to_integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+MAX_TOKEN_COUNT = 2**31 - 1
+"""Largest token count that a body may have; more than any context, so it means no limit."""
+
+
+def to_token_count(value: Any) -> Any:
+    """Return a token count as an integer; -1, which means no limit in other servers, as MAX_TOKEN_COUNT."""
+    return MAX_TOKEN_COUNT if value == -1 and not isinstance(value, bool) else to_integer(value)
+
+
 Item = TypeVar("Item")
 ListOf = Annotated[list[Item], Field(fail_fast=True)]
 """A list that is validated up to its first error: a million errors would take seconds."""
@@ -29,7 +38,7 @@ ListOf = Annotated[list[Item], Field(fail_fast=True)]
 Integer = BeforeValidator(to_integer)
 """Annotation of an integer, which may be written as a float."""
 
-TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1), Integer]
+TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKEN_COUNT), BeforeValidator(to_token_count)]
 AlternativeCount = Annotated[int, Field(ge=0, le=20), Integer]
 """Number of the most likely tokens to report with each token."""
 

@@ -15,11 +15,11 @@ import anyio.to_thread
 
 from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Prefilled, Resumed, Token
 from kimi_mlx.engine.request import Request
-from kimi_mlx.errors import RingError
+from kimi_mlx.errors import ContextLengthError, RingError
 from kimi_mlx.server.activity import AnswerProgress, RateCounter, RunningAnswer
 from kimi_mlx.server.admission_queue import MAX_RETRY_S, AdmissionQueue, QueueSlots
 from kimi_mlx.server.api_types import AnswerEvent, FinishEvent, KeepAlive, ProgressEvent
-from kimi_mlx.server.errors import ApiError, api_error
+from kimi_mlx.server.errors import ApiError, PromptTooLongError, api_error
 from kimi_mlx.server.event_queue import EventQueue, LoopWaker
 from kimi_mlx.server.message_content import MissingMediaError
 from kimi_mlx.server.metrics import Metrics
@@ -139,7 +139,7 @@ class Service:
             async for event in active.events():
                 yield event
         except Exception as error:
-            response_error = api_error(error)
+            response_error = self._api_error(error, requests)
             if response_error.code == "internal_error":
                 LOG.exception("an answer failed")
             raise response_error from error
@@ -148,6 +148,13 @@ class Service:
             if active is not None:
                 del self._active[active]
                 active.close()
+
+    def _api_error(self, error: Exception, requests: Sequence[PreparedRequest]) -> ApiError:
+        """Return the error response to requests. A ring that has restarted may have a smaller context than before."""
+        if not isinstance(error, ContextLengthError):
+            return api_error(error)
+        longest = max(requests, key=lambda request: len(request.request.prompt))
+        return PromptTooLongError(len(longest.request.prompt), self.session.context, longest.place)
 
     async def start_worker(self) -> None:
         """Start a worker process for the preparation of long requests."""

@@ -26,7 +26,7 @@ from enum import Enum, auto
 from typing import Any, cast
 
 from kimi_mlx.errors import GrammarError
-from kimi_mlx.text.json_schema import Schema, check_schema, to_lark
+from kimi_mlx.text.json_schema import Schema, check_schema, find_problem, to_lark
 from kimi_mlx.text.output import CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, THINK_BEGIN, THINK_END
 from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, PREFIX
 
@@ -72,6 +72,7 @@ def build_grammar(
     parallel_tool_calls: bool = True,
     first_index: int = 0,
     schema_name: str = "response_format",
+    response_rule: str | None = None,
 ) -> str | None:
     """Return the grammar of an answer as JSON; None if the answer is unconstrained.
 
@@ -87,7 +88,8 @@ def build_grammar(
         tool_choice: "auto", "none" (only text), "required" (only calls), or {"name": ...} (one call of that tool).
         parallel_tool_calls: True to allow several calls.
         first_index: index of the first call; a conversation counts its calls from 0.
-        schema_name: name of the answer's schema in error messages.
+        schema_name: name of the answer's schema or rule in error messages.
+        response_rule: body of a rule in llguidance's dialect of Lark that the answer matches, instead of a schema.
 
     Raises:
         GrammarError: the schema or the choice cannot be enforced; the message begins with the location.
@@ -96,12 +98,16 @@ def build_grammar(
     is_call_required = choice not in ("auto", "none")
     is_strict = any(_is_strict(tool["function"]) for tool in tools)
     restricts_tools = tools and (choice == "none" or not parallel_tool_calls or is_strict)
-    if response_schema is None and not is_call_required and not restricts_tools:
+    if response_schema is None and response_rule is None and not is_call_required and not restricts_tools:
         return None
     response = None
     if response_schema is not None and not is_call_required:
         schema = ANY_OBJECT if response_schema is True else response_schema
         response = to_lark(check_schema(schema, schema_name))
+    if response_rule is not None and not is_call_required:
+        if problem := find_problem(f"start: {response_rule}"):
+            raise GrammarError(f"`{schema_name}`: {problem}")
+        response = response_rule
     answer = _Answer(
         thinking,
         response,

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from kimi_mlx.server.hosted_calls import read_hosted_parts
 from kimi_mlx.server.http.body import Body
+from kimi_mlx.server.other_fields import CheckedBody
 from kimi_mlx.server.request_fields import (
     UNSUPPORTED,
     Arguments,
@@ -22,12 +24,16 @@ from kimi_mlx.server.request_fields import (
     text_shorthand,
     type_discriminator,
 )
+from kimi_mlx.server.thinking_options import Effort, ThinkingOptions
 
 MAX_STOP_SEQUENCES = 64
 
+CLEAR_THINKING = "clear_thinking_20251015"
+"""Type of the rule about the reasoning of earlier answers."""
+
 SUPPORTED = {
     "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
-    "user": ("text", "image", "tool_result"),
+    "user": ("text", "image", "document", "search_result", "tool_result"),
     "system": ("text",),
 }
 """Types of content by the role of their message."""
@@ -57,6 +63,32 @@ class ImageBlock(Body):
     source: ImageSource
 
 
+class DocumentSource(Body):
+    """The text of a document: `data`, or the texts in `content`. Bytes and URLs of documents are not supported."""
+
+    type: str
+    data: str | None = None
+    content: Any = None
+
+
+class DocumentBlock(Body):
+    """A document; citations are not supported, and `citations` has no effect."""
+
+    type: Literal["document"]
+    source: DocumentSource
+    title: str | None = None
+    context: str | None = None
+
+
+class SearchResultBlock(Body):
+    """A result of a search that the client has run."""
+
+    type: Literal["search_result"]
+    source: str | None = None
+    title: str | None = None
+    content: ListOf[TextBlock] | None = None
+
+
 class ThinkingBlock(Body):
     """Reasoning of the model; its signature is ignored."""
 
@@ -80,18 +112,25 @@ class ToolUseBlock(Body):
 
 
 class UnsupportedBlock(Body):
-    """Content of an unsupported type: documents, results of Anthropic's own tools."""
+    """Content of an unsupported type."""
 
     type: str
 
 
-_as_blocks = text_shorthand(type="text")
+_to_blocks = text_shorthand(type="text")
+
+
+def _as_blocks(value: Any) -> Any:
+    return read_hosted_parts(_to_blocks(value))
+
 
 ResultBlock = Annotated[
     Annotated[TextBlock, Tag("text")]
     | Annotated[ImageBlock, Tag("image")]
+    | Annotated[DocumentBlock, Tag("document")]
+    | Annotated[SearchResultBlock, Tag("search_result")]
     | Annotated[UnsupportedBlock, Tag(UNSUPPORTED)],
-    Discriminator(type_discriminator(("text", "image"))),
+    Discriminator(type_discriminator(("text", "image", "document", "search_result"))),
 ]
 ResultBlocks = Annotated[
     ListOf[ResultBlock], BeforeValidator(_as_blocks, json_schema_input_type=str | list[ResultBlock])
@@ -110,6 +149,8 @@ class ToolResultBlock(Body):
 Block = Annotated[
     Annotated[TextBlock, Tag("text")]
     | Annotated[ImageBlock, Tag("image")]
+    | Annotated[DocumentBlock, Tag("document")]
+    | Annotated[SearchResultBlock, Tag("search_result")]
     | Annotated[ThinkingBlock, Tag("thinking")]
     | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
@@ -146,10 +187,22 @@ class ToolChoice(Body):
     disable_parallel_tool_use: bool | None = None
 
 
-class ThinkingConfig(Body):
-    """The thinking mode; the amount of thinking cannot be set."""
+class ContextEdit(Body):
+    """A rule that removes parts of older messages; only `clear_thinking_20251015` with `keep: all` has an effect."""
 
-    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    type: str
+    keep: Any = None
+
+    @property
+    def keeps_reasoning(self) -> bool:
+        """Whether the reasoning of all earlier answers stays in the prompt."""
+        return self.type == CLEAR_THINKING and self.keep in ("all", {"type": "all"})
+
+
+class ContextManagement(Body):
+    """Rules that remove parts of older messages."""
+
+    edits: ListOf[ContextEdit] | None = None
 
 
 class OutputFormat(Body):
@@ -163,9 +216,10 @@ class OutputConfig(Body):
     """Options of the output."""
 
     format: OutputFormat | None = None
+    effort: Effort | None = None
 
 
-class CountBody(Body):
+class CountBody(CheckedBody):
     """The body of POST /v1/messages/count_tokens."""
 
     model: str | None = None
@@ -173,7 +227,9 @@ class CountBody(Body):
     system: TextBlocks | None = None
     tools: ListOf[MessagesTool] | None = None
     tool_choice: ToolChoice | None = None
-    thinking: ThinkingConfig | None = None
+    thinking: ThinkingOptions | None = None
+    reasoning_effort: Effort | None = Field(None, description="As in Chat Completions.")
+    context_management: ContextManagement | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # name of `output_config.format` in the API's beta
     mcp_servers: list[Any] | None = None
@@ -182,7 +238,7 @@ class CountBody(Body):
 class MessagesBody(CountBody):
     """The body of POST /v1/messages."""
 
-    max_tokens: TokenCount | None = None
+    max_tokens: TokenCount | None = Field(None, description="-1 allows the rest of the context.")
     stream: bool | None = None
     stop_sequences: ListOf[StopText] | None = Field(None, max_length=MAX_STOP_SEQUENCES)
     temperature: float | None = Field(None, ge=0, le=2)

@@ -6,14 +6,17 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+from kimi_mlx.server.anthropic.content_blocks import add_block, add_result_block
 from kimi_mlx.server.anthropic.messages_body import (
     SUPPORTED,
     CountBody,
+    DocumentBlock,
     ImageBlock,
     InputMessage,
     MessagesBody,
     MessagesTool,
     RedactedThinkingBlock,
+    SearchResultBlock,
     TextBlock,
     ThinkingBlock,
     ToolChoice,
@@ -28,10 +31,10 @@ from kimi_mlx.server.request_fields import (
     Arguments,
     check_tool_choice,
     earlier_call,
-    placeholder,
     unsupported,
     unsupported_content,
 )
+from kimi_mlx.server.thinking_options import thinking_fields
 from kimi_mlx.text.messages import Message, ToolCall
 
 CALL_ID_PREFIX = "toolu_"
@@ -78,11 +81,22 @@ def to_chat_request(body: CountBody) -> ChatRequest:
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
         response_schema=output_format.schema_ if output_format else None,
         response_schema_name=f"{'output_config.format' if config_format else 'output_format'}.schema",
-        # as with Anthropic's models, thinking is off unless requested
-        thinking=body.thinking is not None and body.thinking.type != "disabled",
+        **_thinking(body),
         partial=partial,
         call_id_prefix=CALL_ID_PREFIX,
     )
+
+
+def _thinking(body: CountBody) -> dict[str, Any]:
+    """Return the fields about thinking: as with Anthropic's models, it is off unless it is requested."""
+    effort = body.reasoning_effort
+    fields = thinking_fields(body.thinking, effort, default=False, keeps_all=_keeps_reasoning(body))
+    return fields | {"effort": fields["effort"] or (body.output_config and body.output_config.effort)}
+
+
+def _keeps_reasoning(body: CountBody) -> bool:
+    edits = (body.context_management and body.context_management.edits) or ()
+    return any(edit.keeps_reasoning for edit in edits)
 
 
 def _sampling(body: MessagesBody) -> dict[str, float | int | None]:
@@ -141,10 +155,10 @@ def _user(message: InputMessage, location: str) -> Iterator[tuple[Message, tuple
     content = ContentBuilder(PARAGRAPHS)
     for index, block in enumerate(message.content):
         place = f"{location}[{index}]"
-        if isinstance(block, TextBlock):
-            content.add_text(_without_billing_header(block.text) if message.role == "system" else block.text)
-        elif isinstance(block, ImageBlock) and message.role == "user":
-            _add_image(content, block, place)
+        if isinstance(block, TextBlock) and message.role == "system":
+            content.add_text(_without_billing_header(block.text))
+        elif isinstance(block, TextBlock | ImageBlock | DocumentBlock | SearchResultBlock) and message.role == "user":
+            add_block(content, block, place)
         elif isinstance(block, ToolResultBlock) and message.role == "user":
             if not content.is_empty:
                 built, part_places = content.build()
@@ -163,29 +177,8 @@ def _result(block: ToolResultBlock, location: str) -> ContentBuilder:
     """Return the content of a tool's result."""
     content = ContentBuilder(PARAGRAPHS, prefix="Error: " if block.is_error else "")
     for index, part in enumerate(block.content or ()):
-        if isinstance(part, ImageBlock):
-            _add_image(content, part, f"{location}[{index}]")
-        else:
-            content.add_text(part.text if isinstance(part, TextBlock) else placeholder(part.type))
+        add_result_block(content, part, f"{location}[{index}]")
     return content
-
-
-def _add_image(content: ContentBuilder, block: ImageBlock, place: str) -> None:
-    """Append an image to the content of a message.
-
-    Raises:
-        ApiError: its source has an unsupported type, or lacks the field of its type.
-    """
-    source = block.source
-    if source.type not in ("base64", "url"):
-        subject = f"an image whose source has the type `{source.type:.60}` is"
-        raise unsupported(subject, f"{place}.source.type", "use `base64`")
-    field = "data" if source.type == "base64" else "url"
-    value = source.data if source.type == "base64" else source.url
-    if value is None:
-        param = f"{place}.source.{field}"
-        raise ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
-    content.add_media("image_url", value if source.type == "url" else f"data:;base64,{value}", place)
 
 
 def _without_billing_header(text: str) -> str:

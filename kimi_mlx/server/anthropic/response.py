@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kimi_mlx.server.api_types import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, KeepAlive, Usage
-from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.errors import ApiError, PromptTooLongError
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.tool_calls import CallSequencer
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta
@@ -139,13 +139,12 @@ class MessageFormatter:
 
 def anthropic_error(error: ApiError) -> dict[str, Any]:
     """Return an error in Anthropic's format."""
-    message = error.message
-    if error.code == "context_length_exceeded":  # Claude Code looks for this phrase and compacts the conversation
-        message = f"prompt is too long: {message}"
+    message = f"{error.param}: {error.message}" if error.param and error.param not in error.message else error.message
+    if isinstance(error, PromptTooLongError):
+        message = error.anthropic_message
     fallback = "invalid_request_error" if error.status < 500 else "api_error"
     error_type = ERROR_TYPES.get(error.status, fallback)
-    prefix = f"{error.param}: " if error.param and error.param not in message else ""
-    return {"type": "error", "error": {"type": error_type, "message": prefix + message}}
+    return {"type": "error", "error": {"type": error_type, "message": message}}
 
 
 def _content(delta: Delta) -> Iterator[dict[str, Any]]:

@@ -38,6 +38,9 @@ BASE64_CHARS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+
 CONTROL_CHARS = re.compile(rb"[\x00-\x1f\x7f]+|\xc2[\x80-\x9f]")
 """Control characters in UTF-8, which could end the line of the log or control the terminal."""
 
+REQUEST_ID_HEADERS = ("x-request-id", "request-id")
+"""Headers with the request id: OpenAI's and Anthropic's."""
+
 RECORD_KEY = "kimi_mlx.record"
 """Key of a request's RequestRecord in its ASGI scope."""
 
@@ -48,7 +51,7 @@ class RequestRecord:
 
     Args:
         started_at: start of the request, by time.monotonic.
-        id: request id, sent in the `x-request-id` header of the response.
+        id: request id, sent in REQUEST_ID_HEADERS of the response.
         status: status of the response, once it has started.
         body: body of the request.
         ttft_s: time to the first delta of any answer.
@@ -110,7 +113,9 @@ class AccessLog:
         async def recording_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = record.id
+                headers = MutableHeaders(scope=message)
+                for name in REQUEST_ID_HEADERS:
+                    headers[name] = record.id
             await send(message)
 
         try:

@@ -37,6 +37,7 @@ class ChatFormatter:
         include_usage: whether a stream ends with the token counts.
         include_logprobs: whether the response contains log probabilities.
         include_progress: whether a stream has the progress of the prompt, and the response has `timings`.
+        include_reasoning: whether the response contains the reasoning.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class ChatFormatter:
         include_usage: bool,
         include_logprobs: bool,
         include_progress: bool = False,
+        include_reasoning: bool = True,
     ):
         self._head: dict[str, Any] = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
         self._include_usage, self._include_logprobs = include_usage, include_logprobs
-        self._include_progress = include_progress
+        self._include_progress, self._include_reasoning = include_progress, include_reasoning
         self._finishes: list[FinishEvent] = []
         self._started: set[int] = set()
 
@@ -108,7 +110,7 @@ class ChatFormatter:
             "content": None if calls and not text else text,
             "refusal": None,
         }
-        if answer.delta.reasoning:
+        if answer.delta.reasoning and self._include_reasoning:
             message["reasoning_content"] = answer.delta.reasoning
         if calls:
             message["tool_calls"] = calls
@@ -121,7 +123,7 @@ class ChatFormatter:
 
     def _delta_chunks(self, event: DeltaEvent) -> Iterator[StreamEvent]:
         delta = event.delta
-        if delta.reasoning:
+        if delta.reasoning and self._include_reasoning:
             yield self._chunk(event.index, {"reasoning_content": delta.reasoning})
         if delta.text:
             yield self._chunk(event.index, {"content": delta.text}, event.logprobs)

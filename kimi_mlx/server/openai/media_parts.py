@@ -7,7 +7,7 @@ from pydantic import Field
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.message_content import ContentBuilder, MediaType
-from kimi_mlx.server.request_fields import unsupported
+from kimi_mlx.server.request_fields import placeholder, unsupported
 
 MEDIA_TYPES: dict[str, MediaType] = {"image_url": "image_url", "input_image": "image_url", "video_url": "video_url"}
 """Types of parts with an image or a video, each with the name of the field that has its URL."""
@@ -53,3 +53,17 @@ def add_media(content: ContentBuilder, part: MediaFields, place: str) -> None:
         message = f"`{place}.{field}`: required field is missing"
         raise ApiError(400, message, "missing_required_parameter", f"{place}.{field}")
     content.add_media(field, media if isinstance(media, str) else media.url, place)
+
+
+def add_result_media(content: ContentBuilder, part: MediaFields, place: str) -> None:
+    """Append an image or a video of a tool's result, or a note if it has no URL: the client cannot change the result.
+
+    Args:
+        content: content so far.
+        part: part whose type is one of MEDIA_TYPES.
+        place: location of the part in the body.
+    """
+    if (part.image_url if MEDIA_TYPES[part.type] == "image_url" else part.video_url) is None:
+        content.add_text(placeholder(part.type))
+    else:
+        add_media(content, part, place)

@@ -68,6 +68,7 @@ def read_chat(prompt_builder: PromptBuilder, model_info: ModelInfo, data: bytes)
         include_usage=body.include_usage,
         include_logprobs=bool(body.logprobs),
         include_progress=bool(body.return_progress),
+        include_reasoning=body.shows_reasoning,
     )
     return ApiCall([body.to_chat_request()], formatter, bool(body.stream))
 

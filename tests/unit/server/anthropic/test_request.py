@@ -150,17 +150,58 @@ def message_with(role: str, **block: Any) -> dict[str, Any]:
     return {"role": role, "content": [block]}
 
 
-FIRST = "messages[0].content[0].type"
+BLOCK = "messages[0].content[0]"
+FIRST = f"{BLOCK}.type"
 RESULT: dict[str, Any] = {"type": "tool_result", "tool_use_id": "x"}
 CALL: dict[str, Any] = {"type": "tool_use", "id": "x", "name": "f", "input": {}}
+
+
+def text_of(*blocks: dict[str, Any]) -> Any:
+    return request_of({"role": "user", "content": list(blocks)}).messages[0].content
+
+
+def test_documents_and_search_results_are_read_as_text():
+    source = {"type": "text", "media_type": "text/plain", "data": "The key is under the mat."}
+    document = {
+        "type": "document",
+        "source": source,
+        "title": "Note",
+        "context": "Found",
+        "citations": {"enabled": True},
+    }
+    assert text_of(document) == "Note\nFound\nThe key is under the mat."
+    parts = [{"type": "text", "text": "One."}, {"type": "image", "source": {}}, {"type": "text", "text": "Two."}]
+    document = {"type": "document", "source": {"type": "content", "content": parts}}
+    assert text_of(document, {"type": "text", "text": "Why?"}) == "One.\n[image: not supported]\nTwo.\n\nWhy?"
+    found = {"type": "search_result", "source": "https://example.org", "title": "A", "content": parts[:1]}
+    assert text_of(found) == "A\nhttps://example.org\nOne."
+
+
+def test_parts_of_a_result_that_cannot_be_read_become_notes():
+    file = {"type": "image", "source": {"type": "file", "file_id": "f"}}
+    text = {"type": "document", "source": {"type": "text", "data": "4"}}
+    result = {"type": "tool_result", "tool_use_id": "x", "content": [text, file, DOCUMENT, {"type": "tool_reference"}]}
+    message = request_of({"role": "assistant", "content": [CALL]}, {"role": "user", "content": [result]}).messages[1]
+    notes = ("[image: not supported]", "[document: not supported]", "[tool_reference: not supported]")
+    assert message.content == "\n\n".join(("4", *notes))
+
+
+def test_hosted_calls_of_earlier_answers_are_text():
+    use = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "x"}}
+    result = {"type": "web_search_tool_result", "tool_use_id": "s", "content": []}
+    message = request_of(HI, {"role": "assistant", "content": [use, result]}, HI).messages[1]
+    assert (
+        message.content
+        == '[server_tool_use: {"name": "web_search", "input": {"query": "x"}}][web_search_tool_result: []]'
+    )
 
 
 @pytest.mark.parametrize(
     ("messages", "fields", "location", "problem"),
     [
-        ([message_with("user", **DOCUMENT)], {}, FIRST, "`document`.* is not supported: use `text` or `image`"),
-        ([message_with("user", type="document")], {}, FIRST, "`document`"),
-        ([message_with("assistant", type="server_tool_use"), HI], {}, FIRST, "`server_tool_use`"),
+        ([message_with("user", **DOCUMENT)], {}, f"{BLOCK}.source.type", "`base64` is not supported: send its text"),
+        ([message_with("user", type="document")], {}, f"{BLOCK}.source", "required field is missing"),
+        ([message_with("user", type="container")], {}, FIRST, "`container`.* is not supported: use `text` or `image`"),
         ([message_with("assistant", **RESULT), HI], {}, FIRST, "of role `assistant`"),
         ([message_with("system", **RESULT), HI], {}, FIRST, "of role `system`"),
         ([HI, message_with("assistant", **CALL)], {}, "messages[1]", "results are missing"),

@@ -10,7 +10,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from kimi_mlx.server.anthropic.response import SIGNATURE, MessageFormatter, anthropic_error
-from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.errors import ApiError, PromptTooLongError
 from kimi_mlx.text.messages import Delta
 from tests.unit.server.answers import ANSWERS, CALLS, INVALID, NAMELESS, REASONING, TEXT, answer_of, events_of, stream
 
@@ -113,7 +113,7 @@ def test_stop_reasons():
     ("error", "error_type", "message"),
     [
         (ApiError(400, "no", param="messages.0"), "invalid_request_error", "messages.0: no"),
-        (ApiError(400, "9 > 8", "context_length_exceeded"), "invalid_request_error", "prompt is too long: 9 > 8"),
+        (PromptTooLongError(9, 8, "messages"), "invalid_request_error", "prompt is too long: 9 tokens > 8 maximum"),
         (ApiError(401, "no"), "authentication_error", "no"),
         (ApiError(404, "no"), "not_found_error", "no"),
         (ApiError(413, "no"), "request_too_large", "no"),

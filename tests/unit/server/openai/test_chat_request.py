@@ -186,3 +186,54 @@ def responses_request(**fields: Any) -> ChatRequest:
 
 def anthropic_request(**fields: Any) -> ChatRequest:
     return from_anthropic(parse(MessagesBody, json.dumps(fields).encode()))
+
+
+CHAT_CALL = {"role": "assistant", "tool_calls": [CALL]}
+
+
+def test_parts_of_a_result_that_cannot_be_read_become_notes_as_in_other_apis() -> None:
+    parts = [{"type": "text", "text": "4"}, {"type": "input_image", "file_id": "f"}, {"type": "file", "file": {}}]
+    result = {"role": "tool", "tool_call_id": "a", "content": parts}
+    text = "4\n\n[input_image: not supported]\n\n[file: not supported]"
+    assert chat_messages(HI, CHAT_CALL, result)[2].content == text
+    items = [ITEM, {"type": "function_call_output", "call_id": "a", "output": [parts[0], parts[2]]}]
+    assert responses_request(input=[HI, *items]).messages[2].content == "4\n\n[file: not supported]"
+
+
+def test_calls_of_other_types_are_calls_of_functions() -> None:
+    custom = {"id": "c1", "type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}
+    shell = {"id": "c2", "type": "local_shell_call", "status": "completed", "action": {"command": ["ls"]}}
+    builtin = {"id": "c3", "type": "builtin_function", "function": {"name": "$web_search", "arguments": "{}"}}
+    message = chat_messages(HI, {"role": "assistant", "tool_calls": [custom, shell, builtin]})[1]
+    assert message.tool_calls == (
+        ToolCall("c1", "patch", '{"input": "*** Begin"}'),
+        ToolCall("c2", "local_shell_call", '{"action": {"command": ["ls"]}}'),
+        ToolCall("c3", "$web_search", "{}"),
+    )
+
+
+def test_items_and_parts_of_hosted_calls_are_text() -> None:
+    item = {"type": "web_search_call", "id": "w", "status": "completed", "action": {"query": "x"}}
+    use = {"type": "server_tool_use", "id": "s", "name": "f", "input": {}}
+    first, second = chat_messages(HI, item, {"role": "assistant", "content": [use]}, HI)[1:3]
+    assert first == Message("assistant", '[web_search_call: {"query": "x"}]')
+    assert second == Message("assistant", '[server_tool_use: {"name": "f", "input": {}}]')
+
+
+def test_the_last_message_is_continued() -> None:
+    last = {"role": "assistant", "content": "So", "name": "Kelsier", "reasoning_content": "Hm."}
+    request = chat_request(messages=[HI, {**last, "partial": True}])
+    assert (request.partial, request.partial_name, request.partial_reasoning) == ("So", "Kelsier", "Hm.")
+    request = chat_request(messages=[HI, last], continue_final_message=True, add_generation_prompt=False)
+    assert (request.partial, len(request.messages)) == ("So", 1)
+    for message, param in ((HI, "messages[0].partial"), (CHAT_CALL, "messages[0].partial")):
+        with pytest.raises(ApiError, match=r"can(not)? be continued") as error:
+            chat_request(messages=[{**message, "partial": True}])
+        assert error.value.param == param
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_minus_one_is_no_limit(name: str) -> None:
+    assert (chat_request(messages=[HI], **{name: -1}).max_tokens or 0) > 10**9
+    with pytest.raises(ApiError, match="at least 1"):
+        chat_request(messages=[HI], **{name: -2})
