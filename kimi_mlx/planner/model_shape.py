@@ -229,6 +229,12 @@ def known_models() -> tuple[str, ...]:
     return tuple(_models_file()["models"])
 
 
+def known_config(alias: str) -> ModelConfig:
+    """Return the dimensions of a known model. Raises KeyError for an unknown one."""
+    name = _models_file()["models"][alias]["dimensions"]
+    return parse_config(_models_file()["dimensions"][name], where=f"models.json, {name}")
+
+
 def known_shape(alias: str) -> ModelShape:
     """Return the shape of a known model. Raises KeyError for an unknown one."""
     facts = _models_file()["models"][alias]

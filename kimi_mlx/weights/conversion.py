@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kimi_mlx.model.config import parse_config, read_json
 from kimi_mlx.weights.convert_config import converted_config
 from kimi_mlx.weights.convert_options import ConvertOptions
 from kimi_mlx.weights.convert_plan import plan_conversion
-from kimi_mlx.weights.converted_files import ConversionPlan
+from kimi_mlx.weights.converted_files import ConversionPlan, ConvertedWeight
+from kimi_mlx.weights.importance import Importance, norm_digest
 from kimi_mlx.weights.index import require_small_files
 from kimi_mlx.weights.reader import CheckpointReader, open_checkpoint
 
@@ -34,6 +37,7 @@ class Conversion:
         plan: the new files.
         small_files: files to copy.
         reader: reader of the source.
+        importance: importance of the columns; None if all are equal.
     """
 
     source: Path
@@ -43,6 +47,12 @@ class Conversion:
     plan: ConversionPlan
     small_files: tuple[Path, ...]
     reader: CheckpointReader
+    importance: Importance | None = None
+
+    def importance_of(self, weight: ConvertedWeight) -> np.ndarray | None:
+        """Return the importance of the columns of a weight, (members, columns); None if all are equal."""
+        is_quantized = not weight.is_copied and weight.plan.quantization is not None
+        return None if self.importance is None or not is_quantized else self.importance.of(weight)
 
     @property
     def size_bytes(self) -> int:
@@ -52,26 +62,27 @@ class Conversion:
     def record(self) -> dict[str, Any]:
         """Return the record of the conversion; a conversion resumes only if its record is equal."""
         source = {"folder": str(self.source.resolve()), "digest": self.digest}
-        options = asdict(self.options)
-        if not options["no_vision"]:
-            del options["no_vision"]  # earlier versions did not have it
-        return {"format": RECORD_FORMAT, "source": source, "options": options}
+        return {"format": RECORD_FORMAT, "source": source, "options": self.options.record()}
 
 
-def open_conversion(source: Path, options: ConvertOptions) -> Conversion:
+def open_conversion(source: Path, options: ConvertOptions, importance: Importance | None = None) -> Conversion:
     """Read the headers of a checkpoint and plan its conversion.
 
     Raises:
         ConfigError: unsupported model.
-        WeightsError: missing, unknown or wrongly stored tensors.
-        UsageError: options that contradict each other or the source.
+        WeightsError: missing, unknown or wrongly stored tensors, or the importance of another model.
+        UsageError: options that contradict each other or the source, or have no effect.
     """
     raw = read_json(source / "config.json")
     config = parse_config(raw, str(source / "config.json"))
     reader = open_checkpoint(source, replace(config, vision=None) if options.no_vision else config)
     plan = plan_conversion(reader.checkpoint, options, has_prefix="text_config" in raw)
-    new_config = converted_config(raw, plan)
-    return Conversion(source, _digest(source, reader), options, new_config, plan, _small_files(source), reader)
+    if importance is not None:
+        importance.check(plan.weights)
+        importance.check_digest(norm_digest(reader), str(source))
+        options = replace(options, importance=importance.digest)
+    new_config, small_files = converted_config(raw, plan), _small_files(source)
+    return Conversion(source, _digest(source, reader), options, new_config, plan, small_files, reader, importance)
 
 
 def _digest(source: Path, reader: CheckpointReader) -> str:

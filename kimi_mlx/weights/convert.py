@@ -7,10 +7,11 @@ the file that it was writing, and no reader takes a folder without `config.json`
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,7 +23,6 @@ from kimi_mlx.weights.convert_folder import RECORD_NAME, check_folder, check_spa
 from kimi_mlx.weights.converted_files import ConvertedFile, ConvertedWeight
 from kimi_mlx.weights.file_layout import FileLayout, region_of
 from kimi_mlx.weights.index import INDEX_NAME
-from kimi_mlx.weights.reader import CheckpointReader
 from kimi_mlx.weights.requantize import Chunk, chunks, convert_chunk
 
 ProgressCallback = Callable[[int, int], None]
@@ -40,6 +40,8 @@ class ConversionResult:
         size_bytes: total bytes of the weight files.
         bits_per_weight: average number of bits, scales and biases included.
         seconds: duration of this run.
+        relative_errors: kind of matrix -> norm of the error of its quantization divided by that of its values, weighted
+            by importance if there is any; only of files that this run wrote with searched scales.
     """
 
     folder: Path
@@ -48,6 +50,7 @@ class ConversionResult:
     size_bytes: int
     bits_per_weight: float
     seconds: float
+    relative_errors: dict[str, float] = field(default_factory=dict)
 
 
 def convert(
@@ -73,6 +76,7 @@ def convert(
     total = sum(layout.size_bytes for layout in layouts.values())
     done = total - sum(layouts[file.name].size_bytes for file in missing)
     progress(done, total)
+    errors: dict[str, np.ndarray] = {}
     with lock_folder(folder, conversion.record()), explain_disk_errors(conversion, folder):
         for file in missing:
             base = done
@@ -80,13 +84,14 @@ def convert(
             def advance(written: int, base: int = base) -> None:
                 progress(base + written, total)
 
-            _write_file(conversion.reader, file, layouts[file.name], folder / file.name, advance)
+            _write_file(conversion, file, layouts[file.name], folder / file.name, advance, errors)
             done += layouts[file.name].size_bytes
             progress(done, total)
         _finish(conversion, folder)
     before = len(plan.files) - len(missing)
     seconds = time.monotonic() - start
-    return ConversionResult(folder, len(plan.files), before, total, plan.bits_per_weight, seconds)
+    relative = {kind: math.sqrt(error / values) for kind, (error, values) in errors.items() if values > 0}
+    return ConversionResult(folder, len(plan.files), before, total, plan.bits_per_weight, seconds, relative)
 
 
 def _is_finished(path: Path, layout: FileLayout) -> bool:
@@ -108,19 +113,28 @@ def _finish(conversion: Conversion, folder: Path) -> None:
 
 
 def _write_file(
-    reader: CheckpointReader, file: ConvertedFile, layout: FileLayout, path: Path, advance: Callable[[int], None]
+    conversion: Conversion,
+    file: ConvertedFile,
+    layout: FileLayout,
+    path: Path,
+    advance: Callable[[int], None],
+    errors: dict[str, np.ndarray],
 ) -> None:
-    """Write one file chunk by chunk; remove a partial file after an error."""
-    part = path.with_name(path.name + ".part")
+    """Write one file chunk by chunk, and add up the errors of each kind; remove a partial file after an error."""
+    reader, part = conversion.reader, path.with_name(path.name + ".part")
+    searches = conversion.options.scales == "search"
     written = 0
     try:
         with part.open("wb") as stream:
             stream.write(layout.header)
             stream.flush()
             for weight in file.weights:
+                importance = conversion.importance_of(weight)
                 for chunk in chunks(weight):
-                    values = convert_chunk(reader, weight, chunk)
-                    written += _write_chunk(stream.fileno(), layout, weight, chunk, values)
+                    converted = convert_chunk(reader, weight, chunk, searches, importance)
+                    written += _write_chunk(stream.fileno(), layout, weight, chunk, converted.arrays)
+                    if converted.squared_error is not None:
+                        errors[weight.kind] = errors.get(weight.kind, np.zeros(2)) + converted.squared_error
                     advance(written)
             os.fsync(stream.fileno())
         rename_durably(part, path)

@@ -19,6 +19,7 @@ from kimi_mlx.weights.convert_options import ConvertOptions, TargetFormats, targ
 from kimi_mlx.weights.converted_files import ConversionPlan, ConvertedFile, ConvertedWeight
 from kimi_mlx.weights.layer_plan import plan_source
 from kimi_mlx.weights.plan import ArrayPlan, WeightPlan
+from kimi_mlx.weights.presets import fitting_format
 
 KINDS = {
     "norms": "norm",
@@ -54,12 +55,18 @@ def plan_conversion(checkpoint: Checkpoint, options: ConvertOptions, has_prefix:
     config = checkpoint.config
     layers = [layer_entries(config, layer, checkpoint.layout) for layer in range(config.num_hidden_layers)]
     sources = [_whole_sources(entries) for entries in [*layers, top_entries(config)]]
+    moe_layers = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+    end_layers = {moe_layers[0], moe_layers[-1]} if moe_layers else set[int]()
     targets = target_formats(checkpoint, options, [source for part in sources for source in part])
     prefix = TEXT_PREFIX if has_prefix else ""
     files = [
         ConvertedFile(
             f"model-{number:05}-of-{len(sources):05}.safetensors",
-            tuple(weight for source in part for weight in _plan_source(checkpoint, source, targets, prefix)),
+            tuple(
+                weight
+                for source in part
+                for weight in _plan_source(checkpoint, source, targets, prefix, is_end=number - 1 in end_layers)
+            ),
         )
         for number, part in enumerate(sources, start=1)
     ]
@@ -98,12 +105,20 @@ def _with_stored_axes(checkpoint: Checkpoint, array: ArrayPlan) -> ArrayPlan:
 
 
 def _plan_source(
-    checkpoint: Checkpoint, source: SourceMatrix, targets: TargetFormats, prefix: str
+    checkpoint: Checkpoint, source: SourceMatrix, targets: TargetFormats, prefix: str, is_end: bool
 ) -> Iterator[ConvertedWeight]:
-    """Yield the weight made from a source. An unsplit `kv_b_proj` is yielded for the first of its two halves."""
+    """Yield the weight made from a source. An unsplit `kv_b_proj` is yielded for the first of its two halves.
+
+    Args:
+        checkpoint: tensors of the source.
+        source: the source matrix.
+        targets: formats of the output.
+        prefix: prefix of the names.
+        is_end: whether it is of the first or the last layer with experts.
+    """
     path = _stacked_path(source.paths[0])
     stored = plan_source(checkpoint, source)
-    target = _target_quantization(stored, source, path, targets)
+    target = _target_quantization(stored, source, path, targets, is_end)
     is_stack = path != source.paths[0]
     output = _Output(prefix + path, source, (len(source.paths), *source.shape) if is_stack else source.shape)
     if source.heads is not None:
@@ -116,7 +131,10 @@ def _plan_source(
             stored = plan_source(checkpoint, output.source)
         else:
             output = _half_of_kv_b(output)
-    yield _plan_weight(output, stored, target, targets.dtype)
+    if targets.preset is not None and target is not None and target != stored[0].quantization:
+        target = fitting_format(target, output.shape[-1]) or target
+    is_float32 = targets.preset is not None and _kind(path) == "router"
+    yield _plan_weight(output, stored, target, "F32" if is_float32 else targets.dtype)
 
 
 @dataclass(frozen=True)
@@ -140,11 +158,19 @@ def _half_of_kv_b(output: _Output) -> _Output:
 
 
 def _target_quantization(
-    stored: Sequence[WeightPlan], source: SourceMatrix, path: str, targets: TargetFormats
+    stored: Sequence[WeightPlan], source: SourceMatrix, path: str, targets: TargetFormats, is_end: bool
 ) -> Quantization | None:
     """Return the target quantization of a matrix; its columns may not divide into groups."""
     if source.is_float:
         return None
+    if targets.preset is not None:
+        is_expert = _kind(path) == "routed experts"
+        is_down = path.endswith(".down_proj")
+        target = targets.preset.expert_format(is_down, is_end) if is_expert else targets.preset.rest
+        present = {plan.quantization for plan in stored}
+        first = stored[0].quantization
+        # more bits than the source has add nothing, and quantizing it again to the same bits loses
+        return first if first is not None and len(present) == 1 and first.bits <= target.bits else target
     if not targets.keeps_quantization:
         return targets.experts if _kind(path) == "routed experts" else targets.others
     if len({plan.quantization for plan in stored}) > 1:

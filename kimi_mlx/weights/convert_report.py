@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.weights.convert_options import DTYPE_NAMES
 from kimi_mlx.weights.converted_files import ConversionPlan, ConvertedWeight
+from kimi_mlx.weights.importance import MIN_TOKENS, Importance
 from kimi_mlx.weights.plan import WeightPlan
 
 
@@ -33,7 +34,7 @@ def list_notes(plan: ConversionPlan) -> list[str]:
     """Return notes on the result: lost accuracy, matrices that stay float, and skipped parts."""
     notes: list[str] = []
     if requantized := [weight for weight in plan.weights if _is_requantized(weight)]:
-        kinds = ", ".join(dict.fromkeys(weight.kind for weight in requantized))
+        kinds = ", ".join(dict.fromkeys(map(_describe_requantized, requantized)))
         notes.append(
             f"these tensors are re-quantized, which loses accuracy (convert from the original if you can): {kinds}"
         )
@@ -45,6 +46,30 @@ def list_notes(plan: ConversionPlan) -> list[str]:
     if plan.lacks_vision:
         notes.append("the vision tower is left out, so the result does not see images")
     return notes
+
+
+def list_importance_notes(importance: Importance | None) -> list[str]:
+    """Return notes on how well the texts of an importance file cover the experts of the model."""
+    if importance is None:
+        return []
+    coverage = importance.coverage()
+    notes: list[str] = []
+    if coverage.rare:
+        notes.append(
+            f"importance: {coverage.rare:,} of {coverage.experts:,} experts saw fewer than {MIN_TOKENS} tokens "
+            f"({coverage.unseen:,} of them none); they use the mean of their layer. More text helps"
+        )
+    if coverage.uniform:
+        notes.append(f"importance: {coverage.uniform:,} inputs have no activations; their columns count equally")
+    return notes
+
+
+def _describe_requantized(weight: ConvertedWeight) -> str:
+    """Describe a change of bits, such as `routed experts (4 to 2 bits)`."""
+    old, new = weight.stored_plans[0].quantization, weight.plan.quantization
+    assert old is not None
+    assert new is not None
+    return f"{weight.kind} ({old.bits} to {new.bits} bits)" if old.bits != new.bits else weight.kind
 
 
 def _is_requantized(weight: ConvertedWeight) -> bool:

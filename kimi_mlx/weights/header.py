@@ -90,6 +90,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         raise unreadable_error(file, error) from error
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the metadata in the header of a file that read_header accepts; empty without any."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        metadata = json.loads(stream.read(length)).get("__metadata__")
+    return {str(name): str(value) for name, value in metadata.items()} if isinstance(metadata, dict) else {}
+
+
 def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorInfo]:
     """Parse the header of a safetensors file, local or remote.
 

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from kimi_mlx.errors import WeightsError
+from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.parallel.placement import Range
 from kimi_mlx.weights.converted_files import ConvertedWeight
 from kimi_mlx.weights.dequantize import MLX_TYPES, dequantize
 from kimi_mlx.weights.matrix_format import MatrixFormat
 from kimi_mlx.weights.plan import SliceCopy, WeightPlan
 from kimi_mlx.weights.reader import CheckpointReader
+from kimi_mlx.weights.scale_search import quantize
 
 CHUNK_VALUES = 1 << 24
 """Values converted at a time, rounded to whole rows: 64 MB in float32. An expert of K2 has 14.7 million."""
@@ -50,26 +53,66 @@ def chunks(weight: ConvertedWeight) -> Iterator[Chunk]:
                     yield Chunk(tuple(copy.part(some_members, some_rows) for copy in copies), plan)
 
 
-def convert_chunk(reader: CheckpointReader, weight: ConvertedWeight, chunk: Chunk) -> list[np.ndarray]:
-    """Return the arrays of a chunk as they are written: (members, rows, columns) each, bfloat16 as uint16."""
+@dataclass(frozen=True)
+class ConvertedChunk:
+    """Arrays of a chunk, and the error of its quantization.
+
+    Args:
+        arrays: arrays as they are written: (members, rows, columns) each, bfloat16 as uint16.
+        squared_error: (2,), see kimi_mlx.weights.scale_search.QuantizedBlock; None if scales were not searched.
+    """
+
+    arrays: list[np.ndarray]
+    squared_error: np.ndarray | None = None
+
+
+def convert_chunk(
+    reader: CheckpointReader, weight: ConvertedWeight, chunk: Chunk, searches: bool, importance: np.ndarray | None
+) -> ConvertedChunk:
+    """Compute a chunk.
+
+    Args:
+        reader: reader of the source.
+        weight: weight of the chunk.
+        chunk: the chunk.
+        searches: whether to search for scales of least error; else they are those of mlx-lm.
+        importance: importance of the columns of all members of the weight, (members, columns); None if all are equal.
+
+    Raises:
+        WeightsError: a value that is quantized is not finite.
+    """
     fields = [reader.read_slice(copy) for copy in chunk.copies]
     if weight.is_copied:
-        return fields
+        return ConvertedChunk(fields)
     matrix = MatrixFormat(tuple(copy.field for copy in chunk.copies), chunk.plan.quantization)
     values = dequantize(matrix, fields)
-    return _quantize(weight.plan, values.swapaxes(1, 2) if weight.is_transposed else values)
+    if weight.is_transposed:
+        values = values.swapaxes(1, 2)
+    dtype = MLX_TYPES[weight.plan.arrays[-1].dtype]
+    if weight.plan.quantization is None:
+        return ConvertedChunk([_to_numpy(values.astype(dtype))])
+    if not searches:
+        return ConvertedChunk(_quantize(weight.plan.quantization, dtype, values))
+    first = chunk.copies[0].member
+    columns = None if importance is None else mx.array(importance[first : first + len(values)])
+    block = quantize(mx.contiguous(values), weight.plan.quantization, dtype, columns)
+    error = np.array(block.squared_error)
+    if not np.isfinite(error).all():
+        raise WeightsError(
+            f"`{weight.path}` has values that are not finite", hint="fetch the checkpoint again, or use another one"
+        )
+    return ConvertedChunk([_to_numpy(array) for array in block.arrays], error)
 
 
-def _quantize(plan: WeightPlan, values: mx.array) -> list[np.ndarray]:
-    """Return the values in the types of the plan, quantized in float32.
+def _quantize(quantization: Quantization, dtype: mx.Dtype, values: mx.array) -> list[np.ndarray]:
+    """Return the values quantized in float32 with scales from the smallest to the largest value.
 
     They are first rounded to the type of the scales, so that a group's bias, which is one of its values, is exact.
     """
-    dtype = MLX_TYPES[plan.arrays[-1].dtype]
-    if plan.quantization is None:
-        arrays = [values.astype(dtype)]
-    else:
-        rounded = mx.contiguous(values.astype(dtype).astype(mx.float32))
-        weight, *rest = mx.quantize(rounded, plan.quantization.group_size, plan.quantization.bits)
-        arrays = [weight, *(array.astype(dtype) for array in rest)]
-    return [np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array) for array in arrays]
+    rounded = mx.contiguous(values.astype(dtype).astype(mx.float32))
+    weight, *rest = mx.quantize(rounded, quantization.group_size, quantization.bits)
+    return [_to_numpy(array) for array in (weight, *(array.astype(dtype) for array in rest))]
+
+
+def _to_numpy(array: mx.array) -> np.ndarray:
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
