@@ -17,7 +17,7 @@ from kimi_mlx.engine.batch_entry import BatchEntry
 from kimi_mlx.engine.drafts.decision import Decision, decode, encode, max_size
 from kimi_mlx.engine.drafts.planner import DraftPlanner
 from kimi_mlx.engine.drafts.step_times import Load
-from kimi_mlx.engine.events import Event, FinishReason, Prefilled
+from kimi_mlx.engine.events import Event, FinishReason, Prefilled, PromptLogprobs
 from kimi_mlx.engine.feature_store import FeatureStore
 from kimi_mlx.engine.kv_cache_pool import KVCachePool
 from kimi_mlx.engine.prefill_order import PrefillOrder
@@ -271,6 +271,7 @@ class Batch:
                     tokens,
                     is_prefill=True,
                     features=features,
+                    num_prompt_logits=sequence.num_prompt_logits(start, stop),
                 )
             )
             num_logits += is_last
@@ -295,8 +296,8 @@ class Batch:
             sequence = entry.sequence
             if not entry.is_alive:
                 continue
-            yield from _progress(entry)
-            if not entry.num_logits:
+            yield from self._on_prefilled(step, index)
+            if not entry.num_logits or not entry.is_alive:
                 continue
             if index not in sampled:  # the last token of a sequence, which only the leader knows
                 yield self._finish(sequence, "length")
@@ -325,8 +326,8 @@ class Batch:
             sequence = entry.sequence
             if not entry.is_alive:
                 continue
-            yield from _progress(entry)
-            if not entry.num_logits:
+            yield from self._on_prefilled(step, index)
+            if not entry.num_logits or not entry.is_alive:
                 continue
             accepted = sequence.accept(sampled[index]) if received is None else received[len(all_accepted)]
             all_accepted.append(accepted)
@@ -351,19 +352,28 @@ class Batch:
         """Append sampled tokens to their sequence."""
         sampled = step.sampled
         rows = range(entry.logits_start, entry.logits_start + len(tokens))
-        logprobs = [None if sampled is None else sampled.logprobs_at(row) for row in rows]
+        count = entry.sequence.request.top_logprobs
+        logprobs = [None if sampled is None else sampled.logprobs_at(row, count) for row in rows]
         for token in entry.sequence.append(tokens, logprobs):
             yield entry.sequence.request_id, token
+
+    def _on_prefilled(self, step: InFlightStep, index: int) -> Events:
+        """Yield the events of a part of a prompt: its log probabilities, the progress, and the end if that was all."""
+        entry = step.entries[index]
+        sequence = entry.sequence
+        if not entry.is_prefill or sequence.generated:
+            return
+        if entry.num_prompt_logits:
+            start, sequence.next_logprob = sequence.next_logprob, sequence.next_logprob + entry.num_prompt_logits
+            if step.sampled is not None:
+                logprobs = step.sampled.prompt_logprobs_of(step.entries, index)
+                yield sequence.request_id, PromptLogprobs(start, logprobs)
+        yield sequence.request_id, Prefilled(entry.stop, len(sequence.request.prompt))
+        if not sequence.max_tokens and entry.num_logits:  # the sampled token is not wanted
+            yield self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> tuple[int, Event | KimiMlxError]:
         self.remove(sequence)
         drafts_off = None if self._planner is None else self._planner.off_reason
         event = sequence.sampler.failure or sequence.finished(reason, mx.get_peak_memory(), drafts_off)
         return sequence.request_id, event
-
-
-def _progress(entry: BatchEntry) -> Events:
-    """Yield the progress of the prompt, if the entry is a part of it."""
-    sequence = entry.sequence
-    if entry.is_prefill and not sequence.generated:
-        yield sequence.request_id, Prefilled(entry.position + entry.num_logits - 1, len(sequence.request.prompt))

@@ -24,6 +24,8 @@ class BatchEntry:
         draft: draft tokens, the last ones of `tokens`.
         is_prefill: whether the tokens are a chunk of a prompt.
         features: features of images among the tokens; their positions count from the first token of the entry.
+        num_prompt_logits: number of input tokens before those of `num_logits`, the last ones, whose logits give log
+            probabilities of the prompt.
     """
 
     sequence: Sequence
@@ -37,11 +39,22 @@ class BatchEntry:
     draft: tuple[int, ...] = ()
     is_prefill: bool = False
     features: tuple[ImageRows, ...] = ()
+    num_prompt_logits: int = 0
 
     @property
     def start(self) -> int:
         """Position in the sequence of the first input token."""
         return self.position + self.num_logits - 1 - self.length
+
+    @property
+    def stop(self) -> int:
+        """Position in the sequence after the last input token."""
+        return self.start + self.length
+
+    @property
+    def num_rows(self) -> int:
+        """Number of final input tokens whose hidden states are needed."""
+        return self.num_prompt_logits + self.num_logits
 
     @property
     def is_alive(self) -> bool:

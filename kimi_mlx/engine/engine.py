@@ -161,8 +161,9 @@ class Engine:
         return any(batch.is_prefilling for batch in self._batches)
 
     def add(self, request_id: int, request: Request) -> None:
-        """Add a request. `step` yields its events: Encoded, Prefilled and Token (several), Finished (once, last).
+        """Add a request.
 
+        `step` yields its events: Encoded, Prefilled, PromptLogprobs and Token (several), Finished (once, last).
         Its grammar is compiled in the background. If that fails, or if the grammar fails during the answer, or an image
         cannot be encoded, the last event is the error.
 
@@ -284,15 +285,16 @@ class Engine:
         for sequence in self._waiting.in_turn():
             new_tokens = min(RESERVED_TOKENS, sequence.remaining_tokens)
             if len(running) >= self._max_sequences or (
-                running and not self._pool.has_room(sequence.tokens, new_tokens)
+                running and not self._pool.has_room(sequence.tokens, new_tokens, sequence.max_cached_tokens)
             ):
                 return
-            if any(_is_about_to_prefill(other, sequence) for other in prefilling):
+            can_wait = not sequence.needs_prompt_logprobs  # otherwise it computes all of its prompt itself
+            if can_wait and any(_is_about_to_prefill(other, sequence) for other in prefilling):
                 continue
             if running and self._runner.communicator is None and not sequence.sampler.is_ready:
                 continue  # several ranks cannot skip it: they are ready at different times
             self._waiting.take(sequence)
-            cache, cached = self._pool.acquire(sequence.tokens)
+            cache, cached = self._pool.acquire(sequence.tokens, sequence.max_cached_tokens)
             sequence.begin(cache, cached)
             min(self._batches, key=lambda batch: len(batch.members)).members.append(sequence)
             running.append(sequence)
@@ -330,8 +332,8 @@ class Engine:
         for id in (min(request.prompt), max(request.prompt), *biased):
             if not 0 <= id < config.vocab_size:
                 raise EngineError(f"token id {id} is outside the vocabulary of {config.vocab_size}")
-        remaining = self.context - length
-        if remaining < 1:
+        remaining, max_tokens = self.context - length, request.max_tokens
+        if remaining < 0 or (remaining == 0 and max_tokens != 0):
             is_memory = self.context < config.max_position_embeddings
             in_images = sum(image.num_tokens for image in request.images)
             raise ContextLengthError(
@@ -341,9 +343,8 @@ class Engine:
                 + "shorten the prompt; in a conversation, /reset starts a new one"
                 + "; `--cache-memory` sets the size of the KV cache" * is_memory,
             )
-        max_tokens = request.max_tokens
-        if max_tokens is not None and max_tokens < 1:
-            raise EngineError(f"max_tokens is {max_tokens}, but must be at least 1")
+        if max_tokens is not None and max_tokens < 0:
+            raise EngineError(f"max_tokens is {max_tokens}, but must be at least 0")
         return remaining if max_tokens is None else min(max_tokens, remaining)
 
     def _check_images(self, request: Request) -> None:

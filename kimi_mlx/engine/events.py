@@ -89,7 +89,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log probabilities (natural) under the model's distribution, before temperature, bias and grammar.
+    """Log probabilities (natural) under the model's distribution, before temperature, bias, penalties and grammar.
 
     Args:
         token: log probability of the token itself.
@@ -111,6 +111,19 @@ class Token:
 
     id: int
     logprobs: Logprobs | None = None
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Log probabilities of tokens of the prompt, given all tokens before them.
+
+    Args:
+        start: position in the prompt of the first of these tokens; they follow those of the event before.
+        tokens: log probabilities of each token.
+    """
+
+    start: int
+    tokens: tuple[Logprobs, ...]
 
 
 @dataclass(frozen=True)
@@ -145,4 +158,4 @@ class Resumed:
     seconds: float
 
 
-Event = Encoded | Prefilled | Token | Finished | Interrupted | Resumed
+Event = Encoded | Prefilled | PromptLogprobs | Token | Finished | Interrupted | Resumed

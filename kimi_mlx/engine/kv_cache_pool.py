@@ -221,17 +221,18 @@ class KVCachePool:
     def _busy_prefixes(self) -> set[SharedPrefix]:
         return _prefixes(cache for cache, _ in self._busy)
 
-    def has_room(self, prompt: Sequence[int], new_tokens: int = 0) -> bool:
+    def has_room(self, prompt: Sequence[int], new_tokens: int = 0, max_cached: int | None = None) -> bool:
         """Return whether a sequence fits in addition to those in use; `acquire` makes the room.
 
         Args:
             prompt: its known tokens.
             new_tokens: number of further tokens.
+            max_cached: maximum number of tokens that it takes from caches; None for all but the last.
         """
         free, total = self.budget_tokens - self.busy_tokens, len(prompt) + new_tokens
         if padded_length(total) <= free:
             return True
-        return self._needed_tokens(total, _longest_prefix(self._busy_prefixes, list(prompt[:-1]))) <= free
+        return self._needed_tokens(total, _longest_prefix(self._busy_prefixes, list(prompt[:-1][:max_cached]))) <= free
 
     def make_room(self, tokens: int) -> bool:
         """Evict idle caches until those in use can grow by `tokens`. If they cannot, return False and evict none.
@@ -245,16 +246,20 @@ class KVCachePool:
             del self._idle[0]
         return True
 
-    def acquire(self, prompt: Sequence[int]) -> tuple[SequenceCache, int]:
+    def acquire(self, prompt: Sequence[int], max_cached: int | None = None) -> tuple[SequenceCache, int]:
         """Return a cache for a prompt, and the number of tokens it already holds: at most all but the last.
 
         These are the longest common prefix with any cached sequence and with the blocks on disk. An idle cache that
         the prompt continues is used in place. From any other cache the prefix is copied, so that it stays intact.
 
+        Args:
+            prompt: its known tokens.
+            max_cached: maximum number of tokens to take from caches; None for all but the last.
+
         Raises:
             RingError: a block on disk that all ranks rely on cannot be used.
         """
-        reusable = list(prompt[:-1])
+        reusable = list(prompt[:-1][:max_cached])
         source, common = self._longest(reusable)
         cache = source if source in self._idle and _is_continued_in(source.tokens, reusable, common) else None
         if cache is not None:

@@ -20,11 +20,14 @@ FIRST_IMAGE_KEY = 1 << 62
 
 DIGEST = re.compile(r"[0-9a-f]{32}")
 
-SAMPLING_RANGES: Mapping[str, tuple[int, int]] = {
+SAMPLING_RANGES: Mapping[str, tuple[float, float]] = {
     "temperature": (0, 2),
     "top_p": (0, 1),
     "top_k": (0, 2**31),
     "min_p": (0, 1),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+    "repetition_penalty": (0.01, 100),
     "seed": (0, 2**63),
 }
 """Lowest and highest value of each sampling parameter. A `top_p` of 0 is refused, too."""
@@ -43,6 +46,10 @@ class Sampling:
         top_k: number of most likely tokens to keep; 0 keeps all.
         min_p: minimum probability, as a fraction of that of the most likely token.
         seed: seed of the random numbers; None for a random one.
+        frequency_penalty: number subtracted from the logit of a token for each time that the answer has it.
+        presence_penalty: number subtracted from the logits of all tokens of the answer.
+        repetition_penalty: divisor of the logits of all tokens of prompt and answer, if they are positive; negative
+            ones are multiplied by it.
 
     Raises:
         UsageError: a number is out of range.
@@ -53,6 +60,9 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -126,7 +136,7 @@ class Request:
 
     Args:
         prompt: token ids, at least one.
-        max_tokens: maximum number of new tokens; None for the rest of the context.
+        max_tokens: maximum number of new tokens; None for the rest of the context. 0 only computes the prompt.
         sampling: sampling parameters.
         stop_ids: tokens that end the answer; they are returned, too.
         logit_bias: pairs of a token id and a number that is added to its logit.
@@ -136,6 +146,11 @@ class Request:
         answered: number of tokens at the end of the prompt that already belong to the answer.
         images: images of the prompt, by position.
         client: client of the request, any text; waiting requests of different clients take turns.
+        min_tokens: number of tokens of the answer, those in `answered` included, before a stop token is allowed. If the
+            grammar allows only stop tokens, the answer ends earlier.
+        prompt_logprobs: number of most likely tokens to return, with log probabilities, for each token of the prompt,
+            except the first; None returns no log probabilities of the prompt.
+        next_logprob: position of the first token of the prompt whose log probability is returned, at least 1.
 
     Raises:
         UsageError: token ids or max_tokens are not integers, or images overlap or end after the prompt.
@@ -151,6 +166,9 @@ class Request:
     answered: int = 0
     images: tuple[ImageInput, ...] = ()
     client: str = ""
+    min_tokens: int = 0
+    prompt_logprobs: int | None = None
+    next_logprob: int = 1
 
     def __post_init__(self) -> None:
         """Check types and positions; convert other integers (numpy's) to int."""
@@ -197,4 +215,7 @@ class Request:
             value["answered"],
             tuple(ImageInput(**image, patches=(patches or {}).get(image["digest"])) for image in value["images"]),
             value["client"],
+            value["min_tokens"],
+            value["prompt_logprobs"],
+            value["next_logprob"],
         )

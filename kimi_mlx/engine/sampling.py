@@ -1,7 +1,7 @@
-"""Samplers: temperature, top-p, top-k and min-p, with random numbers that depend only on the seed and the position.
+"""Samplers: temperature, min-p, top-k and top-p, with random numbers that depend only on the seed and the position.
 
-The filters are those of mlx-lm (`mlx_lm.sample_utils`, which takes 2 s to import; tests compare with it): each keeps
-tokens by their probabilities at temperature 1, and the temperature applies to the tokens that are kept.
+The order is vLLM's: the temperature comes first, then min-p, top-k and top-p, each of what the one before keeps.
+Source: Sampler.sample and apply_top_k_top_p in vLLM's vllm/v1/sample.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ def sample_rows(logits: mx.array, sampling: Sampling, seeds: Sequence[int]) -> m
     """
     if sampling.temperature < GREEDY_BELOW:
         return mx.argmax(logits, axis=-1)
-    logits = logits.astype(mx.float32)
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    kept = keep_likely(logprobs, sampling) * (1 / sampling.temperature)
+    scaled = logits.astype(mx.float32) * (1 / sampling.temperature)
+    kept = keep_likely(scaled - mx.logsumexp(scaled, axis=-1, keepdims=True), sampling)
     # The largest sum of a logit and Gumbel noise is a sample of the softmax (Gumbel 1954).
     shape = logits.shape[1:]
     keys = [mx.random.key(seed) for seed in seeds]
@@ -72,28 +71,30 @@ def sample_rows(logits: mx.array, sampling: Sampling, seeds: Sequence[int]) -> m
 
 
 def keep_likely(logprobs: mx.array, sampling: Sampling) -> mx.array:
-    """Return log probabilities with -inf for the tokens that top_p, top_k or min_p remove.
+    """Return log probabilities with -inf for the tokens that min_p, top_k or top_p remove.
 
-    Each of them keeps the tokens from a least probability up, so tokens of equal probability are kept together.
+    Each of them keeps the tokens from a least probability up, so tokens of equal probability are kept together. top_p
+    counts probabilities of the tokens that min_p and top_k keep.
 
     Args:
-        logprobs: (n, vocab_size) float32.
+        logprobs: (n, vocab_size) float32, at the temperature of `sampling`.
         sampling: sampling parameters.
     """
     vocab_size = logprobs.shape[-1]
     has_top_k, has_top_p = 0 < sampling.top_k < vocab_size, sampling.top_p < 1
-    thresholds: list[mx.array] = []
+    threshold = mx.array(-mx.inf)
     if sampling.min_p:
-        thresholds.append(logprobs.max(axis=-1, keepdims=True) + math.log(sampling.min_p))
+        threshold = logprobs.max(axis=-1, keepdims=True) + math.log(sampling.min_p)
     if has_top_k or has_top_p:
         ascending = mx.sort(logprobs, axis=-1)
         if has_top_k:
-            thresholds.append(ascending[:, vocab_size - sampling.top_k, None])
+            threshold = mx.maximum(threshold, ascending[:, vocab_size - sampling.top_k, None])
         if has_top_p:
-            thresholds.append(_top_p_threshold(ascending, sampling.top_p))
-    for threshold in thresholds:
-        logprobs = mx.where(logprobs < threshold, -mx.inf, logprobs)
-    return logprobs
+            ascending = mx.where(ascending < threshold, -mx.inf, ascending)
+            threshold = _top_p_threshold(ascending, sampling.top_p)
+    elif not sampling.min_p:
+        return logprobs
+    return mx.where(logprobs < threshold, -mx.inf, logprobs)
 
 
 def _top_p_threshold(ascending: mx.array, top_p: float) -> mx.array:

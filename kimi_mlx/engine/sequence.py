@@ -35,6 +35,8 @@ class Sequence:
         draft: tokens proposed to come next; on ranks that do not sample only their number matters.
         drafts: record of the drafts, on the leader.
         token_array: the same as `tokens`, for searches.
+        next_logprob: position of the next token of the prompt whose log probability was not read yet; the length of the
+            prompt if none is left.
     """
 
     def __init__(self, request_id: int, request: Request, max_tokens: int, sampler: TokenSampler):
@@ -42,6 +44,8 @@ class Sequence:
         self.tokens = request.cache_key()
         self.pending_images = list(request.images)
         self.encode_s = 0.0
+        has_logprobs = request.prompt_logprobs is not None
+        self.next_logprob = min(request.next_logprob, len(request.prompt)) if has_logprobs else len(request.prompt)
         self.token_array = TokenArray(self.tokens)
         self.num_computed_tokens = self.generated = self.epoch = 0
         self.draft: tuple[int, ...] = ()
@@ -79,6 +83,29 @@ class Sequence:
     def remaining_prompt(self) -> int:
         """Number of known tokens that must be computed before the next one can be sampled."""
         return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether log probabilities of the prompt are still to be computed."""
+        return self.next_logprob < len(self.request.prompt)
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Maximum number of tokens that need not be computed because a cache has them.
+
+        The last token is always computed, and so are all from the one before a token whose log probability is needed.
+        """
+        return (self.next_logprob if self.needs_prompt_logprobs else len(self.tokens)) - 1
+
+    def num_prompt_logits(self, start: int, stop: int) -> int:
+        """Return the number of tokens of a chunk of the prompt whose logits are needed for log probabilities.
+
+        Args:
+            start: position of the first token of the chunk.
+            stop: position after the last one.
+        """
+        first = max(start + 1, self.next_logprob)
+        return max(min(stop, len(self.request.prompt) - 1) - first + 1, 0)
 
     def shares_prefix(self, other: Sequence, length: int) -> bool:
         """Return whether the first `length` tokens of two sequences are equal. Each token is compared once.

@@ -8,17 +8,20 @@ the steps of several batches are in flight at the same time; the other ranks lea
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import mlx.core as mx
 
 from kimi_mlx.engine.batch_entry import BatchEntry
-from kimi_mlx.engine.sample import SampledTokens, sample_tokens
+from kimi_mlx.engine.sample import SampledTokens, logprobs_of, sample_tokens
 from kimi_mlx.model.decoder import CapturedStates, Model, SequenceSlice
 from kimi_mlx.model.image_rows import ImageRows
 from kimi_mlx.parallel.communicator import SEQUENCE_MODULUS, LeaderState, RankCommunicator, StepHeader
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
+
+PROMPT_ROWS = 64
+"""Number of positions of prompts whose logits are computed at a time: K2's take 0.6 MB each in float32."""
 
 
 @dataclass
@@ -44,10 +47,13 @@ class InFlightStep:
     sampled: SampledTokens | None = None
     num_logits: int = field(init=False)
     """Number of tokens that are sampled from the step."""
+    num_rows: int = field(init=False)
+    """Number of hidden states in the output of the model: those of sampled tokens, and of prompts with logprobs."""
 
     def __post_init__(self) -> None:
-        """Count the logits."""
+        """Count the logits and the hidden states."""
         self.num_logits = sum(entry.num_logits for entry in self.entries)
+        self.num_rows = sum(entry.num_rows for entry in self.entries)
 
     @property
     def length(self) -> int:
@@ -116,13 +122,13 @@ class StepRunner:
             self._communicator.set_header(num_commands, num_tokens, wants_decision)
             if any(entry.is_prefill for entry in entries):
                 self._communicator.expect_long_steps()
-        slices = [SequenceSlice(entry.sequence.layers, entry.length, entry.num_logits) for entry in entries]
+        slices = [SequenceSlice(entry.sequence.layers, entry.length, entry.num_rows) for entry in entries]
         hidden = self._model.hidden(self._tokens(entries, previous), slices, _features(entries))
         step = InFlightStep(entries, hidden, num_commands, wants_decision, captured=self._model.captured)
         if self._communicator is not None:
-            if not step.num_logits:
+            if not step.num_rows:
                 self._communicator.finish_step(step.hidden)
-            if not step.num_logits or self._pipeline is not None:
+            if not step.num_rows or self._pipeline is not None:
                 step.header = self._communicator.header
         mx.async_eval(self._arrays(step))
         return step
@@ -132,22 +138,51 @@ class StepRunner:
         mx.eval(self._arrays(step))
 
     def sample(self, step: InFlightStep, wants_decision: bool = False) -> None:
-        """Sample the tokens of a step if this rank has the head. Does not wait for them.
+        """Sample the tokens of a step and compute log probabilities if this rank has the head. Does not wait for them.
 
         Args:
             step: the step.
             wants_decision: on the leader, whether it wants to decide on drafts; ranks that sum send it here.
         """
-        if step.sampled is not None or not step.num_logits or not self._model.has_head:
+        if step.sampled is not None or not step.num_rows or not self._model.has_head:
             return
         if self._communicator is not None and self._pipeline is None:
             self._communicator.set_header(step.num_commands, 0, wants_decision)
-        step.sampled = sample_tokens(self._model.logits(step.hidden)[0], step.entries)
-        header: list[mx.array] = []
+        states = self._model.last_states(step.hidden)
+        if step.num_rows == step.num_logits:
+            step.sampled = sample_tokens(self._logits(step, states), step.entries)
+        else:
+            step.sampled = self._sample_with_prompts(step, states)
+        mx.async_eval(step.sampled.arrays, [] if step.header is None else step.header.arrays)
+
+    def _sample_with_prompts(self, step: InFlightStep, states: mx.array) -> SampledTokens:
+        """Sample the tokens of a step, and compute the log probabilities of its prompts, some positions at a time.
+
+        Args:
+            step: the step.
+            states: (1, num_rows, D), last hidden states.
+        """
+        sampled_rows, prompt_rows, targets = _divide_rows(step.entries)
+        sampled = SampledTokens(mx.zeros((0,), mx.uint32))
+        if sampled_rows:
+            sampled = sample_tokens(self._logits(step, states[:, mx.array(sampled_rows)]), step.entries)
+        prompts = [entry.sequence.request.prompt_logprobs or 0 for entry in step.entries if entry.num_prompt_logits]
+        for start in range(0, len(prompt_rows), PROMPT_ROWS):
+            part = states[:, mx.array(prompt_rows[start : start + PROMPT_ROWS])]
+            if sampled.prompt_logprobs:  # so that the logits of one part are freed before the next one
+                part = mx.depends(part, sampled.prompt_logprobs[-1].arrays)
+            tokens = mx.array(targets[start : start + PROMPT_ROWS])
+            sampled.prompt_logprobs.append(logprobs_of(self._logits(step, part), tokens, max(prompts)))
+        return sampled
+
+    def _logits(self, step: InFlightStep, states: mx.array) -> mx.array:
+        """Return the logits of some of the last states of a step, (1, M, D) -> (M, vocab_size), and keep the header."""
+        logits = self._model.head(states)[0]
         if self._communicator is not None:
-            step.header = self._communicator.header
-            header = step.header.arrays
-        mx.async_eval(step.sampled.arrays, *header)
+            header = self._communicator.header
+            has_own = self._pipeline is None and step.header is not None  # ranks that sum send one with each gather
+            step.header = replace(header, previous=step.header) if has_own else header
+        return logits
 
     def read(
         self, step: InFlightStep, following: InFlightStep | None = None
@@ -202,12 +237,24 @@ class StepRunner:
         """
         header = [] if step.header is None else step.header.arrays
         caches = [
-            cache
-            for entry in step.entries
-            if not entry.num_logits and entry.is_alive
-            for cache in entry.sequence.layers
+            cache for entry in step.entries if not entry.num_rows and entry.is_alive for cache in entry.sequence.layers
         ]
         return [step.hidden, *header, *(array for cache in caches for array in cache.state)]
+
+
+def _divide_rows(entries: list[BatchEntry]) -> tuple[list[int], list[int], list[int]]:
+    """Return the rows of a step that are sampled from, those of prompts, and the tokens that follow the latter."""
+    sampled_rows: list[int] = []
+    prompt_rows: list[int] = []
+    targets: list[int] = []
+    row = 0
+    for entry in entries:
+        first = entry.stop - entry.num_rows + 1
+        targets += entry.sequence.request.prompt[first : first + entry.num_prompt_logits]
+        prompt_rows += range(row, row + entry.num_prompt_logits)
+        sampled_rows += range(row + entry.num_prompt_logits, row + entry.num_rows)
+        row += entry.num_rows
+    return sampled_rows, prompt_rows, targets
 
 
 def _features(entries: list[BatchEntry]) -> list[ImageRows]:

@@ -1,4 +1,4 @@
-"""Sample the tokens of one sequence with its sampling parameters, logit bias and grammar."""
+"""Sample the tokens of one sequence with its sampling parameters, its changes to logits and its grammar."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
-from kimi_mlx.engine.constraint import Constraint, masked
+from kimi_mlx.engine.constraint import Constraint, Mask, masked
+from kimi_mlx.engine.grammar_compiler import WORD_BITS
+from kimi_mlx.engine.logits_processor import LogitsProcessor, change_logits
 from kimi_mlx.engine.request import Request
 from kimi_mlx.engine.sampling import GREEDY_BELOW, Sampler
 from kimi_mlx.errors import EngineError
@@ -27,11 +30,14 @@ class TokenSampler:
 
     def __init__(self, request: Request, seed: int, constraint: Constraint | None):
         sampling = request.sampling
-        self._bias, self._stop_ids = request.logit_bias, sorted(request.stop_ids)
+        self._stop_ids = sorted(request.stop_ids)
+        self._min_tokens, self._num_answered = request.min_tokens, 0
         self._constraint = constraint
         self.sample = Sampler(sampling, seed)
-        self.is_greedy = sampling.temperature < GREEDY_BELOW and not request.logit_bias and constraint is None
-        """Whether the most likely token is taken, without bias or grammar."""
+        self.processor = LogitsProcessor.of(request, has_min_tokens=constraint is None)
+        """Changes to the logits; None if there are none."""
+        self.is_greedy = sampling.temperature < GREEDY_BELOW and self.processor is None and constraint is None
+        """Whether the most likely token is taken, without changes to the logits and without a grammar."""
         self.failure: EngineError | None = None
         """Error of the grammar, if it failed."""
         if request.answered:
@@ -42,20 +48,18 @@ class TokenSampler:
         """Whether a token can be sampled without waiting for the grammar to be compiled."""
         return self._constraint is None or self._constraint.is_compiled
 
-    def bias(self, logits: mx.array, draft: Sequence[int]) -> mx.array:
-        """Add the bias to logits, and -inf to tokens that the grammar forbids.
+    def mask(self, logits: mx.array, draft: Sequence[int]) -> mx.array:
+        """Return logits with -inf for the tokens that the grammar forbids.
 
         Args:
             logits: (n, vocab_size), after the sequence and after each token of the draft.
             draft: n - 1 draft tokens.
         """
-        if self._bias:
-            logits = self._add_bias(logits)
         if self._constraint is None:
             return logits
         if self.failure is None:
             try:
-                return masked(logits, mx.array(self._constraint.allowed_for_draft(draft)))
+                return masked(logits, mx.array(self._masks(self._constraint, draft)))
             except EngineError as error:
                 self.failure = error
         ends = mx.full(logits.shape, -mx.inf, logits.dtype)
@@ -68,16 +72,18 @@ class TokenSampler:
         Args:
             logits: (1, vocab_size), of the draft model.
             length: number of known tokens.
-            draft: the draft so far, (1,) each. A grammar waits for it.
+            draft: the draft so far, (1,) each. Penalties, a minimum length and a grammar wait for it.
 
         Returns:
             (1,), the token; None if the grammar fails or has failed.
         """
-        if self._bias:
-            logits = self._add_bias(logits)
+        needs_draft = self._constraint is not None or (self.processor is not None and self.processor.depends_on_answer)
+        ids = [cast(int, token.item()) for token in draft] if needs_draft else []
+        if self.processor is not None:
+            logits = change_logits(logits, [(0, self.processor.changes(ids)[-1])])
         if self._constraint is not None:
             try:
-                masks = self._constraint.allowed_for_draft([cast(int, token.item()) for token in draft])
+                masks = self._masks(self._constraint, ids)
             except EngineError:  # all ranks meet the error when they verify the draft so far
                 return None
             logits = masked(logits, mx.array(masks[-1:]))
@@ -93,7 +99,10 @@ class TokenSampler:
             return tuple(draft)
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Advance the grammar by sampled tokens."""
+        """Append sampled tokens."""
+        self._num_answered += len(tokens)
+        if self.processor is not None:
+            self.processor.advance(tokens)
         if self._constraint is None or self.failure is not None:
             return
         try:
@@ -102,6 +111,17 @@ class TokenSampler:
         except EngineError as error:
             self.failure = error
 
-    def _add_bias(self, logits: mx.array) -> mx.array:
-        ids, values = zip(*self._bias, strict=True)
-        return logits.at[:, mx.array(ids)].add(mx.array(values, logits.dtype))
+    def _masks(self, constraint: Constraint, draft: Sequence[int]) -> Mask:
+        """Return the grammar's masks, without stop tokens before the minimum length if other tokens are allowed.
+
+        Raises:
+            EngineError: the grammar fails.
+        """
+        masks = constraint.allowed_for_draft(draft)
+        for row in range(min(len(masks), self._min_tokens - self._num_answered)):
+            longer = masks[row].copy()
+            for token in self._stop_ids:
+                longer[token // WORD_BITS] &= ~np.uint32(1 << token % WORD_BITS)
+            if longer.any():
+                masks[row] = longer
+        return masks

@@ -355,9 +355,17 @@ class Model(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """(B, M, D) -> (B, M, vocab_size). Call it in the order of the calls of `hidden`."""
+        return self.head(self.last_states(hidden))
+
+    def last_states(self, hidden: mx.array) -> mx.array:
+        """Return the input of the head, (B, M, D) -> (B, M, D). Call it in the order of the calls of `hidden`."""
         h = mx.fast.rms_norm(self.communicator.recv_last_hidden(hidden), self["norm"], self.config.rms_norm_eps)
         self.communicator.check_same("final hidden states", h)
-        return self.communicator.gather_logits(self.lm_head(h))
+        return h
+
+    def head(self, states: mx.array) -> mx.array:
+        """Return the logits of last states, (B, M, D) -> (B, M, vocab_size). All ranks with a head call it alike."""
+        return self.communicator.gather_logits(self.lm_head(states))
 
     def make_cache(self) -> list[LatentCache]:
         """Return empty caches for one batch of sequences."""

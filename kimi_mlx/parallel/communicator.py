@@ -46,7 +46,8 @@ class StepHeader:
     @property
     def arrays(self) -> list[mx.array]:
         """Arrays to evaluate with the step."""
-        return [self.fields] if self.digests is None else [self.fields, self.digests]
+        own = [self.fields] if self.digests is None else [self.fields, self.digests]
+        return own if self.previous is None else own + self.previous.arrays
 
 
 @dataclass(frozen=True)

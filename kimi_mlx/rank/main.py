@@ -15,7 +15,7 @@ from kimi_mlx.cluster.channel.messages import Message, encode, encode_error
 from kimi_mlx.engine.batch_sizes import NO_STEPS, BatchSizes
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.engine import MAX_NEW_COMMANDS, Engine
-from kimi_mlx.engine.events import Encoded, Event, Finished, Prefilled, Token
+from kimi_mlx.engine.events import Encoded, Event, Finished, Prefilled, PromptLogprobs, Token
 from kimi_mlx.engine.free_memory import free_memory_bytes
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
 from kimi_mlx.engine.prompt_cache.usage import CacheUsage
@@ -163,6 +163,9 @@ def encode_event(
             return encode("encoded", request_id=request_id, **asdict(event))
         case Prefilled(done, total):
             return encode("prefilled", request_id=request_id, done=done, total=total)
+        case PromptLogprobs(start, tokens):
+            pairs = [(each.token, each.top) for each in tokens]
+            return encode("prompt_logprobs", request_id=request_id, start=start, tokens=pairs)
         case Token(id, logprobs):
             values = None if logprobs is None else asdict(logprobs)
             return encode("token", request_id=request_id, id=id, logprobs=values)

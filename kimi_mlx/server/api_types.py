@@ -19,13 +19,14 @@ class GenerationParams:
     """Parameters of generation that every kind of request has.
 
     Args:
-        max_tokens: limit on new tokens; None allows the rest of the context.
+        max_tokens: limit on new tokens; None allows the rest of the context, 0 only computes the prompt.
         sampling: fields of Sampling by name, where they differ from the checkpoint's recommendation.
         stop: texts that end the answer and are not part of it.
         n: number of answers.
         top_logprobs: number of most likely tokens to report with each token; 0 reports only the token's own log
             probability, None reports neither.
         logit_bias: pairs of a token id and a number to add to its logit.
+        min_tokens: number of tokens of the answer before a stop token or a stop text may end it.
         return_progress: whether the events of the answer include ProgressEvents.
     """
 
@@ -35,6 +36,7 @@ class GenerationParams:
     n: int = 1
     top_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
     return_progress: bool = False
 
 
@@ -79,15 +81,18 @@ class CompletionRequest(GenerationParams):
     Args:
         prompt: text or token ids.
         place: location of the prompt in the body, for error messages.
+        prompt_logprobs: number of most likely tokens to report with each token of the prompt; None reports no log
+            probabilities of the prompt.
     """
 
     prompt: str | tuple[int, ...] = ""
     place: str = field(default="prompt", compare=False)
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A token of the answer's text with its log probability.
+    """A token of the answer or of the prompt with its log probability.
 
     Args:
         token: bytes of the token, which may end inside a character.
@@ -148,6 +153,21 @@ class ProgressEvent:
 
 
 @dataclass(frozen=True)
+class PromptEvent:
+    """The tokens of the prompt of one answer, if their log probabilities are requested; before its first DeltaEvent.
+
+    Args:
+        index: index of the answer.
+        first: bytes of the first token, which has no log probability.
+        logprobs: the other tokens with their log probabilities.
+    """
+
+    index: int
+    first: bytes
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True)
 class DeltaEvent:
     """An addition to one answer, from one or more tokens.
 
@@ -181,7 +201,7 @@ class FinishEvent:
     statistics: Statistics | None = None
 
 
-AnswerEvent = KeepAlive | ProgressEvent | DeltaEvent | FinishEvent
+AnswerEvent = KeepAlive | ProgressEvent | PromptEvent | DeltaEvent | FinishEvent
 """Events of several answers are interleaved; the last event of each answer is its FinishEvent."""
 
 
@@ -192,22 +212,27 @@ class CompleteAnswer:
     delta: Delta
     logprobs: tuple[TokenLogprobs, ...]
     finish: FinishEvent
+    prompt: PromptEvent | None = None
 
 
 def collect(events: Iterable[AnswerEvent]) -> list[CompleteAnswer]:
     """Assemble complete answers from their events, in the order of their indices."""
     deltas: dict[int, list[DeltaEvent]] = defaultdict(list)
     finishes: dict[int, FinishEvent] = {}
+    prompts: dict[int, PromptEvent] = {}
     for event in events:
         if isinstance(event, DeltaEvent):
             deltas[event.index].append(event)
         elif isinstance(event, FinishEvent):
             finishes[event.index] = event
+        elif isinstance(event, PromptEvent):
+            prompts[event.index] = event
     return [
         CompleteAnswer(
             join(event.delta for event in deltas[index]),
             tuple(token for event in deltas[index] for token in event.logprobs),
             finishes[index],
+            prompts.get(index),
         )
         for index in sorted(finishes)
     ]

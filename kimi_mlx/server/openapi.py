@@ -13,6 +13,7 @@ from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.completions import CompletionBody
 from kimi_mlx.server.openai.responses_body import ResponsesBody
+from kimi_mlx.server.openai.tokenize import DetokenizeBody, TokenizeBody
 from kimi_mlx.version import __version__
 
 SCHEMA_REF = "#/components/schemas/{model}"
@@ -25,12 +26,15 @@ POST_PATHS: dict[str, tuple[type[Body], str]] = {
     "/v1/responses": (ResponsesBody, "Answer a conversation of the Responses API"),
     "/v1/messages": (MessagesBody, "Answer a conversation of Anthropic's Messages API"),
     "/v1/messages/count_tokens": (CountBody, "Count the tokens of a conversation"),
+    "/tokenize": (TokenizeBody, "Return the token ids of a text, or of the prompt of a conversation"),
+    "/detokenize": (DetokenizeBody, "Return the text of token ids"),
 }
 """POST paths, each with the model of its body and a summary."""
 
 GET_PATHS = {
     "/v1/models": "The model",
     "/v1/models/{name}": "The model, under any of its names",
+    "/tokenizer_info": "Configuration of the tokenizer, with the chat template",
     "/v1/cluster": "Status of the model: ranks, memory, queue, answers in progress, restarts",
     "/v1/cluster/events": "The same status as server-sent events, whenever it changes",
     "/health": "Health of the server",

@@ -131,24 +131,30 @@ class PromptBuilder:
         else:
             prompt, ids = self._plain_prompt(request), None
         remaining = self.context_tokens - len(prompt)
-        if remaining < 1:
+        limit = self.tokenizer.max_tokens if request.max_tokens is None else request.max_tokens
+        if remaining < (0 if limit == 0 else 1):
             raise self._too_long(request, len(prompt), is_exact=True)
         grammar, tool_names = None, ()
         if isinstance(request, ChatRequest) and ids is not None:
             special_tokens = self.tokenizer.tokenizer.special_tokens
             grammar = request_grammar(request, special_tokens, prompt, len(ids.client_ids))
             tool_names = names_of(request.tools)
+        if request.max_tokens is not None and request.min_tokens > request.max_tokens:
+            limits = f"`min_tokens` is {request.min_tokens}, but must be at most `max_tokens`, {request.max_tokens}"
+            raise ApiError(400, limits, "invalid_value", "min_tokens")
         for id, _ in request.logit_bias:
             self._check_id(id, f"logit_bias.{id}")
         engine_request = Request(
             prompt,
-            max_tokens=min(remaining, request.max_tokens or self.tokenizer.max_tokens or remaining),
+            max_tokens=remaining if limit is None else min(remaining, limit),
             sampling=self._sampling(request),
             stop_ids=self.tokenizer.stop_ids,
             logit_bias=request.logit_bias,
             top_logprobs=request.top_logprobs,
             grammar=grammar,
             images=images,
+            min_tokens=request.min_tokens,
+            prompt_logprobs=request.prompt_logprobs if isinstance(request, CompletionRequest) else None,
         )
         place, progress = _place(request), request.return_progress
         return PreparedRequest(engine_request, request.n, request.stop, ids, tool_names, progress, place)
@@ -160,14 +166,64 @@ class PromptBuilder:
             ApiError: the prompt has more than MAX_COUNTED_TOKENS tokens, or the request can never be served.
             KimiMlxError: the template cannot render the messages.
         """
+        return len(self.chat_ids(request))
+
+    def chat_ids(self, request: ChatRequest, *, add_generation_prompt: bool = True) -> list[int]:
+        """Return the token ids of the prompt, even if it exceeds the context.
+
+        Args:
+            request: conversation.
+            add_generation_prompt: whether the prompt ends with the beginning of the answer.
+
+        Raises:
+            ApiError: the prompt has more than MAX_COUNTED_TOKENS tokens, or the request can never be served.
+            KimiMlxError: the template cannot render the messages.
+        """
         request = self._resolve_media(request)
         self._check_size(request, max(self.context_tokens, MAX_COUNTED_TOKENS))
-        return len(self._chat_prompt(request)[0].ids)
+        template_kwargs = {} if add_generation_prompt else {"add_generation_prompt": False}
+        return self._chat_prompt(request, template_kwargs)[0].ids
+
+    def text_ids(self, text: str, place: str) -> list[int]:
+        """Return the token ids of plain text.
+
+        Args:
+            text: the text.
+            place: location of the text in the body, for error messages.
+
+        Raises:
+            ApiError: the model has no tokenizer.
+        """
+        if not self.tokenizer.has_tokenizer:
+            message = "this model has no tokenizer, so it cannot read text; send token ids as `prompt`"
+            raise ApiError(400, message, "invalid_value", place)
+        return self.tokenizer.encode(text)
+
+    def check_ids(self, ids: Sequence[int], place: str) -> None:
+        """Check that token ids are in the vocabulary.
+
+        Args:
+            ids: token ids.
+            place: their location in the body.
+
+        Raises:
+            ApiError: one is not.
+        """
+        for index, id in enumerate(ids):
+            self._check_id(id, f"{place}[{index}]")
 
     def _resolve_media(self, request: ChatRequest) -> ChatRequest:
         return resolve_media(request, self.text_only_reason, self.fetched)
 
-    def _chat_prompt(self, request: ChatRequest) -> tuple[Prompt, CallIds]:
+    def _chat_prompt(
+        self, request: ChatRequest, template_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[Prompt, CallIds]:
+        """Return the prompt, and the ids of its tool calls.
+
+        Args:
+            request: conversation.
+            template_kwargs: variables of the template that requests cannot set.
+        """
         try:
             request.check_schemas()
             messages, ids = to_kimi_ids(request.messages, request.call_id_prefix, request.places)
@@ -178,7 +234,8 @@ class PromptBuilder:
         if reserved := RESERVED & request.template_kwargs.keys():
             message = f"`{min(reserved)}` is reserved and cannot be set as a variable of the chat template"
             raise ApiError(400, message, param="chat_template_kwargs")
-        prompt = self._render(request, messages, template_variables(request, self.tokenizer.template))
+        variables = template_variables(request, self.tokenizer.template) | dict(template_kwargs or {})
+        prompt = self._render(request, messages, variables)
         if request.partial is not None:
             self._begin_answer(prompt, request)
         return prompt, ids
@@ -267,14 +324,10 @@ class PromptBuilder:
 
     def _plain_prompt(self, request: CompletionRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, str):
-            if not self.tokenizer.has_tokenizer:
-                message = "this model has no tokenizer, so it cannot read text; send token ids as `prompt`"
-                raise ApiError(400, message, "invalid_value", request.place)
-            ids = self.tokenizer.encode(request.prompt)
+            ids = self.text_ids(request.prompt, request.place)
             bos = self.tokenizer.tokenizer.special_tokens.get("[BOS]")
             return tuple(ids) if ids or bos is None else (bos,)
-        for index, id in enumerate(request.prompt):
-            self._check_id(id, f"{request.place}[{index}]")
+        self.check_ids(request.prompt, request.place)
         if not request.prompt:
             raise ApiError(400, "the prompt has no tokens", param=request.place)
         return request.prompt

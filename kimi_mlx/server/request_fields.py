@@ -42,6 +42,14 @@ TokenCount = Annotated[int, Field(ge=1, le=MAX_TOKEN_COUNT), BeforeValidator(to_
 AlternativeCount = Annotated[int, Field(ge=0, le=20), Integer]
 """Number of the most likely tokens to report with each token."""
 
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+"""Frequency or presence penalty; 0 changes nothing."""
+
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100)]
+"""vLLM's repetition penalty; 1 changes nothing."""
+
+MinTokens = Annotated[int, Field(ge=0, le=2**31 - 1), Integer]
+
 StopText = Annotated[str, Field(min_length=1)]
 Arguments = str | dict[str, Any] | None
 """Arguments of an earlier tool call: JSON text, in some clients an object or nothing."""

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from kimi_mlx.engine.events import Finished, Statistics, Token
+from kimi_mlx.engine.events import Finished, Logprobs, PromptLogprobs, Statistics, Token
 from kimi_mlx.errors import TextError
-from kimi_mlx.server.api_types import DeltaEvent, FinishEvent, StopReason, TokenLogprobs, Usage
+from kimi_mlx.server.api_types import DeltaEvent, FinishEvent, PromptEvent, StopReason, TokenLogprobs, Usage
 from kimi_mlx.text.call_ids import CallIdAllocator
 from kimi_mlx.text.messages import Delta
 from kimi_mlx.text.output import OutputParser
@@ -111,13 +111,27 @@ class ResponseBuilder:
         reader: reader of the tokens.
         stop: stop texts.
         counts_prompt: whether this answer's usage includes the prompt; True for the first answer to each prompt.
+        min_tokens: number of tokens whose text is not searched for stop texts.
+        has_all_logprobs: whether the log probabilities of all tokens are returned, not only those of the text.
+        prompt: token ids of the prompt if its log probabilities are returned.
     """
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, reader: TokenReader, stop: Sequence[str], *, counts_prompt: bool
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        reader: TokenReader,
+        stop: Sequence[str],
+        *,
+        counts_prompt: bool,
+        min_tokens: int = 0,
+        has_all_logprobs: bool = False,
+        prompt: Sequence[int] = (),
     ):
         self.index = index
         self._counts_prompt = counts_prompt
+        self._min_tokens, self._has_all_logprobs = min_tokens, has_all_logprobs
+        self._prompt, self._prompt_logprobs = prompt, list[Logprobs]()
         self._tokenizer = tokenizer
         self._reader = reader
         self._stops = StopSequences(stop)
@@ -133,29 +147,49 @@ class ResponseBuilder:
         """Whether a stop text has ended the answer; its request should then be cancelled."""
         return self._stops.matched is not None
 
-    def add(self, token: Token) -> Iterator[DeltaEvent]:
+    def add_prompt(self, event: PromptLogprobs) -> None:
+        """Add log probabilities of the prompt."""
+        self._prompt_logprobs += event.tokens
+
+    def add(self, token: Token) -> Iterator[PromptEvent | DeltaEvent]:
         """Add a token; tokens after a stop text are ignored."""
         if self.is_stopped:
             return
+        yield from self._prompt_event()
         self.num_tokens += 1
         self._num_unassigned += 1
         delta = self._reader.add(token.id)
-        if token.logprobs is not None and token.id not in self._control:
-            top = tuple((self._bytes(id), logprob) for id, logprob in token.logprobs.top)
-            self._logprobs.add(TokenLogprobs(self._bytes(token.id), token.logprobs.token, top))
+        if token.logprobs is not None and (self._has_all_logprobs or token.id not in self._control):
+            self._logprobs.add(self._token_logprobs(token.id, token.logprobs))
         self._count_reasoning(delta)
-        yield from self._events(delta, self._stops.add(delta.text))
+        is_searched = self.num_tokens > self._min_tokens
+        yield from self._events(delta, self._stops.add(delta.text) if is_searched else delta.text)
 
-    def finish(self, event: Finished) -> Iterator[DeltaEvent | FinishEvent]:
+    def finish(self, event: Finished) -> Iterator[PromptEvent | DeltaEvent | FinishEvent]:
         """Yield the remaining deltas, and the FinishEvent."""
+        yield from self._prompt_event()
         if not self.is_stopped:
             delta = self._reader.finish()
             self._count_reasoning(delta)
             yield from self._events(delta, self._stops.add(delta.text))
             if not self.is_stopped:
                 yield from self._events(Delta(), self._stops.finish())
+        if self._has_all_logprobs and (rest := self._logprobs.release_all()):
+            yield DeltaEvent(self.index, Delta(), rest)
         usage = self._usage(event.statistics)
         yield FinishEvent(self.index, self._reason(event), self._stops.matched, usage, event.statistics)
+
+    def _prompt_event(self) -> Iterator[PromptEvent]:
+        """Yield the tokens of the prompt once, if their log probabilities are returned."""
+        if self._prompt:
+            first, *others = self._prompt
+            logprobs = map(self._token_logprobs, others, self._prompt_logprobs)
+            yield PromptEvent(self.index, self._bytes(first), tuple(logprobs))
+            self._prompt, self._prompt_logprobs = (), []
+
+    def _token_logprobs(self, id: int, logprobs: Logprobs) -> TokenLogprobs:
+        top = tuple((self._bytes(top_id), logprob) for top_id, logprob in logprobs.top)
+        return TokenLogprobs(self._bytes(id), logprobs.token, top)
 
     def _reason(self, event: Finished) -> StopReason:
         if self.is_stopped or event.reason == "cancelled":
@@ -221,4 +255,10 @@ class _LogprobBuffer:
         self._sent += length
         released = tuple(token for at, token in self._placed if at < self._sent)
         self._placed = self._placed[len(released) :]
+        return released
+
+    def release_all(self) -> tuple[TokenLogprobs, ...]:
+        """Return all tokens that were not released."""
+        released = (*(token for _, token in self._placed), *self._new)
+        self._placed, self._new = [], []
         return released

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 import anyio
 import anyio.to_thread
 
-from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Prefilled, Resumed, Token
+from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Prefilled, PromptLogprobs, Resumed, Token
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import ContextLengthError, RingError
 from kimi_mlx.server.activity import AnswerProgress, RateCounter, RunningAnswer
@@ -167,7 +167,16 @@ class Service:
         for request in requests:
             for choice in range(request.n):
                 reader = request.new_reader(tokenizer)
-                builder = ResponseBuilder(len(builders), tokenizer, reader, request.stop, counts_prompt=choice == 0)
+                builder = ResponseBuilder(
+                    len(builders),
+                    tokenizer,
+                    reader,
+                    request.stop,
+                    counts_prompt=choice == 0,
+                    min_tokens=request.request.min_tokens,
+                    has_all_logprobs=request.call_ids is None,
+                    prompt=() if request.request.prompt_logprobs is None else request.request.prompt,
+                )
                 builders.append(builder)
         return builders
 
@@ -305,7 +314,9 @@ class _ActiveRequest:
             self._start(index)
             yield from self._build(index, event)
 
-    def _build(self, index: int, event: Encoded | Prefilled | Token | Finished) -> Iterator[AnswerEvent]:
+    def _build(
+        self, index: int, event: Encoded | Prefilled | PromptLogprobs | Token | Finished
+    ) -> Iterator[AnswerEvent]:
         builder = self._open[index]
         if isinstance(event, Encoded):
             yield from self._report(index, event)
@@ -313,6 +324,8 @@ class _ActiveRequest:
             self._state = KeepAlive(event.done, event.total)
             self._service.rates.add(prompt=self._progress[index].prefill(event.done, event.total))
             yield from self._report(index, event)
+        elif isinstance(event, PromptLogprobs):
+            builder.add_prompt(event)
         elif isinstance(event, Token):
             if not builder.is_stopped:
                 self._observe_latency(index, is_first=builder.num_tokens == 0)

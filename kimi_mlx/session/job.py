@@ -29,6 +29,8 @@ class Job:
         is_running: True once a rank has reported anything about the request.
         submitted_at: time of submission, on the clock of time.perf_counter.
         first_token_at: time of the first token; 0 before it.
+        next_logprob: position of the next token of the prompt whose log probability the caller does not have; 0 before
+            the first.
     """
 
     request_id: int
@@ -43,15 +45,19 @@ class Job:
     is_running: bool = False
     submitted_at: float = field(default_factory=time.perf_counter)
     first_token_at: float = 0.0
+    next_logprob: int = 0
 
     def remaining_request(self) -> Request:
         """Return the request for the rest of the answer: its prompt ends with the tokens already sent."""
         max_tokens = self.request.max_tokens
+        next_logprob = max(self.next_logprob, self.request.next_logprob)
         return replace(
             self.request,
             prompt=(*self.request.prompt, *self.sent_ids),
             max_tokens=None if max_tokens is None else max_tokens - len(self.sent_ids),
             answered=self.request.answered + len(self.sent_ids),
+            prompt_logprobs=self.request.prompt_logprobs if next_logprob < len(self.request.prompt) else None,
+            next_logprob=next_logprob,
         )
 
     def encode(self) -> bytes:
@@ -100,6 +106,6 @@ class Job:
         if self.sent_ids and self.sent_ids[-1] in self.request.stop_ids:
             return "stop"
         num_tokens = len(self.request.prompt) + len(self.sent_ids)
-        if len(self.sent_ids) == self.request.max_tokens or num_tokens >= context:
+        if self.sent_ids and (len(self.sent_ids) == self.request.max_tokens or num_tokens >= context):
             return "length"
         return "cancelled" if self.is_cancelled else None

@@ -22,6 +22,7 @@ from kimi_mlx.engine.events import (
     Interrupted,
     Logprobs,
     Prefilled,
+    PromptLogprobs,
     Resumed,
     Statistics,
     Token,
@@ -330,10 +331,17 @@ class RingSession:
             job.on_event(Encoded(message["image"], message["num_images"], message["done"], message["total"]))
         elif rank == 0 and kind == "prefilled":
             job.on_event(Prefilled(message["done"], message["total"]))
+        elif rank == 0 and kind == "prompt_logprobs":
+            logprobs = (Logprobs(token, tuple(map(tuple, top))) for token, top in message["tokens"])
+            self._on_prompt_logprobs(job, PromptLogprobs(message["start"], tuple(logprobs)))
         elif rank == 0 and kind == "token":
             self._on_token(job, message)
         elif kind in ("finished", "refused"):
             self._on_end(job, rank, message)
+
+    def _on_prompt_logprobs(self, job: Job, event: PromptLogprobs) -> None:
+        job.next_logprob = event.start + len(event.tokens)
+        job.on_event(event)
 
     def _on_token(self, job: Job, message: Message) -> None:
         self._policy.record_progress()

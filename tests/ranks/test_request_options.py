@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from kimi_mlx.engine.events import Logprobs, Token
+from kimi_mlx.engine.events import Logprobs, PromptLogprobs, Token
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import EngineError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
@@ -47,7 +47,10 @@ def tokenizer() -> ChatTokenizer:
 
 @pytest.fixture(scope="module")
 def requests(tokenizer: ChatTokenizer) -> list[Request]:
-    """Return a plain request, two with a schema (greedy, sampled), and one with a bias. All but one have logprobs."""
+    """Return a plain request, two with a schema (greedy, sampled), one with a bias, and two with penalties.
+
+    All but the first and the last have log probabilities; the last one has a minimum length, too.
+    """
     prompt = tuple(tokenizer.apply_chat_template([{"role": "user", "content": "Invent a dog, please."}]))
     special = tokenizer.tokenizer.special_tokens
     plain = Request(prompt, 40, stop_ids=tokenizer.stop_ids)
@@ -59,7 +62,10 @@ def requests(tokenizer: ChatTokenizer) -> list[Request]:
     )
     sampled = replace(constrained, sampling=Sampling(temperature=0.8, top_p=0.9, seed=1), top_logprobs=0)
     biased = replace(plain, logit_bias=((tokenizer.encode("a")[0], 100.0),), max_tokens=5, top_logprobs=1)
-    return [plain, constrained, sampled, biased]
+    penalties = Sampling(frequency_penalty=0.2, presence_penalty=0.3, repetition_penalty=1.1)
+    penalized = replace(plain, sampling=penalties, top_logprobs=1)
+    warm = replace(penalties, temperature=0.9, seed=4)
+    return [plain, constrained, sampled, biased, penalized, replace(plain, sampling=warm, min_tokens=35)]
 
 
 def tokens_of(session: Session, request: Request) -> list[Token]:
@@ -86,7 +92,7 @@ def expected(requests: list[Request], tokenizer: ChatTokenizer) -> list[list[Tok
         answers = [tokens_of(session, request) for request in requests]
         with pytest.raises(EngineError, match="cannot be compiled"):
             tokens_of(session, replace(requests[0], grammar="start: ("))
-    plain, *constrained, biased = answers
+    plain, *constrained, biased, penalized, longer = answers
     for tokens in constrained:
         parser = tokenizer.output_parser(requests[1].prompt)
         deltas = [*(parser.add(token.id) for token in tokens), parser.finish()]
@@ -98,7 +104,36 @@ def expected(requests: list[Request], tokenizer: ChatTokenizer) -> list[list[Tok
         assert 0 >= token.logprobs.top[0][1] >= max(token.logprobs.token, token.logprobs.top[1][1])
     assert all(token.logprobs is None for token in plain)
     assert [token.id for token in biased] == [tokenizer.encode("a")[0]] * 5
+    assert [token.id for token in penalized] != [token.id for token in plain]
+    assert len(longer) >= 35
     return answers
+
+
+def scores_of(session: Session, request: Request) -> list[Logprobs]:
+    """Return the log probabilities of the prompt of a request."""
+    events = (event for event in stream_events(session, request) if isinstance(event, PromptLogprobs))
+    return [logprobs for event in events for logprobs in event.tokens]
+
+
+def assert_scores(session: Session, expected: list[list[float]], requests: list[Request]) -> None:
+    """Check the log probabilities of two prompts at once, with and without new tokens."""
+    with ThreadPoolExecutor(2) as pool:
+        for scores, numbers in zip(pool.map(lambda each: scores_of(session, each), requests), expected, strict=True):
+            assert [number for score in scores for number in _numbers(score)] == pytest.approx(numbers, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def scored(requests: list[Request]) -> list[Request]:
+    return [
+        replace(requests[0], prompt=requests[0].prompt * 6, prompt_logprobs=2, max_tokens=20),
+        replace(requests[0], prompt_logprobs=0, max_tokens=0),
+    ]
+
+
+@pytest.fixture(scope="module")
+def scores(scored: list[Request]) -> list[list[float]]:
+    with closing(LocalSession(SessionOptions(KIMI_MINI))) as session:
+        return [[number for score in scores_of(session, each) for number in _numbers(score)] for each in scored]
 
 
 def answer_together(session: Session, requests: list[Request]) -> list[list[Token]]:
@@ -106,12 +141,15 @@ def answer_together(session: Session, requests: list[Request]) -> list[list[Toke
         return list(pool.map(lambda request: tokens_of(session, request), requests))
 
 
-def test_in_a_batch_and_with_drafts(requests: list[Request], expected: list[list[Token]]) -> None:
+def test_in_a_batch_and_with_drafts(
+    requests: list[Request], expected: list[list[Token]], scored: list[Request], scores: list[list[float]]
+) -> None:
     plain = SessionOptions(KIMI_MINI)
     for options in (plain, replace(plain, speculate=5), replace(plain, draft=KIMI_MINI_DRAFT)):
         with closing(LocalSession(options)) as session:
             for actual, alone in zip(answer_together(session, requests), expected, strict=True):
                 assert_equal(actual, alone)
+            assert_scores(session, scores, scored)
 
 
 @pytest.mark.slow
@@ -119,6 +157,7 @@ def test_in_a_batch_and_with_drafts(requests: list[Request], expected: list[list
     ("strategy", "drafts"),
     [
         pytest.param("expert", {}, marks=pytest.mark.sweep),
+        pytest.param("tensor", {}, marks=pytest.mark.sweep),
         pytest.param("pipeline", {}, marks=pytest.mark.sweep),
         pytest.param("hybrid", {"draft": KIMI_MINI_DRAFT}, marks=pytest.mark.sweep),
         ("pipeline", {"speculate": 5, "draft": KIMI_MINI_DRAFT}),
@@ -127,6 +166,8 @@ def test_in_a_batch_and_with_drafts(requests: list[Request], expected: list[list
 def test_on_a_ring_that_is_lost_during_an_answer(
     requests: list[Request],
     expected: list[list[Token]],
+    scored: list[Request],
+    scores: list[list[float]],
     strategy: str,
     drafts: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -138,14 +179,16 @@ def test_on_a_ring_that_is_lost_during_an_answer(
             tokens_of(session, replace(requests[0], grammar="start: ("))
         for actual, alone in zip(answer_together(session, requests), expected, strict=True):
             assert_equal(actual, alone)
-        seen: list[Token] = []
-        for event in stream_events(session, requests[1]):
-            if isinstance(event, Token):
-                seen.append(event)
-                if len(seen) == 20:
-                    os.kill(session.pids[1], signal.SIGKILL)
-        assert_equal(seen, expected[1])
-        assert session.status().restarts == 1
+        assert_scores(session, scores, scored)
+        for restarts, number in enumerate((1, 4), 1):
+            seen: list[Token] = []
+            for event in stream_events(session, requests[number]):
+                if isinstance(event, Token):
+                    seen.append(event)
+                    if len(seen) == 20:
+                        os.kill(session.pids[1], signal.SIGKILL)
+            assert_equal(seen, expected[number])
+            assert session.status().restarts == restarts
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,11 @@ def chat(port: int, headers: dict[str, str] | None = None, **body: Any) -> Respo
     return request(port, "POST", "/v1/chat/completions", json.dumps(fields).encode(), headers)
 
 
+def post(port: int, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Send a body; return that of the response."""
+    return json.loads(request(port, "POST", path, json.dumps(body).encode()).body)
+
+
 def begin(port: int, receive_bytes: int | None = None, **body: Any) -> socket.socket:
     """Request a chat completion without reading the response.
 

@@ -251,8 +251,6 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"stop": ["a"] * 5}, "stop"),
     ({"stop": ["a", ""]}, "stop[1]"),
-    ({"presence_penalty": 1}, "presence_penalty"),
-    ({"frequency_penalty": -0.5}, "frequency_penalty"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logit_bias": {"99999": 1}}, "logit_bias.99999"),
     ({"logit_bias": {"a": 1}}, "logit_bias.a"),

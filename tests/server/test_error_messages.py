@@ -18,7 +18,10 @@ HI: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
     ("fields", "message"),
     [
         ({}, "`messages`: required field is missing"),
-        (HI | {"temperature": 9}, "`temperature`: must be at most 2.0"),
+        (HI | {"temperature": 9}, "`temperature`: is 9, but must be at most 2.0"),
+        (HI | {"frequency_penalty": -2.5}, "`frequency_penalty`: is -2.5, but must be at least -2.0"),
+        (HI | {"repetition_penalty": 0}, "`repetition_penalty`: is 0, but must be at least 0.01"),
+        (HI | {"min_tokens": 9, "max_tokens": 8}, "`min_tokens` is 9, but must be at most `max_tokens`, 8"),
         (HI | {"stop": ["a"] * 5}, "`stop`: has 5 items, but at most 4 are allowed"),
         (HI | {"max_tokens": "x"}, "`max_tokens`: must be an integer"),
         (HI | {"stream": "x"}, "`stream`: must be true or false"),
@@ -53,6 +56,8 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "hi", "max_output_tokens": 1},
     "/v1/messages": HI | {"max_tokens": 1},
     "/v1/messages/count_tokens": HI,
+    "/tokenize": {"prompt": "hi"},
+    "/detokenize": {"tokens": [5]},
 }
 
 

@@ -27,6 +27,16 @@ CONTINUED = "this conversation"
 UNSET = {"seed": "random", MAX_TOKENS: "the rest of the context"}
 """Values of settings that nothing sets, for people."""
 
+NO_EFFECT = {
+    ("top_p", 1),
+    ("top_k", 0),
+    ("min_p", 0),
+    ("frequency_penalty", 0),
+    ("presence_penalty", 0),
+    ("repetition_penalty", 1),
+}
+"""Values of settings that change nothing, by name."""
+
 COMMAND_OF = {"system": "/system", "thinking": "/thinking", "think": "/thinking", "model": "/model"}
 """Commands for settings that `/set` does not have."""
 
@@ -133,7 +143,7 @@ def parse_setting(name: str, text: str) -> float | int:
     kind = "a whole number" if is_whole else "a number"
     above = name == "top_p"  # 0 would leave no token
     limits = f"above 0, up to {high}" if above else f"from {low} up" if high is None else f"from {low} to {high}"
-    pattern = r"\d+" if is_whole else r"\d*\.?\d+(e[+-]?\d+)?|\d+\."
+    pattern = r"\d+" if is_whole else r"-?(\d*\.?\d+(e[+-]?\d+)?|\d+\.)"
     if re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE):
         value = int(text[:30]) if is_whole else float(text)
         if (value > low if above else value >= low) and (high is None or value <= high):
@@ -162,7 +172,7 @@ def _settings_of(options: ChatOptions) -> dict[str, float | int]:
 def _format(name: str, value: float | int) -> str:
     if name == "temperature" and value == 0:
         return "0 (greedy)"
-    if (name, value) in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+    if (name, value) in NO_EFFECT:
         return f"{value:g} (off)"
     return f"{value:,}" if name == MAX_TOKENS else f"{value}"
 

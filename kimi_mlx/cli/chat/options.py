@@ -72,6 +72,39 @@ class SamplingOptions:
             rich_help_panel=SAMPLING,
         ),
     ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--frequency-penalty",
+            min=-2,
+            max=2,
+            metavar="X",
+            help="Lower the logit of a token by X for each time that the answer has it.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--presence-penalty",
+            min=-2,
+            max=2,
+            metavar="X",
+            help="Lower the logits of all tokens that the answer has by X.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--repetition-penalty",
+            min=0.01,
+            max=100,
+            metavar="X",
+            help="Divide positive logits of all tokens so far, prompt included, by X; negative ones are multiplied.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
     seed: Annotated[
         int | None,
         typer.Option(

@@ -6,7 +6,8 @@ Front to rank: `start` (once, first), `join` (addresses of all ranks), then `req
 same step as the others; `lost` tells it not to wait for them.
 Rank to front: `listening` (its ports), `joined`, `tested` (errors on its links), `loading`, `ready`, `finished`,
 `refused` (a request that cannot be served), `note` (only for its log); `alive` every second, with its current work,
-its steps, its links and its memory; from the leader also `tokenizer_files`, `encoded`, `prefilled` and `token`.
+its steps, its links and its memory; from the leader also `tokenizer_files`, `encoded`, `prefilled`,
+`prompt_logprobs` and `token`.
 About its end: `end_limit` (seconds that the end may take, whenever this changes), `error` (one of our errors) or
 `failed` (any other reason, as text that follows the name of the rank), `unloading` and `unloaded` (bytes held);
 last, from its guard, `exited` (exit code).

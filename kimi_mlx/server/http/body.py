@@ -202,10 +202,10 @@ MESSAGES = {
     "too_short": "has {actual_length} items, but at least {min_length} are required",
     "string_too_long": "must have at most {max_length} characters",
     "string_too_short": "must have at least {min_length} characters",
-    "greater_than": "must be more than {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be at most {le}",
+    "greater_than": "is {input:.30}, but must be more than {gt}",
+    "greater_than_equal": "is {input:.30}, but must be at least {ge}",
+    "less_than": "is {input:.30}, but must be less than {lt}",
+    "less_than_equal": "is {input:.30}, but must be at most {le}",
     "literal_error": "must be {expected}",
     "string_pattern_mismatch": "the name must be a token id of 1 to 9 digits",
 }
@@ -219,7 +219,11 @@ def _message(errors: Sequence[ErrorDetails]) -> str:
         return f"must be {' or '.join(dict.fromkeys(names))}"
     error = next((error for error in errors if _has_right_type(error)), errors[0])
     message = MESSAGES.get(error["type"])
-    return error["msg"].removeprefix("Value error, ") if message is None else message.format(**error.get("ctx", {}))
+    return (
+        error["msg"].removeprefix("Value error, ")
+        if message is None
+        else message.format(**error.get("ctx", {}), input=str(error["input"]))
+    )
 
 
 def location(error: ErrorDetails, body: object) -> str:

@@ -17,6 +17,9 @@ from kimi_mlx.server.request_fields import (
     AlternativeCount,
     Integer,
     ListOf,
+    MinTokens,
+    Penalty,
+    RepetitionPenalty,
     StopText,
     TokenCount,
     check_tool_choice,
@@ -90,21 +93,17 @@ class GenerationBody(CheckedBody):
     stop: Stop | None = None
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS), Integer] | None = None
     logit_bias: dict[TokenId, Bias] | None = None
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="Only 0 is supported.")
-    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="Only 0 is supported.")
-    repetition_penalty: float | None = Field(None, description="Only 1 is supported.")
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = Field(
+        None, description="vLLM's extension: counts tokens of the prompt, too."
+    )
+    min_tokens: MinTokens | None = Field(None, description="vLLM's extension: no stop token or text ends it earlier.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     def generation_params(self) -> dict[str, Any]:
-        """Return the fields of GenerationParams.
-
-        Raises:
-            ApiError: the body uses a feature that is not supported.
-        """
-        for name, neutral in (("presence_penalty", 0), ("frequency_penalty", 0), ("repetition_penalty", 1)):
-            if getattr(self, name) not in (None, neutral):
-                raise ApiError(400, f"`{name}` is not supported: leave it out", "unsupported_parameter", name)
+        """Return the fields of GenerationParams."""
         return {
             "max_tokens": self.max_tokens,
             "sampling": {
@@ -113,10 +112,14 @@ class GenerationBody(CheckedBody):
                 "top_k": None if self.top_k is None else max(self.top_k, 0),
                 "min_p": self.min_p,
                 "seed": None if self.seed is None else self.seed % 2**63,
+                "frequency_penalty": self.frequency_penalty,
+                "presence_penalty": self.presence_penalty,
+                "repetition_penalty": self.repetition_penalty,
             },
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "n": self.n or 1,
             "logit_bias": tuple((int(id), bias) for id, bias in (self.logit_bias or {}).items()),
+            "min_tokens": self.min_tokens or 0,
         }
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, cast
 
@@ -14,6 +15,7 @@ from kimi_mlx.server.api_types import (
     CompletionRequest,
     DeltaEvent,
     FinishEvent,
+    PromptEvent,
     TokenLogprobs,
     total_usage,
 )
@@ -21,12 +23,21 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.openai.chat_request import GenerationBody
 from kimi_mlx.server.openai.response_fields import DONE, MIN_LOGPROB, openai_error, usage_dict
-from kimi_mlx.server.request_fields import Integer, ListOf, to_integer
+from kimi_mlx.server.request_fields import (
+    MAX_TOKEN_COUNT,
+    AlternativeCount,
+    Integer,
+    ListOf,
+    to_integer,
+    to_token_count,
+)
 
-MAX_LOGPROBS = 5
 MAX_PROMPTS = 64
 
-Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
+MAX_TOKEN_ID = 2**31 - 1
+
+Id = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+CompletionTokenCount = Annotated[int, Field(ge=0, le=MAX_TOKEN_COUNT), BeforeValidator(to_token_count)]
 Ids = Annotated[ListOf[Id], Field(min_length=1)]
 Prompts = Annotated[ListOf[str], Field(min_length=1, max_length=MAX_PROMPTS)]
 IdPrompts = Annotated[ListOf[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
@@ -52,7 +63,12 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[str | Ids | Prompts | IdPrompts, BeforeValidator(_check_prompts)]
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Integer] | None = None
+    logprobs: AlternativeCount | None = Field(
+        None, description="Number of most likely tokens to report with each token; with `echo`, also of the prompt."
+    )
+    max_tokens: CompletionTokenCount | None = Field(
+        None, description="0 returns only the prompt; -1 allows the rest of the context."
+    )
     suffix: str | None = Field(None, description="Not supported.")
     best_of: Annotated[int, Field(ge=1, le=20), Integer] | None = Field(
         None, description="Only the value of `n` is supported."
@@ -68,12 +84,14 @@ class CompletionBody(GenerationBody):
             raise ApiError(400, "`suffix` is not supported: leave it out", "unsupported_parameter", "suffix")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ApiError(400, "`best_of` is not supported: leave it out", "unsupported_parameter", "best_of")
-        if self.echo and self.logprobs is not None:
-            message = "`logprobs` of the prompt are not supported: leave out `echo` or `logprobs`"
-            raise ApiError(400, message, "unsupported_parameter", "logprobs")
         params = self.generation_params()
         params["top_logprobs"] = self.logprobs
-        return [CompletionRequest(**params, prompt=prompt, place=place) for place, prompt in self._prompts()]
+        return [
+            CompletionRequest(
+                **params, prompt=prompt, place=place, prompt_logprobs=self.logprobs if self.echo else None
+            )
+            for place, prompt in self._prompts()
+        ]
 
     def _prompts(self) -> list[tuple[str, str | tuple[int, ...]]]:
         """Return the prompts with their places in the body."""
@@ -97,24 +115,37 @@ class CompletionFormatter:
         created: creation time, as a Unix time in seconds.
         echoes: text to put before each answer: its prompt, or an empty string.
         include_usage: whether a stream ends with the token counts.
+        has_prompt_logprobs: whether the prompts are echoed with log probabilities.
     """
 
-    def __init__(self, id: str, model: str, created: int, echoes: Sequence[str], *, include_usage: bool):
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        created: int,
+        echoes: Sequence[str],
+        *,
+        include_usage: bool,
+        has_prompt_logprobs: bool = False,
+    ):
         self._head: dict[str, Any] = {"id": id, "object": "text_completion", "created": created, "model": model}
         self._echoes, self._include_usage = echoes, include_usage
+        self._has_prompt_logprobs = has_prompt_logprobs
         self._finishes: list[FinishEvent] = []
-        self._lengths = [len(echo) for echo in echoes]
+        self._offsets = [TextOffsets(len(echo)) for echo in echoes]
 
     def begin(self) -> Iterator[StreamEvent]:
-        """Yield the prompts, if they are echoed."""
-        for index, echo in enumerate(self._echoes):
+        """Yield the prompts, if they are echoed without log probabilities."""
+        for index, echo in enumerate([] if self._has_prompt_logprobs else self._echoes):
             if echo:
                 yield self._chunk(index, echo)
 
     def add(self, event: AnswerEvent) -> Iterator[StreamEvent]:
         """Yield the chunk of an event."""
-        if isinstance(event, DeltaEvent):
-            yield self._chunk(event.index, event.delta.text, event.logprobs)
+        if isinstance(event, PromptEvent):
+            yield self._chunk(event.index, self._echoes[event.index], self._prompt_logprobs(event))
+        elif isinstance(event, DeltaEvent):
+            yield self._chunk(event.index, event.delta.text, self._logprobs(event.index, event.logprobs))
         elif isinstance(event, FinishEvent):
             self._finishes.append(event)
             yield self._chunk(event.index, "", finish_reason=event.reason)
@@ -136,7 +167,7 @@ class CompletionFormatter:
             {
                 "index": answer.finish.index,
                 "text": self._echoes[answer.finish.index] + answer.delta.text,
-                "logprobs": self._logprobs(answer.finish.index, answer.logprobs),
+                "logprobs": self._all_logprobs(answer),
                 "finish_reason": answer.finish.reason,
             }
             for answer in answers
@@ -145,32 +176,73 @@ class CompletionFormatter:
         return self._head | {"choices": choices, "usage": usage}
 
     def _chunk(
-        self, index: int, text: str, logprobs: Sequence[TokenLogprobs] = (), finish_reason: str | None = None
+        self, index: int, text: str, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
     ) -> StreamEvent:
-        choice = {
-            "index": index,
-            "text": text,
-            "logprobs": self._logprobs(index, logprobs),
-            "finish_reason": finish_reason,
-        }
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self._include_usage else {}
         return StreamEvent.from_json(self._head | {"choices": [choice]} | usage)
 
+    def _all_logprobs(self, answer: CompleteAnswer) -> dict[str, Any] | None:
+        """Return log probabilities of the prompt, if requested, and of the answer."""
+        parts = [self._prompt_logprobs(answer.prompt)] if answer.prompt is not None else []
+        new = self._logprobs(answer.finish.index, answer.logprobs)
+        parts += [new] if new is not None else []
+        return {name: [item for part in parts for item in part[name]] for name in parts[0]} if parts else None
+
+    def _prompt_logprobs(self, event: PromptEvent) -> dict[str, Any]:
+        """Return log probabilities of a prompt. The first token has none."""
+        tokens = [event.first, *(token.token for token in event.logprobs)]
+        return {
+            "tokens": list(map(token_text, tokens)),
+            "token_logprobs": [None, *(max(token.logprob, MIN_LOGPROB) for token in event.logprobs)],
+            "top_logprobs": [None, *map(_top, event.logprobs)],
+            "text_offset": TextOffsets(end=len(self._echoes[event.index])).of(tokens),
+        }
+
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
-        """Return log probabilities in the format of this API: parallel lists."""
+        """Return log probabilities of an answer in the format of this API: parallel lists."""
         if not tokens:
             return None
-        texts = [token.token.decode(errors="replace") for token in tokens]
-        offsets: list[int] = []
-        for text in texts:
-            offsets.append(self._lengths[index])
-            self._lengths[index] += len(text)
         return {
-            "tokens": texts,
+            "tokens": [token_text(token.token) for token in tokens],
             "token_logprobs": [max(token.logprob, MIN_LOGPROB) for token in tokens],
-            "top_logprobs": [
-                {top.decode(errors="replace"): max(logprob, MIN_LOGPROB) for top, logprob in token.top}
-                for token in tokens
-            ],
-            "text_offset": offsets,
+            "top_logprobs": list(map(_top, tokens)),
+            "text_offset": self._offsets[index].of([token.token for token in tokens]),
         }
+
+
+class TextOffsets:
+    """Computes the positions of tokens in their text, in characters; a token may be a part of a character.
+
+    Args:
+        start: position of the first token.
+        end: largest position, if the text is known.
+    """
+
+    def __init__(self, start: int = 0, end: int | None = None):
+        self._next, self._end = start, end
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of(self, tokens: Iterable[bytes]) -> list[int]:
+        """Return the positions of the next tokens."""
+        offsets: list[int] = []
+        for token in tokens:
+            offsets.append(self._next if self._end is None else min(self._next, self._end))
+            self._next += len(self._decoder.decode(token))
+        return offsets
+
+
+def token_text(token: bytes) -> str:
+    """Return the text of a token; as OpenAI writes it, such as `bytes:\\xe2\\x80`, if it is a part of a character."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def _top(token: TokenLogprobs) -> dict[str, float]:
+    """Return the most likely tokens; the token itself is always one of them."""
+    found: dict[str, float] = {}
+    for top, logprob in (*token.top, (token.token, token.logprob)):
+        found.setdefault(token_text(top), max(logprob, MIN_LOGPROB))
+    return found

@@ -19,11 +19,12 @@ from kimi_mlx.server.openai.completions import CompletionBody, CompletionFormatt
 from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.responses_request import to_chat_request
 from kimi_mlx.server.openai.responses_response import ResponseFormatter
+from kimi_mlx.server.openai.tokenize import detokenize, tokenize, tokenizer_info
 from kimi_mlx.server.prompts import PromptBuilder
 
 
 def openai_routes(context: Context) -> list[Route]:
-    """Return the routes of chat completions, plain completions, responses and models."""
+    """Return the routes of chat completions, plain completions, responses, the tokenizer and models."""
     model_info = context.model_info
 
     async def chat(request: Request) -> Response:
@@ -39,6 +40,15 @@ def openai_routes(context: Context) -> list[Route]:
     async def responses(request: Request) -> Response:
         return await context.answer(request, read_response)
 
+    async def tokenize_text(request: Request) -> Response:
+        return JsonResponse(await context.prepare(request, partial(tokenize, model_info)))
+
+    async def detokenize_ids(request: Request) -> Response:
+        return JsonResponse(await context.prepare(request, partial(detokenize, model_info)))
+
+    async def tokenizer(request: Request) -> Response:
+        return JsonResponse(tokenizer_info(context.service.prompt_builder))
+
     async def models(request: Request) -> Response:
         # the last three fields are those of Anthropic's API, which has the same path
         page = {"has_more": False, "first_id": model_info.name, "last_id": model_info.name}
@@ -53,6 +63,9 @@ def openai_routes(context: Context) -> list[Route]:
         Route("/v1/chat/completions/input_tokens", count_input_tokens, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/responses", responses, methods=["POST"]),
+        Route("/tokenize", tokenize_text, methods=["POST"]),
+        Route("/detokenize", detokenize_ids, methods=["POST"]),
+        Route("/tokenizer_info", tokenizer),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
     ]
@@ -92,7 +105,12 @@ def read_completion(prompt_builder: PromptBuilder, model_info: ModelInfo, data: 
         for _ in range(n)
     ]
     formatter = CompletionFormatter(
-        f"cmpl-{uuid.uuid4().hex}", model, int(time.time()), echoes, include_usage=body.include_usage
+        f"cmpl-{uuid.uuid4().hex}",
+        model,
+        int(time.time()),
+        echoes,
+        include_usage=body.include_usage,
+        has_prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
     return ApiCall(requests, formatter, bool(body.stream))
 

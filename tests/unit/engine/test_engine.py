@@ -167,7 +167,7 @@ def test_max_tokens_defaults_to_the_rest_of_the_context(model: Model, monkeypatc
         (Request((1, -1)), "-1"),
         (Request((1, 10**9)), "outside the vocabulary"),
         (Request((1,) * 200_000), "the context holds"),
-        (Request((1,), max_tokens=0), "at least 1"),
+        (Request((1,), max_tokens=-1), "at least 0"),
     ],
 )
 def test_what_cannot_be_served_is_refused(model: Model, request_: Request, words: str) -> None:

@@ -1,4 +1,4 @@
-"""The samplers: the filters are mlx-lm's, the distribution is the softmax, numbers depend on seed and position."""
+"""The samplers: the filters are vLLM's, the distribution is the softmax, numbers depend on seed and position."""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ def random_logprobs(seed: int, spread: float) -> mx.array:
     return mx.array(logits) - mx.logsumexp(mx.array(logits), axis=-1, keepdims=True)
 
 
+def keep_as_vllm(logprobs: np.ndarray, top_p: float, top_k: int, min_p: float) -> np.ndarray:
+    """Return which tokens vLLM keeps of one row: min_p, then top_k, then top_p over what is left."""
+    probabilities = np.exp(logprobs.astype(np.float64))
+    kept = probabilities >= min_p * probabilities.max()
+    if 0 < top_k < len(logprobs):
+        kept &= probabilities >= np.sort(np.where(kept, probabilities, 0))[-top_k]
+    left = np.where(kept, probabilities, 0) / probabilities[kept].sum()
+    above = np.array([left[left > each].sum() for each in left])
+    return kept & (above < top_p) if top_p < 1 else kept
+
+
 @given(
     seed=st.integers(0, 1000),
     spread=st.sampled_from([0.1, 1.0, 5.0]),
@@ -28,21 +39,20 @@ def random_logprobs(seed: int, spread: float) -> mx.array:
     top_k=st.sampled_from([0, 1, 5, VOCAB_SIZE - 1, VOCAB_SIZE, 2 * VOCAB_SIZE]),
     min_p=st.sampled_from([0.0, 0.05, 1.0]),
 )
-def test_the_filters_keep_the_tokens_that_mlx_lm_keeps(
+def test_the_filters_keep_the_tokens_that_vllm_keeps(
     seed: int, spread: float, top_p: float, top_k: int, min_p: float
 ) -> None:
-    from mlx_lm import sample_utils
+    logprobs = random_logprobs(seed, spread)
+    kept = np.array(keep_likely(logprobs, Sampling(temperature=1, top_p=top_p, top_k=top_k, min_p=min_p)))
+    for row, row_kept in zip(np.array(logprobs), kept, strict=True):
+        assert np.isfinite(row_kept).tolist() == keep_as_vllm(row, top_p, top_k, min_p).tolist()
+        assert np.array_equal(row_kept[np.isfinite(row_kept)], row[np.isfinite(row_kept)])
 
-    logprobs = expected = random_logprobs(seed, spread)
-    if top_p < 1:
-        expected = sample_utils.apply_top_p(expected, top_p)
-    if min_p:
-        expected = sample_utils.apply_min_p(expected, min_p)
-    if 0 < top_k < VOCAB_SIZE:
-        expected = sample_utils.apply_top_k(expected, top_k)
-    kept = keep_likely(logprobs, Sampling(temperature=1, top_p=top_p, top_k=top_k, min_p=min_p))
-    np.testing.assert_array_equal(np.array(kept), np.array(expected))
-    assert (np.isfinite(np.array(kept)).sum(axis=-1) >= 1).all()
+
+def test_the_temperature_applies_before_the_filters() -> None:
+    logits = mx.log(mx.array([[0.4, 0.3, 0.2, 0.1]]))
+    sampling = Sampling(temperature=0.25, top_p=0.7)  # the first token then has 0.72 of the probability
+    assert {int(Sampler(sampling, seed)(logits, 0).item()) for seed in range(40)} == {0}
 
 
 def test_tokens_of_equal_probability_are_kept_together() -> None:

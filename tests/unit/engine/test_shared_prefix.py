@@ -269,8 +269,8 @@ def test_answers_with_a_shared_prefix_equal_those_alone(
     shared: set[SharedRows] = set()
     acquire = KVCachePool.acquire
 
-    def watch(pool: KVCachePool, prompt: list[int]) -> tuple[SequenceCache, int]:
-        cache, cached = acquire(pool, prompt)
+    def watch(pool: KVCachePool, prompt: list[int], max_cached: int) -> tuple[SequenceCache, int]:
+        cache, cached = acquire(pool, prompt, max_cached)
         shared.update(layer.shared for layer in cache.layers if layer.shared is not None)
         return cache, cached
 

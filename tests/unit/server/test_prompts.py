@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest
 from kimi_mlx.server.errors import ApiError, PromptTooLongError
+from kimi_mlx.server.http.body import parse
+from kimi_mlx.server.openai.chat_request import ChatBody
+from kimi_mlx.server.openai.completions import CompletionBody
 from kimi_mlx.server.prompts import PromptBuilder
 from kimi_mlx.text.messages import Message, ToolCall
 from tests.fakes import KIMI_MINI
@@ -150,3 +154,14 @@ def test_errors_for_the_client_have_no_folders(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match=r"no chat template.*use /v1/completions") as error:
         PromptBuilder(ChatTokenizer.load(folder), 2000, {}).prepare(ChatRequest(messages=HI))
     assert str(tmp_path) not in error.value.message
+
+
+@pytest.mark.parametrize("model", [ChatBody, CompletionBody])
+def test_sampling_fields_reach_the_engine(builder: PromptBuilder, model: type[ChatBody] | type[CompletionBody]) -> None:
+    penalties = {"frequency_penalty": 0.5, "presence_penalty": -1.5, "repetition_penalty": 1.2}
+    fields = {"messages": [{"role": "user", "content": "hi"}], "prompt": "hi", "min_tokens": 4, **penalties}
+    body = parse(model, json.dumps(fields).encode())
+    request = body.to_chat_request() if isinstance(body, ChatBody) else body.to_completion_requests()[0]
+    prepared = builder.prepare(request)
+    assert {name: getattr(prepared.request.sampling, name) for name in penalties} == penalties
+    assert prepared.request.min_tokens == 4

@@ -40,6 +40,17 @@ def test_an_answer_with_all_of_its_tokens_is_completed(sent_ids: list[int], cont
     assert (outcome.reason if isinstance(outcome, Finished) else outcome) == reason
 
 
+def test_an_answer_without_tokens_waits_for_the_log_probabilities_of_its_prompt() -> None:
+    request = Request((1, 2, 3), max_tokens=0, prompt_logprobs=1)
+    job = make_job([], request)
+    assert job.outcome_if_complete(3) is None
+    assert job.remaining_request() == request
+    job.next_logprob = 2
+    assert job.remaining_request() == replace(request, next_logprob=2)
+    job.next_logprob = 3
+    assert job.remaining_request().prompt_logprobs is None
+
+
 def test_a_cancelled_job_is_completed() -> None:
     job = make_job([7])
     job.is_cancelled = True

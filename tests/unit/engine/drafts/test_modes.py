@@ -47,6 +47,14 @@ REQUESTS = [
     Request(make_prompt(33, 4), max_tokens=25, sampling=Sampling(temperature=1.0, seed=3)),
     Request(make_prompt(3, 5), max_tokens=40, sampling=Sampling(temperature=1.4, top_p=0.9, min_p=0.01, seed=5)),
     Request(make_prompt(9, 6), max_tokens=12, logit_bias=((7, 3.0),), top_logprobs=2),
+    Request(
+        make_prompt(30, 7),
+        max_tokens=25,
+        stop_ids=frozenset(range(0, 192, 4)),
+        min_tokens=9,
+        sampling=Sampling(frequency_penalty=0.4, presence_penalty=0.5, repetition_penalty=1.3),
+    ),
+    Request(make_prompt(12, 8), max_tokens=25, sampling=Sampling(temperature=0.8, seed=2, frequency_penalty=-0.6)),
 ]
 
 
@@ -128,7 +136,8 @@ def test_a_cancelled_request_leaves_the_others_alone(
     answers = answer(engine, REQUESTS, at_once=4, cancelled=(steps, 0))
     assert answers[0][1] == "cancelled"
     assert answers[0][0] == expected[0][0][: len(answers[0][0])]
-    assert {number: answers[number] for number in range(1, 6)} == {number: expected[number] for number in range(1, 6)}
+    others = range(1, len(REQUESTS))
+    assert {number: answers[number] for number in others} == {number: expected[number] for number in others}
     again = answer(engine, REQUESTS[:1])  # on the cached rows
     assert again[0] == expected[0]
 

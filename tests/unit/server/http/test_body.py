@@ -173,7 +173,7 @@ def test_hostile_bodies_are_refused_quickly(body: bytes) -> None:
         (CompletionBody, {"prompt": [{}] * 65}, "`prompt`: has 65 items, but 1 to 64 are allowed"),
         (CompletionBody, {"prompt": ["a", 5]}, "`prompt[1]`: must be a string"),
         (CompletionBody, {"prompt": {}}, "`prompt`: must be a string or a list"),
-        (CompletionBody, {"prompt": [1, -1]}, "`prompt[1]`: must be at least 0"),
+        (CompletionBody, {"prompt": [1, -1]}, "`prompt[1]`: is -1, but must be at least 0"),
         (CompletionBody, {"prompt": [[1], []]}, "`prompt[1]`: has 0 items, but at least 1 are required"),
         (MessagesBody, HI | {"system": [{"type": "text"}]}, "`system[0].text`: required field is missing"),
         (MessagesBody, {"messages": [{"role": "user", "content": [{"type": "text", "text": {}}]}]},
@@ -208,7 +208,7 @@ def test_whole_numbers_may_be_floats(model: type[Body], name: str) -> None:
     assert getattr(body, name) == 4
     assert type(getattr(body, name)) is int
     for value in (4.5, "4", True, 1e300):
-        with pytest.raises(ApiError, match=f"`{name}`: must be "):
+        with pytest.raises(ApiError, match=f"`{name}`: .*must be "):
             parse(model, json.dumps(required | {name: value}).encode())
 
 
