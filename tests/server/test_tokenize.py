@@ -60,7 +60,7 @@ def test_a_conversation_that_is_continued(running: RunningServer) -> None:
         ("/tokenize", {"prompt": "a", "messages": HI}, "prompt"),
         ("/tokenize", {"prompt": 5}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
-        ("/tokenize", {"messages": HI, "continue_final_message": True}, "continue_final_message"),
+        ("/tokenize", {"messages": HI, "continue_final_message": True}, "messages[0]"),
         ("/tokenize", {"messages": HI, "chat_template": "x"}, "chat_template"),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [5, 999_999]}, "tokens[1]"),

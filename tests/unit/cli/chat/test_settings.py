@@ -88,6 +88,7 @@ def test_a_setting_is_changed_for_the_next_answers_and_taken_back(chat: Chat) ->
         ("temperature nan", "not `nan`"),
         ("top_p 0", "top_p is a number above 0, up to 1, not `0`"),
         ("top_k 1.5", "top_k is a whole number from 0 to 2147483648"),
+        ("presence_penalty -3", "presence_penalty is a number from -2 to 2, not `-3`"),
         ("max_tokens 0", "max_tokens is a whole number from 1 up"),
         ("seed 99999999999999999999999", "seed is a whole number"),
         ("temp 1", "did you mean `temperature`?"),
@@ -232,6 +233,9 @@ def test_settings_of_a_continued_conversation_have_no_other_source() -> None:
         "top_p": "this conversation",
         "top_k": "model",
         "min_p": "model",
+        "frequency_penalty": "model",
+        "presence_penalty": "model",
+        "repetition_penalty": "model",
         "seed": "option",
         "max_tokens": "this conversation",
     }
