@@ -90,7 +90,7 @@ def test_long_bodies_have_the_same_responses_as_short_ones(running: RunningServe
 
 
 def test_a_wrong_base_url_is_explained(running: RunningServer) -> None:
-    response = raw.request(running.port, "POST", "/chat/completions", b"{}")
+    response = raw.request(running.port, "POST", "/v2/chat/completions", b"{}")
     assert response.status == 404
     assert "ends in `/v1`" in response.error["message"]
     assert "/v1/chat/completions, " in response.error["message"]

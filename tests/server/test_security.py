@@ -222,8 +222,8 @@ def test_requests_cannot_name_files_or_repositories(running: RunningServer, tmp_
     for name in (str(tmp_path), "../kimi-mini", "moonshotai/Kimi-K2-Instruct", "/etc/passwd"):
         assert raw.chat(running.port, model=name).error["code"] == "model_not_found"
     template = "{{ ''.__class__.__mro__ }}{% include '/etc/passwd' %}"
-    answer = raw.chat(running.port, messages=[{"role": "user", "content": template}], chat_template=template)
-    assert answer.status == 200
+    assert raw.chat(running.port, messages=[{"role": "user", "content": template}]).status == 200
+    assert raw.chat(running.port, chat_template=template).error["param"] == "chat_template"
 
 
 def test_host_headers() -> None:
