@@ -6,7 +6,6 @@ import sys
 from dataclasses import astuple
 from typing import cast
 
-import mlx.core as mx
 import numpy as np
 
 from kimi_mlx.engine.free_memory import free_memory_bytes
@@ -63,12 +62,11 @@ def agreed_chunk_estimate(model: Model, group: Group, is_pipeline: bool) -> Chun
 def held_experts_of(model: Model) -> HeldExperts:
     """Return the routed experts of a rank's share of a model."""
     config = model.config
-    down_projs = [layer.mlp.down_proj for layer in model.layers if isinstance(layer.mlp, MoE)]
-    num_held = max((min(matrix["weight"].shape[0], config.n_routed_experts) for matrix in down_projs), default=0)
-    arrays = [cast(mx.array, array) for matrix in down_projs for array in matrix.parameters().values()]
+    moes = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)]
+    num_held = max((min(moe.num_experts, config.n_routed_experts) for moe in moes), default=0)
     return HeldExperts(
         per_token=config.num_experts_per_tok * num_held / config.n_routed_experts,
-        num_bytes=3 * sum(array.nbytes for array in arrays),  # gate and up have as many values
+        num_bytes=3 * sum(moe.down_proj_bytes for moe in moes),  # gate and up have as many values
     )
 
 
@@ -92,7 +90,7 @@ def largest_encoding_bytes(model: Model) -> int:
 def rank_shape_of(model: Model) -> RankShape:
     """Return the dimensions of a rank's share of a model."""
     config = model.config
-    rows = [layer.mlp.down_proj.columns for layer in model.layers if isinstance(layer.mlp, MoE)]
+    rows = [layer.mlp.expert_rows for layer in model.layers if isinstance(layer.mlp, MoE)]
     value_bytes = model.layers[0]["input_layernorm"].itemsize
     return RankShape(
         heads=max(layer.self_attn.num_heads for layer in model.layers),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,9 +20,12 @@ from kimi_mlx.model.cache import LatentCache
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.device import device_kind
 from kimi_mlx.model.device_traits import TUNINGS, Tuning
+from kimi_mlx.model.expert_stats import ExpertStats
+from kimi_mlx.model.expert_streamer import ExpertStreamer
 from kimi_mlx.model.image_rows import ImageRows, place_features, replace_rows
 from kimi_mlx.model.moe import DenseMLP, MoE
 from kimi_mlx.model.rope import Rope
+from kimi_mlx.model.streamed_moe import StreamedMoE
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.vision import VisionTower
 from kimi_mlx.model.weight import Embedding, Linear
@@ -145,7 +149,14 @@ class Communicator:
 class DecoderLayer(nn.Module):
     """Attention and experts (or a dense MLP), each after a norm and with a residual."""
 
-    def __init__(self, config: ModelConfig, layer: int, weights: LayerWeights, communicator: Communicator):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        weights: LayerWeights,
+        communicator: Communicator,
+        streamer: ExpertStreamer | None = None,
+    ):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.communicator = communicator
@@ -154,7 +165,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = weights.array("input_layernorm")
         self.post_attention_layernorm = weights.array("post_attention_layernorm")
         self.self_attn = Attention(config, weights, layer)
-        self.mlp = MoE(config, weights) if config.is_moe_layer(layer) else DenseMLP(weights, "mlp")
+        if not config.is_moe_layer(layer):
+            self.mlp = DenseMLP(weights, "mlp")
+        elif streamer is None or weights.routed is None:
+            self.mlp = MoE(config, weights)
+        else:
+            self.mlp = StreamedMoE(config, weights, streamer, layer)
 
     def __call__(
         self, x: mx.array, caches: Sequence[LatentCache], layout: BatchLayout, query_layout: BatchLayout
@@ -176,7 +192,14 @@ class DecoderLayer(nn.Module):
         ids, scores = self.mlp.gate(h)
         communicator.check_same(self._experts_name, ids, is_set=True)
         communicator.check_same(self._scores_name, scores, is_set=True)
+        if isinstance(self.mlp, StreamedMoE):
+            return communicator.sum_experts(self.mlp.stream(h, residual, ids, scores, x))
         return communicator.sum_experts(self.mlp(h, residual, ids, scores))
+
+    def guess_experts(self, state: mx.array) -> tuple[mx.array, mx.array]:
+        """Return what `gate` would choose for the states before the MoE of an earlier layer, (B, L, D)."""
+        assert isinstance(self.mlp, MoE)
+        return self.mlp.gate(mx.fast.rms_norm(state, self["post_attention_layernorm"], self.eps))
 
 
 class Model(nn.Module):
@@ -188,6 +211,7 @@ class Model(nn.Module):
         layers: entries of each layer; empty for a layer that the rank does not hold.
         communicator: communicator to the other ranks; None for a single rank.
         vision: vision tower, if the rank holds it.
+        streamer: reads the routed experts that the entries lack; None if they have all.
     """
 
     def __init__(
@@ -197,22 +221,28 @@ class Model(nn.Module):
         layers: Sequence[LayerWeights],
         communicator: Communicator | None = None,
         vision: VisionTower | None = None,
+        streamer: ExpertStreamer | None = None,
     ):
         super().__init__()
         self.vision = vision
         self.config = config
         self.communicator = communicator or Communicator()
         self.captured: CapturedStates | None = None
+        self.streamer = streamer
         self._rope = Rope(config)
         self._captured_layers: frozenset[int] = frozenset()
         self._first_layer = next((index for index, weights in enumerate(layers) if weights.entries), 0)
         if top.has("model.embed_tokens"):
             self.embed_tokens = Embedding(top.matrix("model.embed_tokens"))
         self.layers = [
-            DecoderLayer(config, index, weights, self.communicator)
+            DecoderLayer(config, index, weights, self.communicator, streamer)
             for index, weights in enumerate(layers)
             if weights.entries
         ]
+        streamed = [layer for layer in self.layers if isinstance(layer.mlp, StreamedMoE)]
+        for layer, following in pairwise(streamed):
+            assert isinstance(layer.mlp, StreamedMoE)
+            layer.mlp.guess = following.guess_experts
         if top.has("lm_head"):
             self.norm = top.array("model.norm")
             self.lm_head = Linear(top.matrix("lm_head"))
@@ -253,6 +283,11 @@ class Model(nn.Module):
     def dtype(self) -> mx.Dtype:
         """Compute dtype."""
         return self.layers[0]["input_layernorm"].dtype
+
+    @property
+    def expert_stats(self) -> ExpertStats | None:
+        """Counters of the experts that are read from the disk; None if all are in memory. Safe from any thread."""
+        return None if self.streamer is None else self.streamer.stats
 
     @property
     def has_head(self) -> bool:

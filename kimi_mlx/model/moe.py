@@ -141,6 +141,21 @@ class Router(nn.Module):
             gate, up, ids[..., None, None], scores, *mx.split(scores, self.num_chosen, axis=-3)
         )
 
+    def weighted_swiglu_of_pairs(
+        self, gate: mx.array, up: mx.array, ids: mx.array, scores: mx.array, all_scores: mx.array
+    ) -> mx.array:
+        """Return the same as weighted_swiglu for n (token, expert) pairs, (n, 1, F).
+
+        Args:
+            gate: (n, 1, F).
+            up: (n, 1, F).
+            ids: experts, (n,).
+            scores: their scores, (n,).
+            all_scores: scores of all experts of each pair's token, (n, K + S).
+        """
+        parts = mx.split(all_scores[..., None], self.num_chosen, axis=-2)  # (n, 1, 1) each
+        return self._weighted_swiglu(gate, up, ids[:, None, None], scores[:, None, None], *parts)
+
     def _keep_best_groups(self, order: mx.array) -> mx.array:
         """Exclude experts outside the topk_group groups with the highest sum of their two best experts."""
         routed, shared = order[..., : self.num_routed], order[..., self.num_routed :]
@@ -163,15 +178,29 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, weights: LayerWeights):
         super().__init__()
         self.gate = Router(config, weights)
-        self.gate_up_proj = linear(weights.matrices("mlp.experts.gate_up_proj"))
-        self.down_proj = Matrix(weights.matrix("mlp.experts.down_proj"))
-        self.num_experts = self.down_proj.weight.shape[0]
+        self.num_experts = self._add_experts(weights)
         num_held = self.num_experts - weights.num_fused_shared
         self._held = None
         if num_held < config.n_routed_experts:
             self._held = (weights.first_expert, weights.first_expert + num_held)
         if weights.has("mlp.shared_experts.down_proj"):
             self.shared_experts = DenseMLP(weights, "mlp.shared_experts")
+
+    def _add_experts(self, weights: LayerWeights) -> int:
+        """Add the stacks of the experts on this rank; return their number, the S shared ones included."""
+        self.gate_up_proj = linear(weights.matrices("mlp.experts.gate_up_proj"))
+        self.down_proj = Matrix(weights.matrix("mlp.experts.down_proj"))
+        return self.down_proj.weight.shape[0]
+
+    @property
+    def expert_rows(self) -> int:
+        """Number of rows of each expert on this rank, F."""
+        return self.down_proj.columns
+
+    @property
+    def down_proj_bytes(self) -> int:
+        """Bytes of the down projections of all experts on this rank."""
+        return sum(cast(mx.array, array).nbytes for array in self.down_proj.parameters().values())
 
     def __call__(self, x: mx.array, residual: mx.array | None, ids: mx.array, scores: mx.array) -> mx.array:
         """(B, L, D) -> (B, L, D), added to the residual if given.
@@ -193,6 +222,10 @@ class MoE(nn.Module):
             weights = ones(ids.shape[-1], outputs.dtype)
         else:
             outputs, weights = self._experts(x, ids), self.gate.weigh(ids, scores)
+        return self._weighted_sum(outputs, weights, residual)
+
+    def _weighted_sum(self, outputs: mx.array, weights: mx.array, residual: mx.array | None) -> mx.array:
+        """Sum the outputs of each token's experts: (B, L, K + S, D), (..., K + S) -> (B, L, D)."""
         weights = weights[..., None, :]  # (B, L, 1, K + S)
         if residual is None:
             return (weights @ outputs).squeeze(-2)
@@ -203,16 +236,34 @@ class MoE(nn.Module):
 
         Building the graph requires their number, so this waits for the router.
         """
-        first, end = cast(tuple[int, int], self._held)
+        first, _ = cast(tuple[int, int], self._held)
         chosen = np.array(ids).reshape(-1)
+        choices = self._held_choices(chosen)
+        outputs = None
+        if choices.size:
+            inputs = x.reshape(-1, x.shape[-1])[mx.array(choices // ids.shape[-1])]
+            outputs = self._run(inputs[:, None], mx.array(chosen[choices] - first)).squeeze(-2)  # (choices, D)
+        return self._add_held(x, residual, weights, choices, outputs)
+
+    def _held_choices(self, chosen: np.ndarray) -> np.ndarray:
+        """Return the positions in `chosen` of the experts that this rank holds, in the order of the experts, uint32."""
+        first, end = cast(tuple[int, int], self._held)
         choices = np.flatnonzero((chosen >= first) & (chosen < end))
-        choices = choices[np.argsort(chosen[choices], kind="stable")].astype(np.uint32)
+        return choices[np.argsort(chosen[choices], kind="stable")].astype(np.uint32)
+
+    def _add_held(
+        self,
+        x: mx.array,
+        residual: mx.array | None,
+        weights: mx.array,
+        choices: np.ndarray,
+        outputs: mx.array | None,
+    ) -> mx.array:
+        """Add the weighted outputs (choices, D) of held experts to the residual, or to zeros like x."""
         out = mx.zeros_like(x) if residual is None else residual
-        if not choices.size:
+        if outputs is None:
             return out
-        tokens = mx.array(choices // ids.shape[-1])
-        inputs = x.reshape(-1, x.shape[-1])[tokens]
-        outputs = self._run(inputs[:, None], mx.array(chosen[choices] - first)).squeeze(-2)  # (choices, D)
+        tokens = mx.array(choices // weights.shape[-1])
         outputs = outputs * weights.reshape(-1, 1)[mx.array(choices)]
         return out.reshape(-1, x.shape[-1]).at[tokens].add(outputs).reshape(x.shape)
 

@@ -10,7 +10,7 @@ of the unquantized matrix (F: the rank's share of the expert rows; S: shared exp
     self_attn.embed_q                                (H, R, N) if latent_first, else (H, N, R)
     self_attn.unembed_out, self_attn.o_proj          (H, V, R), (D, H * V)
     mlp.gate, mlp.gate.e_score_correction_bias       (E, D), (E)                    MoE layers
-    mlp.experts.gate_up_proj, .down_proj             (E + S, 2 * F, D), (E + S, D, F)
+    mlp.experts.gate_up_proj, .down_proj             (E + S, 2 * F, D), (E + S, D, F); without the E if `routed` is set
     mlp.shared_experts.gate_up_proj, .down_proj      if their quantization is not that of the routed ones
     mlp.gate_up_proj, mlp.down_proj                  dense layers
 
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from kimi_mlx.model.expert_format import RoutedExperts
 from kimi_mlx.model.weight import Weight
 
 
@@ -37,12 +38,14 @@ class LayerWeights:
         latent_first: whether self_attn.embed_q is (H, R, N).
         num_fused_shared: number of shared experts at the end of the stack of experts.
         first_expert: number of the first routed expert in the stack; above 0 if this rank has only later ones.
+        routed: routed experts that stay on the disk and are read when needed; None if all are in the entries.
     """
 
     entries: Mapping[str, Sequence[Weight]]
     latent_first: bool = False
     num_fused_shared: int = 0
     first_expert: int = 0
+    routed: RoutedExperts | None = None
 
     def has(self, name: str) -> bool:
         """Return whether an entry exists."""

@@ -1,0 +1,43 @@
+"""Counters of experts that are read from the disk. Does not import MLX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass
+class ExpertStats:
+    """Totals since the model was loaded, for this rank; they only grow, so take differences.
+
+    An expert counts once per layer and step, however many tokens of the step chose it. bytes_read is exactly
+    (misses + guesses - guesses_right - guesses_cancelled) * expert_bytes if all layers store experts alike.
+
+    Args:
+        hits: experts that were needed and had been in memory before anything was read for this step.
+        misses: experts that were needed and had to be read, also those that were guessed in time.
+        bytes_read: bytes of the reads that were requested and not cancelled, without those of the start.
+        wait_seconds: time that steps waited for reads.
+        guesses: reads that began, or were queued, before the router had chosen.
+        guesses_right: guessed experts that the router chose.
+        guesses_cancelled: wrong guesses whose read had not begun.
+        steps: steps of the model, of any number of tokens.
+        kept_experts: routed experts that have a place in memory, of all layers of this rank. Not a total.
+        num_experts: routed experts of all layers of this rank. Not a total.
+        expert_bytes: bytes of one expert on the disk, the mean if layers differ. Not a total.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    wait_seconds: float = 0.0
+    guesses: int = 0
+    guesses_right: int = 0
+    guesses_cancelled: int = 0
+    steps: int = 0
+    kept_experts: int = 0
+    num_experts: int = 0
+    expert_bytes: int = 0
+
+    def copy(self) -> ExpertStats:
+        """Return the present values, which later steps do not change."""
+        return replace(self)
