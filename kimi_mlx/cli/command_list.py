@@ -167,6 +167,23 @@ COMMANDS = (
             "kimi-mlx convert moonshotai/Kimi-K2-Thinking ./thinking-mlx --dry-run",
             "kimi-mlx convert kimi-k2.6 ./k2.6-mlx           INT4, lossless",
             "kimi-mlx convert ./Kimi-K2 ./k2-3bit --expert-bits 3",
+            "kimi-mlx convert ./Kimi-K2 ./k2-2bit --preset 2bit --importance k2.importance",
+        ),
+    ),
+    CommandInfo(
+        "importance",
+        "Measure which inputs matter, for convert.",
+        (
+            "kimi-mlx importance ./Kimi-K2 code.py notes.md -o k2.importance",
+            'kimi-mlx importance kimi-mini "What is 12 + 30?" --chat -o mini.importance',
+        ),
+    ),
+    CommandInfo(
+        "compare",
+        "Compare two models on the same text.",
+        (
+            "kimi-mlx compare ./Kimi-K2 ./k2-2bit book.txt",
+            "git diff | kimi-mlx compare ./Kimi-K2 ./k2-2bit - --json",
         ),
     ),
     CommandInfo(

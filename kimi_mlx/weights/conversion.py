@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import parse_config, read_json
 from kimi_mlx.weights.convert_config import converted_config
 from kimi_mlx.weights.convert_options import ConvertOptions
@@ -80,6 +81,11 @@ def open_conversion(source: Path, options: ConvertOptions, importance: Importanc
     if importance is not None:
         importance.check(plan.weights)
         importance.check_digest(norm_digest(reader), str(source))
+        if all(weight.is_copied or weight.plan.quantization is None for weight in plan.weights):
+            raise UsageError(
+                "--importance has no effect: every matrix is copied unchanged or stays float",
+                hint="omit it, or choose a --preset with fewer bits",
+            )
         options = replace(options, importance=importance.digest)
     new_config, small_files = converted_config(raw, plan), _small_files(source)
     return Conversion(source, _digest(source, reader), options, new_config, plan, small_files, reader, importance)

@@ -1,0 +1,89 @@
+"""Open models and tokenize texts for `kimi-mlx compare` and `kimi-mlx importance`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kimi_mlx.cli.checkpoint_folder import checkpoint_folder
+from kimi_mlx.cli.quality_inputs import TextOptions
+from kimi_mlx.errors import UsageError
+from kimi_mlx.model.config import load_config
+from kimi_mlx.quality.layerwise import LayerwiseModel
+from kimi_mlx.quality.windows import TokenWindows, divide
+from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.runtime.load import compute_dtype, prepare_device
+from kimi_mlx.store.model_ref import resolve_model_name
+
+
+@dataclass(frozen=True)
+class QualityModel:
+    """A model and its tokenizer.
+
+    Args:
+        name: name as the user typed it.
+        model: the model, which is read layer by layer.
+        tokenizer: its tokenizer.
+    """
+
+    name: str
+    model: LayerwiseModel
+    tokenizer: ChatTokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.model.config.vocab_size
+
+
+def open_model(name: str, dtype: str | None, is_quiet: bool) -> QualityModel:
+    """Open a model; it is downloaded if it is not on this machine.
+
+    Raises:
+        KimiMlxError: there is no such model, or files are missing or broken.
+    """
+    folder = checkpoint_folder(resolve_model_name(name), no_vision=True, is_quiet=is_quiet)
+    config = load_config(folder)
+    prepare_device()
+    return QualityModel(name, LayerwiseModel(folder, config, compute_dtype(dtype, config)), ChatTokenizer.load(folder))
+
+
+def tokenize(model: QualityModel, texts: Sequence[str], options: TextOptions) -> TokenWindows:
+    """Return the windows of texts.
+
+    Raises:
+        TextError: the model has no tokenizer, or with `--chat` no chat template.
+        UsageError: too few tokens, or windows that are longer than the context.
+    """
+    encode = _encode_message if options.chat else _encode_raw
+    ids = [encode(model.tokenizer, text) for text in texts]
+    return divide(ids, options.window, options.tokens, model.model.config.max_position_embeddings)
+
+
+def check_same_tokens(a: QualityModel, b: QualityModel, texts: Sequence[str]) -> None:
+    """Check that two models have the same vocabulary, and tokenize the texts alike.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if a.vocab_size != b.vocab_size:
+        raise UsageError(
+            f"`{a.name}` has a vocabulary of {a.vocab_size:,} tokens and `{b.name}` one of {b.vocab_size:,}",
+            hint="compare two versions of the same model",
+        )
+    for number, text in enumerate(texts, 1):
+        ids = [_encode_raw(model.tokenizer, text) for model in (a, b)]
+        if ids[0] != ids[1]:
+            raise UsageError(
+                f"`{a.name}` and `{b.name}` have different tokenizers: text {number} has {len(ids[0])} tokens with the "
+                f"first and {len(ids[1])} with the second",
+                hint="compare two versions of the same model",
+            )
+
+
+def _encode_raw(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text)
+
+
+def _encode_message(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}])
