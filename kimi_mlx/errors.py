@@ -14,6 +14,7 @@ KimiMlxError
 ├── ImageError       image or video that cannot be read, or that the model cannot see
 ├── VisionError      patches, grids or placeholders of images that do not fit the model or each other
 ├── PlacementError   model that cannot be split as requested
+├── MemoryLimitError model that does not fit, even if its experts are read from the SSD
 ├── ToolError        MCP server that cannot be used, or tool call without a result
 ├── EngineError      generation: request that cannot be served, cache misuse
 │   ├── ContextLengthError  prompt that does not fit the context
@@ -123,6 +124,10 @@ class VisionError(KimiMlxError):
 
 class PlacementError(KimiMlxError):
     """Model that cannot be split over the ranks as requested."""
+
+
+class MemoryLimitError(KimiMlxError):
+    """Model that does not fit in memory, even if its experts are read from the SSD."""
 
 
 class EngineError(KimiMlxError):

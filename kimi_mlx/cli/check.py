@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from kimi_mlx.cli.options import DtypeOption, JsonOption, ModelArgument, RunOptions, StrategyOption
+from kimi_mlx.cli.options import DtypeOption, ExpertMemoryOption, JsonOption, ModelArgument, RunOptions, StrategyOption
 from kimi_mlx.errors import RingError, UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def check(
     model: ModelArgument = None,
     strategy: StrategyOption = None,
     dtype: DtypeOption = None,
+    expert_memory: ExpertMemoryOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Check that a cluster gives equal answers."""
@@ -38,7 +39,7 @@ def check(
         raise UsageError(
             "`check` needs hosts", hint="run `kimi-mlx launch --hosts a,b check`, or `kimi-mlx doctor` for this machine"
         )
-    run = RunOptions(model, strategy=strategy, dtype=dtype)
+    run = RunOptions(model, strategy=strategy, dtype=dtype, expert_memory=expert_memory)
     target = resolve_model_name(run.model_name)
     begin = time.monotonic()
     is_quiet = hides_messages(json)

@@ -25,6 +25,7 @@ from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.session import open as session_open
 from kimi_mlx.session.model_status import ModelDeployment
 from kimi_mlx.session.session import Session, SessionOptions
+from kimi_mlx.sizing.expert_memory import ExpertMemory
 from kimi_mlx.store.model_ref import ModelRef, resolve_draft_name
 from kimi_mlx.units import format_count
 
@@ -184,6 +185,7 @@ def session_options(run: RunOptions, disk: DiskCacheOptions | None = None) -> Se
         cache_dir=disk.cache_dir,
         cache_disk_bytes=disk.cache_disk,
         cache_memory_bytes=run.cache_memory,
+        expert_memory=ExpertMemory.parse(run.expert_memory),
     )
 
 

@@ -13,6 +13,7 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import STRATEGIES, parse_strategy
 from kimi_mlx.session.session import DEFAULT_CACHE_DISK_BYTES, MAX_CHECK_EVERY, MAX_DRAFT_TOKENS
 from kimi_mlx.settings import Settings
+from kimi_mlx.sizing.expert_memory import ExpertMemory
 from kimi_mlx.units import MB, format_bytes, parse_bytes
 
 PROMPT, ANSWER, HISTORY, TOOLS = "Prompt", "Answer", "History", "Tools"
@@ -64,6 +65,11 @@ FastSyncOption = Annotated[
 def _check_strategy(text: str | None) -> str | None:
     if text is not None:
         parse_strategy(text)
+    return text
+
+
+def _check_expert_memory(text: str) -> str:
+    ExpertMemory.parse(text)
     return text
 
 
@@ -164,6 +170,17 @@ CacheDiskOption = Annotated[
         rich_help_panel=ADVANCED,
     ),
 ]
+ExpertMemoryOption = Annotated[
+    str,
+    typer.Option(
+        "--expert-memory",
+        metavar="auto|SIZE|all",
+        callback=_check_expert_memory,
+        help="Memory per rank for routed experts, e.g. `40GB`, or `35%` of them; the others are read from the SSD when a "
+        "token needs them. `auto`: all if they fit, else as many as fit.",
+        rich_help_panel=MODEL,
+    ),
+]
 NoVisionOption = Annotated[
     bool,
     typer.Option(
@@ -188,6 +205,7 @@ class RunOptions:
     check_every: CheckEveryOption = 0
     fast_sync: FastSyncOption = False
     cache_memory: CacheMemoryOption = None
+    expert_memory: ExpertMemoryOption = "auto"
 
     @property
     def model_name(self) -> str:

@@ -26,6 +26,7 @@ def agreed_limits(
     cache_bytes: int | None = None,
     chunk: int | None = None,
     num_draft_layers: int = 0,
+    sequences: int | None = None,
 ) -> EngineLimits:
     """Return the smallest limits of any rank. Collective: one gather.
 
@@ -35,6 +36,7 @@ def agreed_limits(
         cache_bytes: size of the KV caches on each rank; None for most of the free memory.
         chunk: prefill chunk; None for the largest useful one that fits.
         num_draft_layers: number of layers of the draft model on this rank, whose rows count like those of the model.
+        sequences: maximum number of sequences that run at the same time; None for that of the device.
     """
     own_limits = engine_limits(
         model.config,
@@ -45,7 +47,7 @@ def agreed_limits(
         chunk=chunk,
         largest_chunk=model.tuning.prefill_chunk,
         encode_bytes=largest_encoding_bytes(model),
-        max_sequences=model.tuning.max_sequences,
+        max_sequences=min(sequences or model.tuning.max_sequences, model.tuning.max_sequences),
     )
     smallest = gather_on_host(group, np.array(astuple(own_limits), np.int32)).min(axis=0)
     return EngineLimits(*cast("list[int]", smallest.tolist()))

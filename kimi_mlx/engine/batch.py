@@ -43,7 +43,7 @@ class Batch:
         features: features of images.
         on_header: callback for the leader's state of each step.
         chunk: maximum number of prompt tokens per step.
-        estimate: estimates the time of chunks beside decoding.
+        estimate: estimates the time of chunks beside decoding; None if they are as long as others.
         speculate: maximum number of draft tokens per step and sequence.
         planner: decides on drafts; None without drafts, and on ranks other than the leader.
     """
@@ -55,7 +55,7 @@ class Batch:
         features: FeatureStore,
         on_header: Callable[[LeaderState], None],
         chunk: int,
-        estimate: ChunkEstimate,
+        estimate: ChunkEstimate | None,
         speculate: int = 0,
         planner: DraftPlanner | None = None,
     ):

@@ -36,6 +36,7 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.draft_model import DraftModel
 from kimi_mlx.parallel.communicator import SEQUENCE_MODULUS, LeaderState
 from kimi_mlx.parallel.group import SingleGroup, gather_on_host
+from kimi_mlx.sizing.engine_limits import StreamingLimits
 
 MAX_NEW_COMMANDS = SEQUENCE_MODULUS // 2
 """Maximum number of commands that a header can announce at a time: counts are sent modulo SEQUENCE_MODULUS."""
@@ -64,6 +65,7 @@ class Engine:
         constrain: returns the constraint of a grammar, not compiled yet; None if grammars are not supported.
         cache_bytes: size of the KV caches on each rank; None for most of the free memory.
         blocks: the prompt cache on disk, if any.
+        streaming: limits if a rank reads experts from its SSD, the same on all ranks; None if all experts are in memory.
     """
 
     def __init__(
@@ -77,13 +79,24 @@ class Engine:
         constrain: Callable[[str], Constraint] | None = None,
         cache_bytes: int | None = None,
         blocks: BlockStore | None = None,
+        streaming: StreamingLimits | None = None,
     ):
         self._model = model
         self._runner = StepRunner(model, count_commands)
         communicator = self._runner.communicator
         group = SingleGroup() if communicator is None else communicator.group
-        limits = agreed_limits(model, group, cache_bytes, prefill_chunk, num_draft_layers=int(draft_model is not None))
-        estimate = agreed_chunk_estimate(model, group, self._runner.pipeline is not None)
+        limits = agreed_limits(
+            model,
+            group,
+            cache_bytes,
+            prefill_chunk or (None if streaming is None else streaming.chunk),
+            num_draft_layers=int(draft_model is not None),
+            sequences=None if streaming is None else streaming.sequences,
+        )
+        # A chunk reads nearly all experts from the SSD, whatever its length: a shorter one beside decoding would not pay.
+        estimate = None
+        if streaming is None:
+            estimate = agreed_chunk_estimate(model, group, self._runner.pipeline is not None)
         self._constrain = constrain
         self._pool = KVCachePool(model, limits.cache_tokens, blocks, has_draft_caches=draft_model is not None)
         features = FeatureStore(limits.feature_tokens)
@@ -116,7 +129,8 @@ class Engine:
             )
             for _ in range(num_batches)
         )
-        self._max_sequences = limits.sequences
+        self.max_sequences = limits.sequences
+        """Maximum number of sequences that run at the same time."""
         self._waiting = FairQueue()
         self._ended: list[tuple[int, Event | KimiMlxError]] = []
         self._num_commands = 0
@@ -279,12 +293,12 @@ class Engine:
         if not self._running and all(batch.is_idle for batch in self._batches):
             mx.reset_peak_memory()
         running = self._running
-        if not self._waiting or len(running) >= self._max_sequences:
+        if not self._waiting or len(running) >= self.max_sequences:
             return
         prefilling = [sequence for sequence in running if sequence.num_computed_tokens < len(sequence.tokens)]
         for sequence in self._waiting.in_turn():
             new_tokens = min(RESERVED_TOKENS, sequence.remaining_tokens)
-            if len(running) >= self._max_sequences or (
+            if len(running) >= self.max_sequences or (
                 running and not self._pool.has_room(sequence.tokens, new_tokens, sequence.max_cached_tokens)
             ):
                 return

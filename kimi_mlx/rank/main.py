@@ -31,11 +31,13 @@ from kimi_mlx.parallel.tune_split import tune_query_split
 from kimi_mlx.rank.channel import Channel, run_rank
 from kimi_mlx.rank.rendezvous import join_group
 from kimi_mlx.runtime.draft import open_draft_model, warm_up_draft
+from kimi_mlx.runtime.expert_memory import choose_expert_budget
 from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import compute_dtype, fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
 from kimi_mlx.runtime.tokenizer_files import pack_tokenizer_files
 from kimi_mlx.runtime.warm_up import warm_up
+from kimi_mlx.sizing.expert_memory import ExpertMemory
 from kimi_mlx.store.locate import find_local_model
 from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.store.vision import no_vision_error
@@ -73,7 +75,20 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
 
     config = load_config(folder)
     grammars = open_grammar_compiler(folder, config.vocab_size)
-    model = load_share(folder, config, start["dtype"], group, report_layers, start["strategy"])
+    budget = choose_expert_budget(
+        ExpertMemory.parse(start["expert_memory"]),
+        folder,
+        config,
+        start["dtype"],
+        group,
+        start["strategy"],
+        cache_bytes=start["cache_memory_bytes"],
+        num_local_ranks=start["cpu_slot"][1],
+    )
+    expert_memory = None if budget is None else budget.budget_bytes
+    model = load_share(
+        folder, config, start["dtype"], group, report_layers, start["strategy"], expert_memory=expert_memory
+    )
     channel.report_progress("load")
     choice = None
     if isinstance(model.communicator, RankCommunicator):
@@ -93,6 +108,7 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         constrain=partial(Constraint, grammars),
         cache_bytes=start["cache_memory_bytes"],
         blocks=_open_blocks(channel, start, group, folder, model),
+        streaming=None if budget is None else budget.limits,
     )
     warm_up(model)
     if draft_model is not None:
@@ -109,6 +125,7 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         all_reduce=None if choice is None else choice.to_dict(),
         memory_bytes=mx.get_active_memory(),
         free_bytes=free_memory_bytes(),
+        expert_budget=None if budget is None else budget.to_dict(),
         cache_usage=engine.cache_usage.to_dict(),
     )
     return engine

@@ -82,6 +82,8 @@ def load_share(
     group: Group | None = None,
     progress: ProgressCallback = lambda done, total: None,
     strategy: str = "hybrid",
+    *,
+    expert_memory: int | None = None,
 ) -> Model:
     """Load one rank's share of a model; the whole model without a group, or with a group of one.
 
@@ -94,10 +96,13 @@ def load_share(
         group: ranks that share the model.
         progress: callback with the layers loaded and the number of layers.
         strategy: split of the model.
+        expert_memory: bytes for this rank's routed experts, the others are read from the SSD; None to keep all in memory.
 
     Raises:
         KimiMlxError: files are missing or broken, or differ between the ranks.
     """
+    if expert_memory is not None:
+        raise UsageError("experts cannot be read from the SSD yet", hint="use `--expert-memory all`")
     resolved_dtype = compute_dtype(dtype, config)
     rank, world_size = (0, 1) if group is None else (group.rank, group.size)
     strategy = normalize_strategy(strategy, world_size)
@@ -117,7 +122,7 @@ def load_share(
         return model
     if group is None or world_size == 1:
         return load_model(folder, config, resolved_dtype, progress=progress)
-    placement = _place(folder, config, world_size, strategy)
+    placement = place_checkpoint(folder, config, world_size, strategy)
     check_same_on_all_ranks(
         group,
         _checkpoint_identity(folder, placement),
@@ -163,7 +168,7 @@ def check_placement(folder: Path, config: ModelConfig, world_size: int, strategy
         for rank in sorted({*ranks, *range(world_size)}):
             open_manifest(folder, rank, world_size, strategy)
     else:
-        _place(folder, config, world_size, strategy)
+        place_checkpoint(folder, config, world_size, strategy)
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ def fingerprint(
     # A file in the hub's cache is a link to a file that is named by its content.
     files = [(file.name, file.resolve().name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
     local = str([(name, target, status.st_size, status.st_mtime_ns) for name, target, status in files])
-    placement = _place(folder, config, world_size, strategy)
+    placement = place_checkpoint(folder, config, world_size, strategy)
     return Fingerprint(_digest(_checkpoint_identity(folder, placement)), _digest(local))
 
 
@@ -203,7 +208,12 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _place(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> Placement:
+def place_checkpoint(folder: Path, config: ModelConfig, world_size: int, strategy: str) -> Placement:
+    """Return the placement of a checkpoint that is not stored as shares.
+
+    Raises:
+        PlacementError: the model cannot be split this way.
+    """
     return place(
         config, strategy, world_size, split_granularity_of(open_checkpoint(folder, config).checkpoint, strategy)
     )

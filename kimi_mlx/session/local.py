@@ -27,6 +27,7 @@ from kimi_mlx.errors import EngineError, KimiMlxError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.runtime.draft import open_draft_model, warm_up_draft
+from kimi_mlx.runtime.expert_memory import choose_expert_budget
 from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import fingerprint, load_share, prepare_device
 from kimi_mlx.runtime.prompt_cache import open_prompt_cache
@@ -41,6 +42,7 @@ from kimi_mlx.session.session import (
     stream_events,
 )
 from kimi_mlx.session.signals import defer_signals
+from kimi_mlx.sizing.experts import ExpertBudget
 from kimi_mlx.store.vision import no_vision_error
 from kimi_mlx.units import format_bytes
 
@@ -71,6 +73,7 @@ class LocalSession:
         self._image_error: EngineError | None = None
         self._last_step_at: float | None = None
         self._memory = RankMemory()
+        self._expert_budget: ExpertBudget | None = None
         self._lock = threading.Lock()
         load_results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(options, progress, load_results), daemon=True)
@@ -173,7 +176,7 @@ class LocalSession:
         try:
             self._engine = self._load(options, self._cancel_on_close(progress))
             self._context = self._engine.context
-            self._memory = RankMemory(mx.get_active_memory(), free_memory_bytes())
+            self._memory = RankMemory(mx.get_active_memory(), free_memory_bytes(), expert_budget=self._expert_budget)
             if self._engine.image_error is not None:
                 self._image_error = no_vision_error(options.checkpoint, load_config(options.checkpoint))
         except BaseException as error:  # raised again in __init__
@@ -220,7 +223,17 @@ class LocalSession:
         prepare_device()
         folder, config = options.checkpoint, load_config(options.checkpoint)
         grammars = open_grammar_compiler(folder, config.vocab_size)
-        model = load_share(folder, config, options.dtype, progress=progress, strategy=options.strategy)
+        budget = self._expert_budget = choose_expert_budget(
+            options.expert_memory, folder, config, options.dtype, cache_bytes=options.cache_memory_bytes
+        )
+        model = load_share(
+            folder,
+            config,
+            options.dtype,
+            progress=progress,
+            strategy=options.strategy,
+            expert_memory=None if budget is None else budget.budget_bytes,
+        )
         if options.cache_dir is not None:
             self._blocks = open_prompt_cache(
                 options.cache_dir, options.cache_disk_bytes, model, fingerprint(folder, config), warn=LOG.warning
@@ -233,6 +246,7 @@ class LocalSession:
             constrain=partial(Constraint, grammars),
             cache_bytes=options.cache_memory_bytes,
             blocks=self._blocks,
+            streaming=None if budget is None else budget.limits,
         )
         if draft_model is not None:
             warm_up_draft(draft_model)

@@ -45,6 +45,7 @@ from kimi_mlx.session.session import (
     SessionStatus,
     stream_events,
 )
+from kimi_mlx.sizing.experts import ExpertBudget
 
 MAX_RESTART_LOG = 20
 """Maximum number of restarts that a status has."""
@@ -226,6 +227,7 @@ class RingSession:
             cache_dir=None if options.cache_dir is None else str(options.cache_dir),
             cache_disk_bytes=options.cache_disk_bytes,
             cache_memory_bytes=options.cache_memory_bytes,
+            expert_memory=str(options.expert_memory),
         )
         loading_ranks = set(range(self._cluster.size))
         for rank, message in self._ring.messages():
@@ -238,8 +240,13 @@ class RingSession:
                 error = message["image_error"]
                 self._image_error = None if error is None else EngineError(*error)
                 choice = message["all_reduce"]
+                budget = message["expert_budget"]
                 self.all_reduce = self.all_reduce or (choice and AllReduceChoice.from_dict(choice))
-                self._loaded_memory[rank] = RankMemory(message["memory_bytes"], message["free_bytes"])
+                self._loaded_memory[rank] = RankMemory(
+                    message["memory_bytes"],
+                    message["free_bytes"],
+                    expert_budget=budget and ExpertBudget.from_dict(budget),
+                )
                 self._set_cache_usage(rank, message)
                 loading_ranks.discard(rank)
             if not loading_ranks:

@@ -15,6 +15,8 @@ from kimi_mlx.engine.events import Event, Finished, Statistics
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.parallel.placement import normalize_strategy
+from kimi_mlx.sizing.expert_memory import AUTO, ExpertMemory
+from kimi_mlx.sizing.experts import ExpertBudget
 
 if TYPE_CHECKING:
     from kimi_mlx.engine.prompt_cache.usage import CacheUsage
@@ -65,6 +67,7 @@ class SessionOptions:
         cache_dir: folder of each host's prompt cache on disk; None keeps it in memory only.
         cache_disk_bytes: size limit of that folder, per host.
         cache_memory_bytes: memory limit of the KV caches, per rank; None allows all free memory.
+        expert_memory: memory for routed experts, per rank; the others are read from the SSD.
     """
 
     folder: Path | None
@@ -83,6 +86,7 @@ class SessionOptions:
     cache_dir: Path | None = None
     cache_disk_bytes: int = DEFAULT_CACHE_DISK_BYTES
     cache_memory_bytes: int | None = None
+    expert_memory: ExpertMemory = AUTO
 
     def __post_init__(self) -> None:
         """Check the numbers, and normalise the strategy."""
@@ -130,11 +134,13 @@ class RankMemory:
         memory_bytes: memory in use once the model is loaded: the weights, and buffers of the warm-up.
         free_bytes: memory that MLX could still use then.
         peak_memory_bytes: peak memory at the end of the last answer; None before the first.
+        expert_budget: memory for routed experts; None if all ranks keep all of them in memory.
     """
 
     memory_bytes: int | None = None
     free_bytes: int | None = None
     peak_memory_bytes: int | None = None
+    expert_budget: ExpertBudget | None = None
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.device_traits import CPU_TUNING
-from kimi_mlx.sizing.image_features import feature_budget, feature_bytes
+from kimi_mlx.sizing.image_features import LARGEST_IMAGE_TOKENS, feature_budget, feature_bytes
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
-from kimi_mlx.sizing.prefill import PREFILL_CHUNK, RankShape, choose_chunk, prefill_bytes
+from kimi_mlx.sizing.prefill import MAX_CHUNK, PREFILL_CHUNK, RankShape, choose_chunk, prefill_bytes
 
 PLANNED_CONTEXT = 32_768
 """Tokens of context that the chunk must leave room for; the model's own limit if that is less."""
@@ -24,6 +24,23 @@ MIN_CACHE_TOKENS = 4096
 
 MAX_CACHE_TOKENS = 2**31 - 1
 """Largest int32: ranks compare their limits as int32."""
+
+STREAMED_WORKSPACE = 0.1
+"""Largest share of the memory for experts, caches and prefill that a chunk may take if experts are read from the SSD. A
+larger chunk needs fewer reads of all experts, but leaves memory for fewer of them."""
+
+
+@dataclass(frozen=True)
+class StreamingLimits:
+    """Limits if experts are read from the SSD.
+
+    Args:
+        chunk: number of prompt tokens per step.
+        sequences: maximum number of sequences that run at the same time.
+    """
+
+    chunk: int
+    sequences: int
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,7 @@ def engine_limits(
     """
     features = feature_budget(config, free_bytes, rank_shape.value_bytes)
     free_bytes -= feature_bytes(config, features, rank_shape.value_bytes)
-    context = min(config.max_position_embeddings, PLANNED_CONTEXT)
+    context = planned_context(config)
     token_bytes = kv_bytes_per_token(config, num_layers, rank_shape.value_bytes)
     chunk = chunk or choose_chunk(config, rank_shape, free_bytes - context * token_bytes, context, largest_chunk)
     if cache_bytes is None:
@@ -80,3 +97,39 @@ def engine_limits(
         cache_bytes = min(cache_bytes, MAX_CONTEXTS * config.max_position_embeddings * token_bytes)
     cache_tokens = min(max(cache_bytes // token_bytes, MIN_CACHE_TOKENS), MAX_CACHE_TOKENS)
     return EngineLimits(chunk, cache_tokens, features, max_sequences)
+
+
+def planned_context(config: ModelConfig) -> int:
+    """Return the tokens of context for which memory is left free."""
+    return min(config.max_position_embeddings, PLANNED_CONTEXT)
+
+
+def streamed_chunk(config: ModelConfig, rank_shape: RankShape, free_bytes: int) -> int:
+    """Return the prefill chunk if experts are read from the SSD: a chunk reads nearly all of them whatever its length.
+
+    Args:
+        config: the model's dimensions.
+        rank_shape: dimensions of the rank's share.
+        free_bytes: memory that is left for experts, caches and prefill.
+    """
+    return choose_chunk(config, rank_shape, int(STREAMED_WORKSPACE * free_bytes), planned_context(config), MAX_CHUNK)
+
+
+def bytes_beside_weights(
+    config: ModelConfig, rank_shape: RankShape, num_layers: int, chunk: int, cache_bytes: int | None = None
+) -> int:
+    """Return the memory to leave free for KV caches, image features and prefill.
+
+    Args:
+        config: the model's dimensions.
+        rank_shape: dimensions of the rank's share.
+        num_layers: number of layers on the rank.
+        chunk: prefill chunk.
+        cache_bytes: size of the KV caches; None for that of the planned context.
+    """
+    context = planned_context(config)
+    if cache_bytes is None:
+        cache_bytes = context * kv_bytes_per_token(config, num_layers, rank_shape.value_bytes)
+    features = LARGEST_IMAGE_TOKENS if config.vision is not None else 0
+    workspace_bytes = prefill_bytes(config, rank_shape, chunk, context)
+    return int(cache_bytes / CACHE_SHARE) + workspace_bytes + feature_bytes(config, features, rank_shape.value_bytes)

@@ -20,7 +20,7 @@ from kimi_mlx.model.sizes import (
 from kimi_mlx.sizing.kv_cache import kv_values_per_token
 
 MIN_CHUNK = 32
-MAX_CHUNK = 2048
+MAX_CHUNK = 8192
 
 PREFILL_CHUNK = TUNINGS["metal"].prefill_chunk
 """Chunk size on a Mac if memory is no limit."""

@@ -132,6 +132,7 @@ def test_no_collective_of_the_start_is_consumed_by_the_compute_stream(
         "cache_dir": str(tmp_path),
         "cache_disk_bytes": 10**8,
         "cache_memory_bytes": None,
+        "expert_memory": "auto",
         "cpu_slot": (0, 2),
     }
     engine = rank.load_engine(channel, start, group)

@@ -1,0 +1,220 @@
+"""Choose how much memory the routed experts of a rank get, before its share of the model is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from kimi_mlx.engine.free_memory import free_memory_bytes
+from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.device import device_kind
+from kimi_mlx.model.device_traits import TUNINGS, has_fused_attention
+from kimi_mlx.parallel.all_ranks import run_on_all_ranks
+from kimi_mlx.parallel.group import Group, SingleGroup, gather_on_host
+from kimi_mlx.parallel.placement import RankShare, normalize_strategy
+from kimi_mlx.runtime.load import compute_dtype, place_checkpoint
+from kimi_mlx.sizing.engine_limits import StreamingLimits, bytes_beside_weights, streamed_chunk
+from kimi_mlx.sizing.expert_memory import ExpertMemory
+from kimi_mlx.sizing.experts import ExpertBudget, ExpertSizes
+from kimi_mlx.sizing.prefill import RankShape
+from kimi_mlx.sizing.ssd import ASSUMED_SSD_BYTES_PER_S, THIS_HOST, saved_speeds
+from kimi_mlx.sizing.streaming import SYNC_S, expected_misses, paying_sequences
+from kimi_mlx.store.manifest import StoredFile
+from kimi_mlx.store.store_folders import stored_ranks
+from kimi_mlx.store.stores import open_manifest
+from kimi_mlx.weights.header import DTYPE_BYTES
+from kimi_mlx.weights.layer_plan import plan_layer, plan_top, plan_vision
+from kimi_mlx.weights.plan import LayerPlan
+from kimi_mlx.weights.reader import open_checkpoint
+
+EXPERT_ENTRIES = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""Entries of the canonical tree that hold routed experts."""
+
+FLOATS = ("F32", "F16", "BF16")
+"""Stored types that are cast to the compute dtype."""
+
+LARGEST_GROWTH = 4
+"""Largest ratio of a model's size in memory to that of its files: FP8 becomes float32 on a CPU."""
+
+
+def choose_expert_budget(
+    setting: ExpertMemory,
+    folder: Path,
+    config: ModelConfig,
+    dtype: str | None = None,
+    group: Group | None = None,
+    strategy: str = "hybrid",
+    *,
+    cache_bytes: int | None = None,
+    num_local_ranks: int = 1,
+) -> ExpertBudget | None:
+    """Return the memory for the routed experts of this rank; None if all ranks keep all of them in memory. Collective.
+
+    Ranks may get different budgets: each reads its own experts.
+
+    Args:
+        setting: the user's setting.
+        folder: checkpoint, or store of this rank.
+        config: configuration of the model.
+        dtype: type to compute in; None uses the default of kimi_mlx.runtime.load.
+        group: ranks that share the model.
+        strategy: split of the model.
+        cache_bytes: size of the KV caches; None for that of a usual context.
+        num_local_ranks: number of ranks on this host, which divide its free memory.
+
+    Raises:
+        MemoryLimitError: the model does not fit even if its experts are read from the SSD.
+        KimiMlxError: files are missing or broken.
+    """
+    if setting.mode == "all":
+        return None
+    group = group or SingleGroup()
+    strategy = normalize_strategy(strategy, group.size)
+    free_bytes = free_memory_bytes() // num_local_ranks
+    is_small = setting.mode == "auto" and LARGEST_GROWTH * _file_bytes(folder, group.rank) < free_bytes / 2
+
+    def choose() -> tuple[ExpertSizes, int | None, StreamingLimits]:
+        compute = compute_dtype(dtype, config)
+        share, sizes = expert_sizes(folder, config, compute, group, strategy)
+        shape = rank_shape(config, share, compute.size)
+        chunk = streamed_chunk(config, shape, free_bytes - sizes.rest_bytes)
+        layers = config.num_hidden_layers if share is None else len(share.layers)
+        other_bytes = bytes_beside_weights(config, shape, layers, chunk, cache_bytes)
+        budget = sizes.budget(setting, free_bytes, other_bytes)
+        sequences = _paying_sequences(config, sizes, budget)
+        if strategy.startswith("pipeline"):  # a sequence uses one SSD at a time
+            sequences *= group.size
+        return sizes, budget, StreamingLimits(chunk, sequences)
+
+    # both are barriers: no rank loads while another one on its host measures the free memory
+    choice = run_on_all_ranks(group, lambda: None if is_small else choose())
+    does_stream = choice is not None and choice[1] is not None
+    if not gather_on_host(group, np.array([does_stream])).any():
+        return None
+    sizes, budget, limits = run_on_all_ranks(group, lambda: choose() if choice is None else choice)
+    smallest = gather_on_host(group, np.array(astuple(limits), np.int32)).min(axis=0)
+    return ExpertBudget.of(sizes, budget, StreamingLimits(*map(int, smallest)))
+
+
+def _paying_sequences(config: ModelConfig, sizes: ExpertSizes, budget_bytes: int | None) -> int:
+    """Return the number of sequences that may run at the same time without slowing each other down too much."""
+    tuning = TUNINGS[device_kind()]
+    if budget_bytes is None:
+        return tuning.max_sequences
+    layers = len(sizes.expert_bytes)
+    kept = sizes.num_kept(budget_bytes) / layers
+    chosen = min(sizes.num_chosen, sizes.num_held)
+    misses = expected_misses(sizes.num_held, chosen, kept)
+    saved = saved_speeds().get(THIS_HOST)
+    rate = ASSUMED_SSD_BYTES_PER_S if saved is None else saved.best_bytes_per_s
+    miss_s = misses * sum(sizes.expert_bytes) / rate
+    hits_s = (chosen - misses) * sum(sizes.expert_bytes) / tuning.read_bytes_per_s
+    fixed_s = sizes.rest_bytes / tuning.read_bytes_per_s + layers * SYNC_S + hits_s
+    return paying_sequences(fixed_s, miss_s, sizes.num_held, chosen, kept, tuning.max_sequences)
+
+
+def rank_shape(config: ModelConfig, share: RankShare | None, value_bytes: int) -> RankShape:
+    """Return the dimensions of a rank's share of a model that is not loaded yet.
+
+    Args:
+        config: dimensions of the model.
+        share: share of the rank; None for the whole model.
+        value_bytes: bytes per value of the compute dtype.
+    """
+    kind = device_kind()
+    chunk = TUNINGS[kind].prefill_chunk
+    return RankShape(
+        heads=config.num_attention_heads if share is None else len(share.heads),
+        expert_rows=config.moe_intermediate_size if share is None else len(share.expert_rows),
+        value_bytes=value_bytes,
+        is_fused=has_fused_attention(kind, value_bytes, config.qk_head_dim, config.v_head_dim, chunk),
+        device=kind,
+    )
+
+
+def expert_sizes(
+    folder: Path, config: ModelConfig, dtype: mx.Dtype, group: Group, strategy: str
+) -> tuple[RankShare | None, ExpertSizes]:
+    """Return the share of a rank and its sizes in memory, without reading a tensor.
+
+    Args:
+        folder: checkpoint, or store of this rank.
+        config: configuration of the model.
+        dtype: type to compute in.
+        group: ranks that share the model.
+        strategy: split of the model, normalized.
+
+    Raises:
+        KimiMlxError: files are missing or broken.
+    """
+    if stored_ranks(folder):
+        manifest = open_manifest(folder, group.rank, group.size, strategy)
+        share = manifest.placement.shares[group.rank]
+        layers = [_stored_arrays(file) for file in manifest.files[:-1]]
+        others = [_stored_arrays(file) for file in (manifest.files[-1], manifest.vision) if file is not None]
+        num_shared = [file.num_fused_shared for file in manifest.files[:-1]]
+    else:
+        share = None if group.size == 1 else place_checkpoint(folder, config, group.size, strategy).shares[group.rank]
+        checkpoint = open_checkpoint(folder, config).checkpoint
+        plans = [plan_layer(checkpoint, layer, share) for layer in range(config.num_hidden_layers)]
+        layers = [_planned_arrays(plan) for plan in plans]
+        others = [_planned_arrays(plan) for plan in (plan_top(checkpoint, share), plan_vision(checkpoint, share))]
+        num_shared = [plan.num_fused_shared for plan in plans]
+    rest_bytes = sum(_memory_bytes(array, dtype) for arrays in others for array in arrays)
+    expert_bytes: list[int] = []
+    num_held = 0
+    for arrays, shared in zip(layers, num_shared, strict=True):
+        experts = [array for array in arrays if array[0] in EXPERT_ENTRIES]
+        rest_bytes += sum(_memory_bytes(array, dtype) for array in arrays if array[0] not in EXPERT_ENTRIES)
+        if not experts:
+            continue
+        members = experts[0][2][0]
+        one = sum(_memory_bytes(array, dtype) for array in experts) // members
+        rest_bytes += shared * one
+        expert_bytes.append(one)
+        num_held = members - shared
+    return share, ExpertSizes(rest_bytes, tuple(expert_bytes), num_held, config.num_experts_per_tok)
+
+
+_Array = tuple[str, str, tuple[int, ...]]
+"""An array of a layer: entry of the canonical tree, stored type, shape."""
+
+
+def _stored_arrays(file: StoredFile) -> Sequence[_Array]:
+    return [
+        (entry, array.dtype, array.shape)
+        for entry, parts in file.entries.items()
+        for part in parts
+        for array in part.arrays.values()
+    ]
+
+
+def _planned_arrays(plan: LayerPlan) -> Sequence[_Array]:
+    return [
+        (entry, array.dtype, array.shape)
+        for entry, parts in plan.entries.items()
+        for part in parts
+        for array in part.arrays
+    ]
+
+
+def _memory_bytes(array: _Array, dtype: mx.Dtype) -> int:
+    entry, stored, shape = array
+    is_router = entry == "mlp.gate" or entry.startswith("mlp.gate.")
+    one = 4 if is_router else dtype.size if stored in FLOATS else DTYPE_BYTES[stored]
+    return math.prod(shape) * one
+
+
+def _file_bytes(folder: Path, rank: int) -> int:
+    """Return the size of all files from which a rank may load."""
+
+    def sizes(files: Iterable[Path]) -> int:
+        return sum(file.stat().st_size for file in files)
+
+    own = folder / f"rank-{rank}"
+    return sizes((own if own.is_dir() else folder).glob("*.safetensors"))
