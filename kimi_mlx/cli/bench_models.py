@@ -34,6 +34,7 @@ from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
 from kimi_mlx.errors import KimiMlxError, UsageError
 from kimi_mlx.images.preprocessing import Preprocessing
 from kimi_mlx.model.config import ModelConfig, load_config, parse_config
+from kimi_mlx.planner.expectation import Expectation
 from kimi_mlx.planner.model_shape import shape_of_config
 from kimi_mlx.runtime.load import compute_dtype
 from kimi_mlx.session.session import SessionOptions
@@ -51,6 +52,7 @@ class BenchmarkModels:
         plan: cases to run, with the model's settings for images.
         roofline: limit by this machine's memory bandwidth; None on launched hosts.
         predict: the planner's prediction for one rank on this machine; None where it has none.
+        expectation: what to expect of experts on the SSD; None if all are in memory.
     """
 
     prepared: PreparedModel
@@ -59,6 +61,7 @@ class BenchmarkModels:
     plan: BenchmarkPlan
     roofline: Roofline | None = None
     predict: Predict | None = None
+    expectation: Expectation | None = None
 
     def settings(self, run: RunOptions, measurement: MeasurementOptions) -> dict[str, Any]:
         """Return the settings of the benchmark, for its report."""
@@ -68,6 +71,7 @@ class BenchmarkModels:
             "model": self.prepared.name,
             "ranks": run.ranks if launch is None else launch.cluster.size,
             "placement": self.prepared.choice.to_dict(),
+            "experts": None if self.expectation is None else self.expectation.to_dict(),
             "hosts": None if launch is None else launch.cluster.names,
             "link_delay_ms": measurement.link_delay_ms,
             "predictions": self._predictions(),
@@ -133,12 +137,12 @@ def open_models(
         raise session.image_error
     sides: list[Side] = [SessionSide("kimi-mlx", session)]
     if launch is not None:
-        return BenchmarkModels(prepared, sides, config, plan)
+        return BenchmarkModels(prepared, sides, config, plan, expectation=opened.expectation)
     if measurement.against == "mlx-lm":
         sides += _open_mlx_lm_sides(options_on_this_machine(prepared, options, run.ranks), stack, is_quiet)
     roofline = Roofline.of(config, _dtype_name(run.dtype, config), measurement.generation_tokens)
     predict = predictor_here(config) if run.ranks == 1 else None
-    return BenchmarkModels(prepared, sides, config, plan, roofline, predict)
+    return BenchmarkModels(prepared, sides, config, plan, roofline, predict, opened.expectation)
 
 
 def _with_preprocessing(plan: BenchmarkPlan, folder: Path) -> BenchmarkPlan:

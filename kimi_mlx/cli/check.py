@@ -66,6 +66,7 @@ def check(
         "ranks": launch.cluster.size,
         "backend": launch.cluster.backend,
         "placement": launch.choice.to_dict(),
+        "experts": None if opened.expectation is None else opened.expectation.to_dict(),
         "load_s": round(load_s, 3),
         "answers_equal": True,
         "doctor": launch.doctor,

@@ -58,8 +58,9 @@ def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: Launched
     diagnosis = run_diagnosis(request, options.install)
     draft = None if command.draft is None else draft_shape(command.draft, command.model, is_assumed=True)
     calibrate = None if diagnosis.cluster is None else calibrate_on(diagnosis.cluster, command.is_json)
-    choice = choose_placement_on_hosts(diagnosis, request, command.strategy, draft, calibrate)
-    need = with_placement(need, choice, request.world_size, draft)
+    experts = command.expert_memory
+    choice = choose_placement_on_hosts(diagnosis, request, command.strategy, draft, calibrate, experts)
+    need = with_placement(need, choice, request.world_size, draft, experts)
     diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
     cluster = _require_cluster(diagnosis, need, option, command, is_forced=options.force)
     if hosts.save is not None:

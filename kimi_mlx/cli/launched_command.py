@@ -18,6 +18,7 @@ from kimi_mlx.cli.options import model_name
 from kimi_mlx.cli.other_tools import HINTS
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import normalize_strategy
+from kimi_mlx.sizing.expert_memory import ExpertMemory
 
 if TYPE_CHECKING:
     from kimi_mlx.cli.open_model import LaunchContext
@@ -81,6 +82,11 @@ class LaunchedCommand:
     def draft(self) -> str | None:
         """Value of its `--draft`."""
         return self._parameters.get("draft")
+
+    @property
+    def expert_memory(self) -> ExpertMemory:
+        """Value of its `--expert-memory`."""
+        return ExpertMemory.parse(self._parameters.get("expert_memory") or "auto")
 
     def check_strategy(self, num_ranks: int) -> None:
         """Check that its `--strategy`, if it has weights, has one for each rank.

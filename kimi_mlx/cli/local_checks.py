@@ -18,6 +18,7 @@ from kimi_mlx.cluster.doctor.wired_memory import find_lost_memory
 from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.engine.prompt_cache.block_writer import RESERVE_BYTES
 from kimi_mlx.files import free_disk_bytes
+from kimi_mlx.sizing.expert_memory import ExpertMemory
 from kimi_mlx.store.locate import stores_root
 
 RECHECK_S = 600.0
@@ -66,7 +67,7 @@ def check_this_machine(checks: LocalChecks) -> list[Finding]:
         facts = replace(facts, free_bytes=facts.free_bytes + checks.held_bytes())
     root = stores_root()
     facts = replace(facts, stores_folder=str(root), disk_free_bytes=_free_bytes(root))
-    need = checks.need.memory_bytes(facts, range(checks.ranks), checks.ranks)
+    need = checks.need.memory(facts, range(checks.ranks), checks.ranks)
     lost = find_lost_memory()
     findings = [
         check_memory(facts, need, checks.need.weights_bytes),
@@ -87,7 +88,9 @@ def _free_bytes(folder: Path) -> int | None:
         return None
 
 
-def with_local_checks(opened: OpenedModel, prepared: PreparedModel, ranks: int, cache_dir: Path | None) -> OpenedModel:
+def with_local_checks(
+    opened: OpenedModel, prepared: PreparedModel, ranks: int, cache_dir: Path | None, expert_memory: ExpertMemory
+) -> OpenedModel:
     """Return a model with findings about this machine in its status, and begin to check.
 
     Launched hosts were checked before the start.
@@ -97,6 +100,7 @@ def with_local_checks(opened: OpenedModel, prepared: PreparedModel, ranks: int, 
         prepared: the same before it was loaded.
         ranks: number of ranks on this machine.
         cache_dir: folder of the prompt cache on disk; None if there is none.
+        expert_memory: memory for routed experts on each rank.
     """
     if prepared.launch is not None:
         return opened
@@ -106,7 +110,7 @@ def with_local_checks(opened: OpenedModel, prepared: PreparedModel, ranks: int, 
 
     host = opened.deployment.machines[0].name
     draft = None if prepared.draft is None else draft_shape(str(prepared.draft), prepared.name)
-    need = with_placement(memory_requirement(prepared.name), prepared.choice, ranks, draft)
+    need = with_placement(memory_requirement(prepared.name), prepared.choice, ranks, draft, expert_memory)
     checks = LocalChecks(host, need, ranks, held_bytes, cache_dir)
     checks.findings()
     return replace(opened, deployment=replace(opened.deployment, findings=checks.findings))

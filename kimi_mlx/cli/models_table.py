@@ -17,7 +17,7 @@ from kimi_mlx.hub.catalogue import CatalogueEntry, DraftEntry, SamplingValues, d
 from kimi_mlx.hub.licence import notice
 from kimi_mlx.model.config import load_config
 from kimi_mlx.planner.model_shape import ModelShape
-from kimi_mlx.planner.needs import hosts_needed, memory_per_host
+from kimi_mlx.planner.needs import hosts_needed, memory_per_host, smallest_memory, streams_here
 from kimi_mlx.sizing.hosts import MAX_HOSTS, SYSTEM_BYTES, usable_bytes
 from kimi_mlx.store.locate import LocalState, local_state
 from kimi_mlx.store.model_ref import repository_of
@@ -39,8 +39,9 @@ class Row:
         size_bytes: size in the catalogue, else that of the files here.
         shape: dimensions and sizes; None if the model is not supported.
         sees_images: whether the weights on this machine have a vision tower, else whether those in the catalogue have.
-        hosts_needed: number of machines like this one that are needed; None if there would be too many, or the model
-            is not supported.
+        hosts_needed: number of machines like this one that are needed to have all experts in memory; None if there
+            would be too many, or the model is not supported.
+        streams_here: whether it runs on this machine if some of its experts are read from the SSD.
     """
 
     entry: CatalogueEntry
@@ -50,6 +51,7 @@ class Row:
     shape: ModelShape | None
     sees_images: bool
     hosts_needed: int | None
+    streams_here: bool = False
 
     @property
     def draft(self) -> DraftEntry | None:
@@ -71,6 +73,8 @@ class Row:
             "on_this_machine": self.local_state,
             "folder": str(self.folder) if self.folder else None,
             "hosts_needed": self.hosts_needed,
+            "streams_from_ssd": self.streams_here,
+            "smallest_memory_bytes": None if self.shape is None else smallest_memory(self.shape),
             "draft": None if self.draft is None else self.draft.alias,
         }
 
@@ -83,8 +87,9 @@ def find_row(entry: CatalogueEntry, machine: LocalMachine) -> Row:
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     shape = entry_shape(entry)
     needed = None if shape is None else hosts_needed(shape, machine.memory_bytes, machine.gpu_bytes)
+    streams = shape is not None and needed != 1 and streams_here(shape, machine.memory_bytes, machine.gpu_bytes)
     sees = _sees_images(entry, here, folder)
-    return Row(entry, here, folder, size, shape, sees, 1 if entry.is_packaged else needed)
+    return Row(entry, here, folder, size, shape, sees, 1 if entry.is_packaged else needed, streams)
 
 
 def _sees_images(entry: CatalogueEntry, here: LocalState, folder: Path | None) -> bool:
@@ -140,7 +145,8 @@ def footnotes(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
         "GB: size of the download. GiB: memory on one host, with 8k tokens of context; the system needs "
         f"another {format_gib(SYSTEM_BYTES)}.",
         f"fits: whether the model fits on {_machine_text(machine)}, or the number of {_hosts(machine)} like it that "
-        f"it needs; no: even {MAX_HOSTS} are too few.",
+        f"it needs; no: even {MAX_HOSTS} are too few. ssd: it runs here with some experts on the SSD, which is slower "
+        "(`kimi-mlx plan MODEL`).",
     ]
     seeing = [row.entry.alias for row in rows if row.sees_images]
     lines.append(f"These models see images: {', '.join(seeing)}.")
@@ -192,8 +198,9 @@ def _in_units(count: int | None, unit: int) -> str:
 def _fits(row: Row, machine: LocalMachine) -> str:
     """Return the cell of the column `fits`, such as `yes` or `2 Macs`."""
     if row.hosts_needed is None:
-        return "no"
-    return "yes" if row.hosts_needed == 1 else f"{row.hosts_needed} {_hosts(machine)}"
+        return "ssd" if row.streams_here else "no"
+    hosts = f"{row.hosts_needed} {_hosts(machine)}"
+    return "yes" if row.hosts_needed == 1 else f"ssd, {hosts}" if row.streams_here else hosts
 
 
 def _fits_text(row: Row, machine: LocalMachine) -> str:
@@ -213,6 +220,12 @@ def _fits_text(row: Row, machine: LocalMachine) -> str:
     if machine.is_mac and with_limit is not None and (needed is None or with_limit < needed):
         command = f"sudo sysctl iogpu.wired_limit_mb={limit // 1024**2}"
         answer += f"; {with_limit} with a higher GPU limit (until the next restart): `{command}`"
+    if row.shape is not None and needed != 1:
+        smallest = format_gib(smallest_memory(row.shape))
+        if row.streams_here:
+            answer += f"; here with some experts on the SSD (at least {smallest}), which `kimi-mlx plan` predicts"
+        else:
+            answer += f"; {smallest} even with experts on the SSD"
     return answer
 
 

@@ -11,9 +11,10 @@ import typer
 
 from kimi_mlx.cli.calibration import calibrate_on
 from kimi_mlx.cli.deployment import deployment_here, deployment_on_hosts
+from kimi_mlx.cli.expert_note import describe_expectation, expectation_of
 from kimi_mlx.cli.fetch_model import fetch_model
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
-from kimi_mlx.cli.output import load_progress, print_warning
+from kimi_mlx.cli.output import load_progress, print_note, print_warning
 from kimi_mlx.cli.placement import choose_placement, print_placement
 from kimi_mlx.cluster.doctor.wired_memory import find_lost_memory
 from kimi_mlx.cluster.hosts.host import Cluster, local_cluster
@@ -21,6 +22,7 @@ from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.draft_config import load_draft_config
 from kimi_mlx.planner.choice import Choice
+from kimi_mlx.planner.expectation import Expectation
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.session import open as session_open
 from kimi_mlx.session.model_status import ModelDeployment
@@ -87,11 +89,13 @@ class OpenedModel:
         session: session that the caller closes.
         tokenizer_folder: folder with the configuration, tokenizer and chat template.
         deployment: the model and its hosts, for its status.
+        expectation: what to expect of a model whose experts are partly on the SSD; None if all are in memory.
     """
 
     session: Session
     tokenizer_folder: Path
     deployment: ModelDeployment
+    expectation: Expectation | None = None
 
 
 def launch_context(context: typer.Context) -> LaunchContext | None:
@@ -190,7 +194,7 @@ def session_options(run: RunOptions, disk: DiskCacheOptions | None = None) -> Se
 
 
 def open_session(model: PreparedModel, options: SessionOptions, ranks: int, is_quiet: bool) -> OpenedModel:
-    """Load a model behind a progress bar.
+    """Load a model behind a progress bar, and print how many of its experts are in memory if not all are.
 
     Args:
         model: the model, from prepare_model().
@@ -202,6 +206,13 @@ def open_session(model: PreparedModel, options: SessionOptions, ranks: int, is_q
         MissingModelError: a launched host does not have the model.
         KimiMlxError: the model cannot be loaded, or a rank is lost.
     """
+    opened = _open(model, options, ranks, is_quiet)
+    if opened.expectation is not None and not is_quiet:
+        print_note(describe_expectation(opened.expectation))
+    return opened
+
+
+def _open(model: PreparedModel, options: SessionOptions, ranks: int, is_quiet: bool) -> OpenedModel:
     if model.launch is not None:
         return _open_on_hosts(model.launch, model, options, is_quiet)
     options = options_on_this_machine(model, options, ranks)
@@ -248,7 +259,7 @@ def _opened(session: Session, folder: Path, model: PreparedModel, options: Sessi
         deployment = deployment_here(model.name, options.strategy, cluster, config)
     else:
         deployment = deployment_on_hosts(model.name, options.strategy, cluster, config, model.launch.doctor)
-    return OpenedModel(session, folder, deployment)
+    return OpenedModel(session, folder, deployment, expectation_of(session, deployment, config))
 
 
 def name_for_hosts(target: ModelRef) -> str:

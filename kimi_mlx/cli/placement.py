@@ -29,7 +29,9 @@ from kimi_mlx.planner.choice import (
 from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.links import RDMA, LinkProfile
 from kimi_mlx.planner.machines import Machine, any_machine
+from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.model_shape import ModelShape
+from kimi_mlx.sizing.expert_memory import AUTO, ExpertMemory
 from kimi_mlx.store.locate import stored_strategy
 from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.store.store_folders import folder_prefix, read_folder_name
@@ -98,6 +100,7 @@ def choose_placement_on_hosts(
     requested: str | None,
     draft: DraftShape | None = None,
     calibrate: Calibrate | None = None,
+    expert_memory: ExpertMemory = AUTO,
 ) -> Choice:
     """Choose the strategy of ranks on hosts.
 
@@ -107,6 +110,7 @@ def choose_placement_on_hosts(
         requested: value of `--strategy`.
         draft: draft model; None without one.
         calibrate: function that measures on the ranks where nothing can be predicted; None to measure nothing.
+        expert_memory: memory for routed experts on each rank.
 
     Raises:
         UsageError: the weights of the strategy are for another number of ranks.
@@ -131,11 +135,24 @@ def choose_placement_on_hosts(
     elif not machines:
         return by_rule(None, (), _link(diagnosis), "the hosts' memory is not known")
     else:
-        return choose(shape, machines, _link(diagnosis), is_fast_sync=request.hostfile.has_fast_sync, draft=draft)
+        return choose(
+            shape,
+            machines,
+            _link(diagnosis),
+            is_fast_sync=request.hostfile.has_fast_sync,
+            draft=draft,
+            expert_memory=expert_memory,
+        )
     return Choice(strategy, reason, memory_of(strategy, shape, machines, draft) if machines else ())
 
 
-def with_placement(need: ModelNeed, choice: Choice, ranks: int, draft: DraftShape | None = None) -> ModelNeed:
+def with_placement(
+    need: ModelNeed,
+    choice: Choice,
+    ranks: int,
+    draft: DraftShape | None = None,
+    expert_memory: ExpertMemory = AUTO,
+) -> ModelNeed:
     """Return the memory need of a model with the chosen placement on each host: that of `kimi-mlx plan`.
 
     Args:
@@ -143,10 +160,22 @@ def with_placement(need: ModelNeed, choice: Choice, ranks: int, draft: DraftShap
         choice: the placement.
         ranks: number of ranks.
         draft: draft model; None without one.
+        expert_memory: memory for routed experts on each rank.
     """
     memory = choice.memory or memory_of(choice.strategy, _shape(need.name), [_ANY_MACHINE] * ranks, draft)
-    by_rank = tuple(RankNeed(host.weights_bytes, host.other_bytes) for host in memory)
+    by_rank = tuple(_rank_need(host, expert_memory) for host in memory)
     return replace(need, store_prefix=folder_prefix(choice.strategy, ranks), by_rank=by_rank)
+
+
+def _rank_need(host: HostMemory, expert_memory: ExpertMemory) -> RankNeed:
+    need = RankNeed(host.weights_bytes, host.other_bytes, expert_bytes=host.expert_bytes)
+    if expert_memory.mode == "all":
+        return need
+    budget_bytes = expert_memory.num_bytes
+    if expert_memory.share is not None:
+        budget_bytes = round(expert_memory.share * host.experts_bytes)
+    staging_bytes = host.smallest_bytes - (host.needed_bytes - host.experts_bytes)
+    return replace(need, experts_bytes=host.experts_bytes, staging_bytes=staging_bytes, budget_bytes=budget_bytes)
 
 
 def print_placement(choice: Choice, where: str, is_quiet: bool = False) -> None:

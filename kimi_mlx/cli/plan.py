@@ -14,6 +14,7 @@ from kimi_mlx.cli.options import (
     COST,
     MODEL,
     DraftOption,
+    ExpertMemoryOption,
     FastSyncOption,
     JsonOption,
     ModelArgument,
@@ -53,6 +54,18 @@ class HardwareOptions:
         ),
     ] = None
     fast_sync: FastSyncOption = False
+    ssd: Annotated[
+        float | None,
+        typer.Option(
+            "--ssd",
+            min=0.1,
+            metavar="GB/s",
+            help="Rate at which the SSD of each Mac reads experts that are not in memory. Default: as `kimi-mlx doctor` "
+            "measured it, else as published.",
+            show_default=False,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,7 @@ def plan(
         ),
     ] = None,
     draft: DraftOption = None,
+    expert_memory: ExpertMemoryOption = "auto",
     with_backtest: Annotated[
         bool, typer.Option("--backtest", help="Compare predictions with published results instead.")
     ] = False,
@@ -157,6 +171,7 @@ def plan(
     from kimi_mlx.planner.cost import cost_of_plan
     from kimi_mlx.planner.search import make_plan
     from kimi_mlx.planner.to_json import backtest_to_dict, plan_to_dict
+    from kimi_mlx.sizing.expert_memory import ExpertMemory
 
     if with_backtest:
         comparisons = backtest()
@@ -167,7 +182,15 @@ def plan(
     machines, links = machines_and_links(hardware, name, is_quiet=hides_messages(json))
     context = context or min(CONTEXT_TOKENS, shape.context_tokens)
     with_draft = None if draft is None else planned_draft(draft, name, shape)
-    result = make_plan(shape, machines, links, context, is_fast_sync=hardware.fast_sync, draft=with_draft)
+    result = make_plan(
+        shape,
+        machines,
+        links,
+        context,
+        is_fast_sync=hardware.fast_sync,
+        draft=with_draft,
+        expert_memory=ExpertMemory.parse(expert_memory),
+    )
     assumptions = costs.assumptions()
     cost = cost_of_plan(result, assumptions) if costs.cost else None
     if json:

@@ -18,13 +18,16 @@ TIME_PARTS = {
     "fences_s": "fences",
     "link_s": "link",
     "draft_s": "draft model",
+    "ssd_s": "SSD",
+    "syncs_s": "router",
 }
 """Part of a step's time -> its name."""
 
 
-def legend(has_draft: bool) -> str:
+def legend(has_draft: bool, has_experts: bool = False) -> str:
     """Return the legend of `memory_bar`."""
-    return f"  # weights, {'d draft model, ' if has_draft else ''}c cache, p prefill, . free, | GPU limit by default"
+    experts, draft = "e experts, " if has_experts else "", "d draft model, " if has_draft else ""
+    return f"  # weights, {experts}{draft}c cache, p prefill, . free, | GPU limit by default"
 
 
 def time_bars(step: TimeBreakdown, *, has_products: bool = False) -> Iterator[str]:
@@ -46,7 +49,8 @@ def time_bars(step: TimeBreakdown, *, has_products: bool = False) -> Iterator[st
 def memory_bar(memory: HostMemory) -> str:
     """Return the memory of a host as a line, from 0 to what its GPU can use with a raised limit, or to its need."""
     whole = max(memory.needed_bytes, memory.raised_gpu_bytes)
-    parts = {"#": memory.weights_bytes, "d": memory.draft_bytes, "c": memory.cache_bytes, "p": memory.workspace_bytes}
+    kept_bytes = min(round(memory.kept_share * memory.experts_bytes), memory.weights_bytes) if memory.kept_share < 1 else 0
+    parts = {"#": memory.weights_bytes - kept_bytes, "e": kept_bytes, "d": memory.draft_bytes, "c": memory.cache_bytes, "p": memory.workspace_bytes}
     bar, total = "", 0
     for character, size in parts.items():
         total += size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kimi_mlx.cli.model_size import draft_shape, model_shape
 from kimi_mlx.cli.plan import HardwareOptions
 from kimi_mlx.cli.plan_hosts import diagnose_hosts, host_machines, measured_links
@@ -9,8 +11,13 @@ from kimi_mlx.cluster.hosts.machine import local_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.links import RDMA, TCP, WIFI, LinkProfile
-from kimi_mlx.planner.machines import MACHINES_HINT, Machine, machine_of_host, parse_machines
+from kimi_mlx.planner.machines import MACHINES_HINT, Machine, SsdRate, machine_of_host, parse_machines
 from kimi_mlx.planner.model_shape import ModelShape, with_expert_bits
+from kimi_mlx.sizing.ssd import THIS_HOST, saved_speeds
+from kimi_mlx.units import GB
+
+THIS_MAC = "this Mac"
+"""Name of the own machine in a plan."""
 
 
 def planned_shape(name: str, context: int | None, expert_bits: int | None) -> ModelShape:
@@ -73,11 +80,26 @@ def machines_and_links(
         machines = parse_machines(",".join(options.machines))
     else:
         machines = host_machines(diagnosis) if diagnosis is not None else (this_machine(),)
+    machines = tuple(_with_ssd(machine, options.ssd, is_named=bool(options.machines)) for machine in machines)
     if link == "measured" and diagnosis is not None:
         return machines, measured_links(diagnosis) if len(machines) > 1 else []
     if link is None:
         link = "rdma" if all(machine.chip.has_rdma for machine in machines) else "tcp"
     return machines, {"rdma": [RDMA, TCP], "wifi": [WIFI]}.get(link, [TCP])
+
+
+def _with_ssd(machine: Machine, rate_gb_per_s: float | None, *, is_named: bool) -> Machine:
+    """Return a machine with the rate of its SSD that the user gives, else with the one that the doctor has measured.
+
+    Args:
+        machine: the machine.
+        rate_gb_per_s: value of `--ssd`; None without it.
+        is_named: whether the user only thinks of this machine, so that nothing was measured on it.
+    """
+    if rate_gb_per_s is not None:
+        return replace(machine, known_ssd=SsdRate(rate_gb_per_s * GB, "given"))
+    speed = None if is_named else saved_speeds().get(THIS_HOST if machine.name == THIS_MAC else machine.name)
+    return machine if speed is None else replace(machine, known_ssd=SsdRate(speed.best_bytes_per_s, "measured"))
 
 
 def this_machine() -> Machine:
@@ -89,5 +111,5 @@ def this_machine() -> Machine:
     here = local_machine()
     if not here.is_mac:
         raise UsageError("this machine is not a Mac, so nothing can be predicted for it", hint=MACHINES_HINT)
-    machine = machine_of_host("this Mac", here.chip, here.memory_bytes, None)
+    machine = machine_of_host(THIS_MAC, here.chip, here.memory_bytes, None)
     return Machine(machine.name, machine.chip, here.memory_bytes, here.gpu_bytes)

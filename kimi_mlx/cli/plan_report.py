@@ -23,7 +23,9 @@ from kimi_mlx.units import GB, GIB, format_context, format_count, format_duratio
 COLUMNS = ("strategy", "hosts", "backend", "GiB/host", "fits", "context", "prefill", "decode")
 DRAFT_COLUMN = "drafts"
 """Column of the decode rate with a draft model."""
-RIGHT = {"hosts", "GiB/host", "context", "prefill", "decode", DRAFT_COLUMN}
+EXPERTS_COLUMN = "experts"
+"""Column of the share of experts in memory, if some are read from the SSD."""
+RIGHT = {"hosts", "GiB/host", "context", "prefill", "decode", DRAFT_COLUMN, EXPERTS_COLUMN}
 
 NOTEWORTHY = 0.1
 """Share of a token's time from which the report mentions faster fences."""
@@ -112,14 +114,15 @@ def choice_lines(plan: Plan) -> Iterator[str]:
     if choice is None:
         yield "Choice: none, the model does not fit."
         return
-    drafted = "" if choice.drafted is None else f", {choice.drafted.tok_per_s:.1f} with drafts"
-    yield f"Choice: {_name(choice)}: {choice.decode_tok_per_s:.1f} tok/s{drafted}."
+    drafted = "" if choice.drafted is None else f", {_decode_rate(choice.drafted.tok_per_s)} with drafts"
+    yield f"Choice: {_name(choice)}: {_decode_rate(choice.decode_tok_per_s)} tok/s{drafted}."
     if choice.link is not None:
         yield f"  `launch` takes it as `--strategy {choice.placement}`."
     parts = choice.decode
     yield f"  A token takes {parts.total_s * 1e3:.1f} ms:"
     yield from time_bars(parts)
     yield from _draft_lines(plan, choice)
+    yield from _expert_lines(plan, choice)
     if not plan.is_fast_sync and parts.fences_s > NOTEWORTHY * parts.total_s:
         yield "  `--fast-sync` makes fences faster, but may hang the GPU and require a restart."
     yield from _memory_lines(choice.memory)
@@ -141,12 +144,40 @@ def _draft_lines(plan: Plan, choice: Option) -> Iterator[str]:
     yield from time_bars(drafted.step, has_products=True)
 
 
+def _expert_lines(plan: Plan, choice: Option) -> Iterator[str]:
+    """Yield which experts are in memory, what is read from the SSD, and what that assumes."""
+    experts = choice.experts
+    if experts is None:
+        return
+    streaming, machines = experts.streaming, [machine for machine in plan.machines if machine.name in choice.hosts]
+    rates = dict.fromkeys(f"{machine.ssd.bytes_per_s / GB:g} GB/s ({machine.ssd.source})" for machine in machines)
+    each = "the SSD reads" if len(machines) == 1 else "each SSD reads its host's part, at"
+    yield (
+        f"  {streaming.kept_share:.0%} of the experts are in memory ({format_gib(streaming.kept_bytes)} of "
+        f"{format_gib(streaming.all_bytes)}). A token reads {experts.token_read_bytes / GB:.2f} GB from the SSD: {each} "
+        f"{' and '.join(rates)}."
+    )
+    yield (
+        f"  Assumed: {experts.hit_rate:.0%} of the chosen experts are in memory, because popularity follows Zipf's law "
+        f"with exponent {streaming.exponent:g}. If all were equally popular, {experts.uniform_hit_rate:.0%} and "
+        f"{experts.uniform_tok_per_s:.2g} tok/s (docs/streaming.md)."
+    )
+    yield (
+        f"  A chunk of a prompt reads nearly all other experts once, whatever its length: chunks have up to "
+        f"{streaming.chunk:,} tokens."
+    )
+    if experts.raised_kept_share > 1.02 * streaming.kept_share:
+        yield (
+            f"  With the GPU's limit raised: {experts.raised_kept_share:.0%} in memory, "
+            f"{experts.raised_tok_per_s:.3g} tok/s."
+        )
+
+
 def _start_lines(plan: Plan, choice: Option) -> Iterator[str]:
     """Yield the time to load the weights, and to the first token of a long prompt."""
-    chips = [machine.chip for machine in plan.machines if machine.name in choice.hosts]
-    rates = dict.fromkeys(
-        f"{chip.ssd_bytes_per_s / GB:g} GB/s ({'published' if chip.ssd_gb_per_s else 'assumed'})" for chip in chips
-    )
+    machines = [machine for machine in plan.machines if machine.name in choice.hosts]
+    chips = [machine.chip for machine in machines]
+    rates = dict.fromkeys(f"{machine.ssd.bytes_per_s / GB:g} GB/s ({machine.ssd.source})" for machine in machines)
     yield (
         f"  Loading takes {format_duration(choice.load_s)} or more, if the SSD reads {' and '.join(rates)}. The first "
         f"token of a prompt of {plan.first_token_prompt:,} comes after {format_duration(choice.first_token_s)}."
@@ -157,7 +188,7 @@ def _start_lines(plan: Plan, choice: Option) -> Iterator[str]:
 
 def _memory_lines(memory: Sequence[HostMemory]) -> Iterator[str]:
     """Yield the memory of each host; equal hosts share a line."""
-    yield legend(any(share.draft_bytes for share in memory))
+    yield legend(any(share.draft_bytes for share in memory), any(share.kept_share < 1 for share in memory))
     names: dict[HostMemory, list[str]] = {}
     for share in memory:
         names.setdefault(replace(share, host=""), []).append(share.host)
@@ -176,7 +207,8 @@ def _memory_lines(memory: Sequence[HostMemory]) -> Iterator[str]:
 
 def _table(plan: Plan, shown: Sequence[Option]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header in (*COLUMNS, *([DRAFT_COLUMN] if plan.draft else [])):
+    has_streamed = any(option.experts for option in shown)
+    for header in (*COLUMNS, *([DRAFT_COLUMN] if plan.draft else []), *([EXPERTS_COLUMN] if has_streamed else [])):
         table.add_column(header, justify="right" if header in RIGHT else "left", no_wrap=True)
     for option in shown:
         longest = max(option.longest_context, option.longest_context_raised if option.fits == "raised" else 0)
@@ -189,16 +221,29 @@ def _table(plan: Plan, shown: Sequence[Option]) -> Table:
             format_context(longest) if longest else "-",
             *_speeds(option, has_drafts=plan.draft is not None),
         ]
+        if has_streamed:
+            cells.append(_kept(option))
         table.add_row(*cells, style="bold" if option is plan.choice else "dim" if option.fits == "no" else None)
     return table
 
 
 def _speeds(option: Option, *, has_drafts: bool) -> list[str]:
     """Return the cells of prefill and decode. What does not fit has no speed."""
-    rates = [f"{option.prefill_tok_per_s:.0f}", f"{option.decode_tok_per_s:.1f}"]
+    rates = [f"{option.prefill_tok_per_s:.0f}", _decode_rate(option.decode_tok_per_s)]
     if has_drafts:
-        rates.append("off" if option.drafted is None else f"{option.drafted.tok_per_s:.1f}")
+        rates.append("off" if option.drafted is None else _decode_rate(option.drafted.tok_per_s))
     return ["-"] * len(rates) if option.fits == "no" else rates
+
+
+def _kept(option: Option) -> str:
+    """Return the share of experts in memory."""
+    if option.fits == "no":
+        return "-"
+    return "100 %" if option.experts is None else f"{100 * option.experts.streaming.kept_share:.0f} %"
+
+
+def _decode_rate(tok_per_s: float) -> str:
+    return f"{tok_per_s:.1f}" if tok_per_s >= 1 else f"{tok_per_s:.2f}"
 
 
 def _name(option: Option) -> str:

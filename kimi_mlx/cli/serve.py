@@ -182,7 +182,7 @@ def serve(context: typer.Context, run: RunOptions, server: ServerOptions, disk: 
         prepared = prepare_model(launch_context(context), target, run, is_quiet=False)
         opened = open_session(prepared, options, run.ranks, is_quiet=False)
         stack.enter_context(closing_with_status(opened.session))
-        opened = with_local_checks(opened, prepared, run.ranks, disk.cache_dir)
+        opened = with_local_checks(opened, prepared, run.ranks, disk.cache_dir, options.expert_memory)
         key = key_placeholder(serving.security.keys)
         on_ready = partial(greet, target.name, server_socket, key, has_page=serving.has_page)
         http_server = make_server(target, opened, server.served_name or (), serving, on_ready)

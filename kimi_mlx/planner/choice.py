@@ -16,6 +16,7 @@ from kimi_mlx.planner.memory import HostMemory, memory_by_rank
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import make_portions
 from kimi_mlx.planner.search import Option, best_of, make_plan, strategy_by_memory
+from kimi_mlx.sizing.expert_memory import AUTO, ExpertMemory
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 
 SLOW_HOP_S = 0.5e-3
@@ -58,6 +59,7 @@ def choose(
     *,
     is_fast_sync: bool = False,
     draft: DraftShape | None = None,
+    expert_memory: ExpertMemory = AUTO,
 ) -> Choice:
     """Return the best strategy for all of these machines together.
 
@@ -67,6 +69,7 @@ def choose(
         link: link between them; None if it is not known.
         is_fast_sync: whether MLX_METAL_FAST_SYNCH=1 is set.
         draft: draft model; None without one.
+        expert_memory: memory for routed experts on each rank.
     """
     if shape is None:
         return by_rule(shape, machines, link, "the model's dimensions are not known", draft)
@@ -74,13 +77,15 @@ def choose(
         return by_rule(shape, machines, link, f"no prediction for `{unknown.name}`", draft)
     if link is None:
         return by_rule(shape, machines, link, "the link was not measured", draft)
-    plan = make_plan(shape, machines, [link], _context(shape), is_fast_sync=is_fast_sync, draft=draft)
+    plan = make_plan(
+        shape, machines, [link], _context(shape), is_fast_sync=is_fast_sync, draft=draft, expert_memory=expert_memory
+    )
     options = [option for option in plan.options if len(option.hosts) == len(machines)]
     if not options:
         return by_rule(shape, machines, link, plan.notes[0], draft)
     best = _best(options)
     others = [option for option in options if option.strategy != best.strategy and option.fits == best.fits]
-    return Choice(best.placement, _reason(best, best_of(others), link), best.memory)
+    return Choice(best.placement, _reason(best, best_of(others), link), memory_of(best.placement, shape, machines, draft))
 
 
 def by_rule(
@@ -184,8 +189,8 @@ def _context(shape: ModelShape) -> int:
 
 
 def _best(options: Sequence[Option]) -> Option:
-    """Return the best option that fits now, else with raised limits, else the one that lacks the least memory."""
-    for fits in ("yes", "raised"):
+    """Return the best option that fits now, else with raised limits, else with experts on the SSD, else the one that lacks the least memory."""
+    for fits in ("yes", "raised", "ssd"):
         if (best := best_of([option for option in options if option.fits == fits])) is not None:
             return best
     return min(options, key=lambda option: max(host.needed_bytes - host.raised_gpu_bytes for host in option.memory))
@@ -196,4 +201,6 @@ def _reason(best: Option, other: Option | None, link: LinkProfile) -> str:
     prediction = f"{shares}{describe_link(link)}: {best.best_tok_per_s:.1f} tok/s predicted"
     if best.fits == "no":
         return f"{prediction}, but it does not fit"
+    if best.experts is not None:
+        prediction += f" with {best.experts.streaming.kept_share:.0%} of the experts in memory"
     return prediction if other is None else f"{prediction}, {other.strategy} {other.best_tok_per_s:.1f}"

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from kimi_mlx.cluster.hosts.machine import gpu_limit
 from kimi_mlx.errors import UsageError
@@ -32,6 +33,14 @@ BY_HAND = "an unknown chip takes its bandwidth, and its fp16 rate if you know it
 
 
 @dataclass(frozen=True)
+class SsdRate:
+    """Rate at which an SSD reads, and where the number is from."""
+
+    bytes_per_s: float
+    source: Literal["given", "measured", "published", "assumed"]
+
+
+@dataclass(frozen=True)
 class Machine:
     """A host of a plan.
 
@@ -40,12 +49,21 @@ class Machine:
         chip: its chip.
         memory_bytes: size of its memory.
         gpu_bytes: memory that its GPU can use now.
+        known_ssd: rate of its SSD, given by the user or measured; None for the chip's.
     """
 
     name: str
     chip: Chip
     memory_bytes: int
     gpu_bytes: int
+    known_ssd: SsdRate | None = None
+
+    @property
+    def ssd(self) -> SsdRate:
+        """Rate at which its SSD reads."""
+        if self.known_ssd is not None:
+            return self.known_ssd
+        return SsdRate(self.chip.ssd_bytes_per_s, "published" if self.chip.ssd_gb_per_s else "assumed")
 
     @property
     def is_known(self) -> bool:

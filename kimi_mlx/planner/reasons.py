@@ -13,6 +13,8 @@ DESCRIPTIONS = {
     "fences_s": "waits {} longer for fences",
     "link_s": "waits {} longer for the link",
     "draft_s": "takes {} longer to draft",
+    "ssd_s": "waits {} longer for the SSD",
+    "syncs_s": "waits {} longer for the router",
 }
 """Part of the time per token -> its description."""
 
@@ -33,8 +35,10 @@ def rejection_reason(option: Option, plan: Plan) -> str | None:
 
 def _too_large(option: Option) -> str:
     worst = max(option.memory, key=lambda host: host.needed_bytes - host.raised_gpu_bytes)
-    needed, limit = format_gib(worst.needed_bytes), format_gib(worst.raised_gpu_bytes)
-    return f"{worst.host} needs {needed}; its GPU can use {limit} at most"
+    limit, smallest = format_gib(worst.raised_gpu_bytes), format_gib(worst.smallest_bytes)
+    if worst.smallest_bytes < worst.needed_bytes and worst.smallest_bytes > worst.raised_gpu_bytes:
+        return f"{worst.host} needs {smallest} even with experts on the SSD; its GPU can use {limit} at most"
+    return f"{worst.host} needs {format_gib(worst.needed_bytes)}; its GPU can use {limit} at most"
 
 
 def _largest_difference(option: Option, choice: Option) -> str:

@@ -16,12 +16,15 @@ from kimi_mlx.planner.memory import HostMemory, host_memory, longest_context, me
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion, make_portions
 from kimi_mlx.planner.speed import DraftedDecode, Setup, TimeBreakdown, decode, decode_with_draft, prefill
+from kimi_mlx.planner.streaming import Limit, Streaming, plan_streaming, uniform
+from kimi_mlx.sizing.expert_memory import AUTO, ExpertMemory
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 
 Shares = Literal["even", "by memory"]
 
-Fits = Literal["yes", "raised", "no"]
-"""Whether an option fits: with the current limits, only with `iogpu.wired_limit_mb` raised, or not even then."""
+Fits = Literal["yes", "raised", "ssd", "no"]
+"""Whether an option fits: with the current limits, only with `iogpu.wired_limit_mb` raised, only with some experts read from
+the SSD, or not even then."""
 
 PROMPT_TOKENS, ANSWER_TOKENS = 2048, 512
 """Length of the request whose duration ranks the options. Prefill is also predicted for this prompt."""
@@ -32,6 +35,29 @@ FIRST_TOKEN_PROMPT = 8192
 PIPELINE_MARGIN = 0.1
 """Margin by which a pipeline must be faster to be chosen: only published pipelines on two hosts are a fifth slower than
 predicted (docs/planner.md, "Backtest")."""
+
+
+@dataclass(frozen=True)
+class StreamedOption:
+    """How an option uses the SSD.
+
+    Args:
+        streaming: experts in memory, and rates of the SSDs.
+        hit_rate: expected share of the chosen experts that are in memory.
+        token_read_bytes: bytes per token that all SSDs together read.
+        uniform_hit_rate: hit rate if all experts were equally popular.
+        uniform_tok_per_s: decode rate then.
+        raised_kept_share: fraction of the experts that would stay in memory with the GPU's limit raised.
+        raised_tok_per_s: decode rate then.
+    """
+
+    streaming: Streaming
+    hit_rate: float
+    token_read_bytes: float
+    uniform_hit_rate: float
+    uniform_tok_per_s: float
+    raised_kept_share: float
+    raised_tok_per_s: float
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,7 @@ class Option:
         first_token_s: time to the first token after a prompt of FIRST_TOKEN_PROMPT tokens, or of the whole context.
         load_s: time in which the slowest SSD reads its host's weights.
         drafted: decode with the draft model; None without one, or if drafting would be slower.
+        experts: experts that are read from the SSD; None if all are in memory.
     """
 
     strategy: Strategy
@@ -65,6 +92,7 @@ class Option:
     first_token_s: float
     load_s: float
     drafted: DraftedDecode | None = None
+    experts: StreamedOption | None = None
 
     @property
     def shares(self) -> Shares:
@@ -74,9 +102,11 @@ class Option:
     @property
     def fits(self) -> Fits:
         """Whether the requested context fits in memory."""
-        if all(host.needed_bytes <= host.gpu_bytes for host in self.memory):
-            return "yes"
-        return "raised" if all(host.needed_bytes <= host.raised_gpu_bytes for host in self.memory) else "no"
+        if any(host.needed_bytes > host.raised_gpu_bytes for host in self.memory):
+            return "no"
+        if self.experts is not None:
+            return "ssd"
+        return "yes" if all(host.needed_bytes <= host.gpu_bytes for host in self.memory) else "raised"
 
     @property
     def decode_tok_per_s(self) -> float:
@@ -121,6 +151,7 @@ class Plan:
         options: options that could be predicted, the fastest first.
         notes: reasons why other options could not be predicted.
         draft: draft model; None without one.
+        expert_memory: memory for routed experts on each rank.
     """
 
     shape: ModelShape
@@ -130,6 +161,7 @@ class Plan:
     options: tuple[Option, ...]
     notes: tuple[str, ...] = ()
     draft: DraftShape | None = None
+    expert_memory: ExpertMemory = AUTO
 
     @property
     def first_token_prompt(self) -> int:
@@ -160,6 +192,7 @@ def make_plan(
     *,
     is_fast_sync: bool = False,
     draft: DraftShape | None = None,
+    expert_memory: ExpertMemory = AUTO,
     constants: Constants = FITTED,
 ) -> Plan:
     """Compare all options.
@@ -171,6 +204,7 @@ def make_plan(
         context: number of tokens to have room for; decode is predicted at its end.
         is_fast_sync: whether MLX_METAL_FAST_SYNCH=1 is set.
         draft: draft model; None without one.
+        expert_memory: memory for routed experts on each rank.
         constants: fitted constants.
     """
     notes: dict[str, None] = {}
@@ -187,9 +221,9 @@ def make_plan(
             notes[f"{strategy} on {len(hosts)}: {error.message}"] = None
             continue
         setup = Setup(shape, strategy, hosts, portions, link, KIMI_MLX, fence_s, constants, draft)
-        options.append(_option(setup, placement, context))
+        options.append(_option(setup, placement, context, expert_memory))
     options.sort(key=lambda option: option.request_s)
-    return Plan(shape, tuple(machines), context, is_fast_sync, tuple(options), tuple(notes), draft)
+    return Plan(shape, tuple(machines), context, is_fast_sync, tuple(options), tuple(notes), draft, expert_memory)
 
 
 def _candidates(
@@ -260,13 +294,51 @@ def _link_problem(hosts: Sequence[Machine], link: LinkProfile) -> str | None:
     return None
 
 
-def _option(setup: Setup, placement: str, context: int) -> Option:
+def _option(setup: Setup, placement: str, context: int, expert_memory: ExpertMemory) -> Option:
+    """Predict an option: with all experts in memory, else with some read from the SSD if the setting says so."""
+    resident = None if expert_memory.mode == "size" else _predict(setup, placement, context)
+    if resident is not None and (resident.fits != "no" or expert_memory.mode == "all"):
+        return resident
+    for limit in ("default", "raised"):
+        streamed = _streamed(setup, context, expert_memory, limit)
+        if streamed is not None:
+            return _predict(streamed, placement, context, _details(setup, streamed, context, expert_memory))
+    return resident or _predict(setup, placement, context)
+
+
+def _streamed(setup: Setup, context: int, expert_memory: ExpertMemory, limit: Limit) -> Setup | None:
+    """Return the setup with experts that are read from the SSD; None if all are in memory, or the rest does not fit."""
     draft = None if setup.draft is None else setup.draft.memory
+    streaming = plan_streaming(
+        setup.machines, setup.portions, setup.shape, context, expert_memory, draft, limit
+    )
+    return None if streaming is None else replace(setup, streaming=streaming)
+
+
+def _details(setup: Setup, streamed: Setup, context: int, expert_memory: ExpertMemory) -> StreamedOption:
+    shape, streaming = setup.shape, streamed.streaming
+    assert streaming is not None
+    even = uniform(streaming)
+    raised = _streamed(setup, context, expert_memory, "raised") or setup
+    return StreamedOption(
+        streaming,
+        streaming.hit_rate(shape),
+        streaming.token_read_bytes(shape),
+        even.hit_rate(shape),
+        1 / decode(replace(streamed, streaming=even), context).total_s,
+        1.0 if raised.streaming is None else raised.streaming.kept_share,
+        1 / decode(raised, context).total_s,
+    )
+
+
+def _predict(setup: Setup, placement: str, context: int, experts: StreamedOption | None = None) -> Option:
+    draft = None if setup.draft is None else setup.draft.memory
+    parts = (setup.machines, setup.portions, setup.shape, setup.engine)
     longest = [
-        longest_context(setup.machines, setup.portions, setup.shape, setup.engine, is_raised=is_raised, draft=draft)
+        longest_context(*parts, is_raised=is_raised, draft=draft, streaming=setup.streaming)
         for is_raised in (False, True)
     ]
-    memory = memory_by_rank(setup.machines, setup.portions, setup.shape, setup.engine, context, draft)
+    memory = memory_by_rank(*parts, context, draft, setup.streaming)
     return Option(
         setup.strategy,
         placement,
@@ -279,10 +351,10 @@ def _option(setup: Setup, placement: str, context: int) -> Option:
         prefill(setup, PROMPT_TOKENS),
         prefill(setup, _first_prompt(setup.shape)).total_s,
         max(
-            host.weights_bytes / machine.chip.ssd_bytes_per_s
-            for host, machine in zip(memory, setup.machines, strict=True)
+            host.weights_bytes / machine.ssd.bytes_per_s for host, machine in zip(memory, setup.machines, strict=True)
         ),
         decode_with_draft(setup, context),
+        experts,
     )
 
 
@@ -297,6 +369,9 @@ def sufficient_number(plan: Plan, machine: Machine, links: Sequence[LinkProfile]
     """
     for number in range(2, MAX_MACHINES + 1):
         machines = [replace(machine, name=f"{machine.chip.chip} #{index + 1}") for index in range(number)]
-        if make_plan(plan.shape, machines, links or [TCP], plan.context, draft=plan.draft).choice is not None:
+        sufficient = make_plan(
+            plan.shape, machines, links or [TCP], plan.context, draft=plan.draft, expert_memory=plan.expert_memory
+        )
+        if sufficient.choice is not None:
             return number
     return None

@@ -13,6 +13,8 @@ from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.memory import cache_bytes
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion
+from kimi_mlx.planner.streaming import Streaming
+from kimi_mlx.sizing.streaming import GUESSED_SHARE, SYNC_S
 
 VALUE_BYTES = 2
 """Bytes per value in messages between ranks: bfloat16."""
@@ -32,6 +34,7 @@ class Setup:
         fence_s: time of each collective in addition to the network.
         constants: fitted constants.
         draft: draft model on the host of rank 0; None without one.
+        streaming: experts that are read from the SSD; None if all are in memory.
     """
 
     shape: ModelShape
@@ -43,6 +46,12 @@ class Setup:
     fence_s: float
     constants: Constants
     draft: DraftShape | None = None
+    streaming: Streaming | None = None
+
+    @property
+    def chunk(self) -> int:
+        """Number of prompt tokens per step."""
+        return self.engine.prefill_chunk if self.streaming is None else self.streaming.chunk
 
     @property
     def ranks(self) -> int:
@@ -69,6 +78,8 @@ class TimeBreakdown:
         fences_s: stopping the GPU for collectives.
         link_s: collectives on the network.
         draft_s: draft model.
+        ssd_s: waiting for experts from the SSD, beyond what else the rank computes meanwhile.
+        syncs_s: stopping the GPU until the host knows the chosen experts, if some are read from the SSD.
     """
 
     read_s: float
@@ -77,11 +88,14 @@ class TimeBreakdown:
     fences_s: float
     link_s: float
     draft_s: float = 0
+    ssd_s: float = 0
+    syncs_s: float = 0
 
     @property
     def total_s(self) -> float:
         """Sum of all parts; none overlaps with another."""
-        return self.read_s + self.compute_s + self.kernels_s + self.fences_s + self.link_s + self.draft_s
+        work_s = self.read_s + self.compute_s + self.kernels_s + self.draft_s
+        return work_s + self.fences_s + self.link_s + self.ssd_s + self.syncs_s
 
     def __truediv__(self, number: float) -> TimeBreakdown:
         """Return the share of one of `number` tokens."""
@@ -101,9 +115,10 @@ def decode(setup: Setup, context: int, tokens: int = 1) -> TimeBreakdown:
     Kernels and fences are paid once a step. More tokens choose more experts, attend and multiply more. The products of
     a single token take no longer than reading its weights.
     """
-    read, compute = _read_and_compute(setup, context, tokens)
+    read, compute, ssd = _work_of_step(setup, context, tokens)
     fences, link = _pipeline_sends(setup, tokens) if setup.strategy == "pipeline" else _collectives(setup, tokens)
-    return TimeBreakdown(read, compute, _kernels_s(setup, setup.shape.layers), fences, link)
+    kernels = _kernels_s(setup, setup.shape.layers)
+    return TimeBreakdown(read, compute, kernels, fences, link, ssd_s=ssd, syncs_s=_syncs_s(setup))
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,7 @@ def _draft_step(setup: Setup, draft: DraftShape, context: int, drafted: int) -> 
 
 def prefill(setup: Setup, prompt: int, depth: int = 0) -> TimeBreakdown:
     """Predict a prompt of `prompt` tokens in the engine's chunks, after `depth` tokens in the cache."""
-    size = setup.engine.prefill_chunk
+    size = setup.chunk
     chunks = [(depth + start, min(size, prompt - start)) for start in range(0, prompt, size)]
     if setup.strategy == "pipeline":
         return _run_stages(setup, [[_stage(setup, rank, *chunk) for rank in range(setup.ranks)] for chunk in chunks])
@@ -174,7 +189,13 @@ def _work(setup: Setup, rank: int, start: int, length: int) -> TimeBreakdown:
     """Predict the local work of a rank."""
     read = _touched_bytes(setup, rank, length) / setup.bandwidth(rank)
     compute = _chunk_flops(setup, rank, start, length) / setup.flops(rank)
-    return TimeBreakdown(read, compute, _kernels_s(setup, setup.portions[rank].layers), 0, 0)
+    kernels = _kernels_s(setup, setup.portions[rank].layers)
+    if setup.streaming is None:
+        return TimeBreakdown(read, compute, kernels, 0, 0)
+    # the next layer's experts are read while a layer is computed
+    ssd = max(_ssd_s(setup, rank, length) - read - compute - kernels, 0.0)
+    syncs = setup.portions[rank].moe_layers * SYNC_S
+    return TimeBreakdown(read, compute, kernels, 0, 0, ssd_s=ssd, syncs_s=syncs)
 
 
 def _run_stages(setup: Setup, chunks: Sequence[Sequence[TimeBreakdown]]) -> TimeBreakdown:
@@ -195,14 +216,16 @@ def collectives_per_token(strategy: Strategy, layers: int, ranks: int) -> int:
     return {"single": 0, "pipeline": ranks, "tensor": 2 * layers, "hybrid": layers, "expert": layers}[strategy]
 
 
-def _combine(setup: Setup, reads: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+def _combine(setup: Setup, parts: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
     """Combine the times of the ranks: pipeline stages add up; otherwise the slowest rank counts."""
-    if setup.strategy == "pipeline":
-        return sum(reads), sum(others)
-    return max(zip(reads, others, strict=True), key=sum)
+    if setup.strategy != "pipeline":
+        return max(parts, key=sum)
+    reads, others, waits = zip(*parts, strict=True)
+    return sum(reads), sum(others), sum(waits)
 
 
-def _read_and_compute(setup: Setup, context: int, tokens: int) -> tuple[float, float]:
+def _work_of_step(setup: Setup, context: int, tokens: int) -> tuple[float, float, float]:
+    """Return the seconds of reading weights, of computing, and of waiting for the SSD."""
     shape, ranks = setup.shape, range(setup.ranks)
     expert, chosen = shape.bytes.expert, _distinct_experts(shape, tokens)
     fixed = [_fixed_bytes(setup.portions[rank], shape) / setup.bandwidth(rank) for rank in ranks]
@@ -212,12 +235,54 @@ def _read_and_compute(setup: Setup, context: int, tokens: int) -> tuple[float, f
             setup.portions[rank].moe_layers * chosen * setup.portions[rank].expert_rows * expert / setup.bandwidth(rank)
             for rank in ranks
         ]
-        return _combine(setup, [a + b for a, b in zip(fixed, routed, strict=True)], attention)
+        waits = [_wait_s(setup, rank, tokens, fixed[rank] + attention[rank], routed[rank]) for rank in ranks]
+        return _combine(setup, [(fixed[rank] + routed[rank], attention[rank], waits[rank]) for rank in ranks])
     waits = [(a + b) / shape.layers for a, b in zip(fixed, attention, strict=True)]
     held = [round(portion.experts * shape.config.n_routed_experts) for portion in setup.portions]
-    layer_s = expected_slowest(held, round(chosen), waits, [expert / setup.bandwidth(rank) for rank in ranks])
+    reads = [expert / setup.bandwidth(rank) for rank in ranks]
+    layer_s = expected_slowest(held, round(chosen), waits, reads)
     whole = shape.moe_layers * layer_s + (shape.layers - shape.moe_layers) * max(waits)
-    return whole - max(attention), max(attention)
+    ssd = 0.0
+    if setup.streaming is not None:  # nothing overlaps: few experts of a token are on the same rank
+        misses = [setup.streaming.misses(rank, shape, tokens) / chosen for rank in ranks]
+        rates = [experts.ssd_bytes_per_s for experts in setup.streaming.ranks]
+        slow = [one + miss * expert / rate for one, miss, rate in zip(reads, misses, rates, strict=True)]
+        ssd = shape.moe_layers * (expected_slowest(held, round(chosen), waits, slow) - layer_s)
+    return whole - max(attention), max(attention), ssd
+
+
+def _ssd_s(setup: Setup, rank: int, tokens: int) -> float:
+    """Return the seconds to read the experts that `tokens` tokens choose and that are not in memory."""
+    assert setup.streaming is not None
+    portion = setup.portions[rank]
+    misses = setup.streaming.misses(rank, setup.shape, tokens) * portion.experts * portion.expert_rows
+    read_bytes = portion.moe_layers * misses * setup.shape.bytes.expert
+    return read_bytes / setup.streaming.ranks[rank].ssd_bytes_per_s
+
+
+def _wait_s(setup: Setup, rank: int, tokens: int, fixed_s: float, routed_s: float) -> float:
+    """Return the seconds in a step in which a rank only waits for its SSD.
+
+    Reads of guessed experts overlap with everything but the experts; the others, which begin once the router has
+    chosen, with the experts that are in memory.
+
+    Args:
+        setup: the model on machines.
+        rank: the rank.
+        tokens: number of tokens of the step.
+        fixed_s: time of everything but the routed experts.
+        routed_s: time of all chosen experts.
+    """
+    if setup.streaming is None:
+        return 0.0
+    ssd = _ssd_s(setup, rank, tokens)
+    hits = 1 - setup.streaming.misses(rank, setup.shape, tokens) / _distinct_experts(setup.shape, tokens)
+    return max(GUESSED_SHARE * ssd - fixed_s, 0.0) + max((1 - GUESSED_SHARE) * ssd - hits * routed_s, 0.0)
+
+
+def _syncs_s(setup: Setup) -> float:
+    """Return the seconds per step in which the GPU waits until the host knows the chosen experts."""
+    return 0.0 if setup.streaming is None else setup.shape.moe_layers * SYNC_S
 
 
 def _fixed_bytes(portion: Portion, shape: ModelShape) -> float:

@@ -12,9 +12,10 @@ from kimi_mlx.planner.cost import Cost
 from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.reasons import rejection_reason
-from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan
+from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan, StreamedOption
 from kimi_mlx.planner.speed import DraftedDecode, TimeBreakdown
 from kimi_mlx.sizing.kv_cache import kv_bytes_per_token
+from kimi_mlx.sizing.streaming import GUESSED_SHARE, SYNC_S, ZIPF_EXPONENT
 
 VERSION = 4
 
@@ -41,6 +42,13 @@ def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
         "cost": None if cost is None else asdict(cost),
         "first_token_prompt": plan.first_token_prompt,
         "draft": None if plan.draft is None else _draft(plan.draft),
+        "expert_memory": str(plan.expert_memory),
+        "streaming": {
+            "popularity": "zipf",
+            "zipf_exponent": ZIPF_EXPONENT,
+            "sync_s": SYNC_S,
+            "guessed_share": GUESSED_SHARE,
+        },
     }
 
 
@@ -73,6 +81,7 @@ def _machine(machine: Machine) -> dict[str, Any]:
         "gpu_bytes": machine.gpu_bytes,
         "raised_gpu_bytes": machine.raised_gpu_bytes,
         "price_usd": machine.price_usd,
+        "ssd": asdict(machine.ssd),
         "chip": {**asdict(machine.chip), "memory_gb": list(machine.chip.memory_gb)},
     }
 
@@ -96,6 +105,32 @@ def _option(option: Option, plan: Plan) -> dict[str, Any]:
         "first_token_s": option.first_token_s,
         "load_s": option.load_s,
         "drafted": None if option.drafted is None else _drafted(option.drafted),
+        "experts": None if option.experts is None else _experts(option.experts),
+    }
+
+
+def _experts(experts: StreamedOption) -> dict[str, Any]:
+    streaming = experts.streaming
+    return {
+        "kept_share": streaming.kept_share,
+        "kept_bytes": streaming.kept_bytes,
+        "all_bytes": streaming.all_bytes,
+        "hit_rate": experts.hit_rate,
+        "token_read_bytes": experts.token_read_bytes,
+        "prefill_chunk": streaming.chunk,
+        "uniform_hit_rate": experts.uniform_hit_rate,
+        "uniform_tok_per_s": experts.uniform_tok_per_s,
+        "raised_kept_share": experts.raised_kept_share,
+        "raised_tok_per_s": experts.raised_tok_per_s,
+        "ranks": [
+            {
+                "kept_share": rank.kept_share,
+                "budget_bytes": rank.budget_bytes,
+                "expert_bytes": max(rank.sizes.expert_bytes, default=0),
+                "ssd_bytes_per_s": rank.ssd_bytes_per_s,
+            }
+            for rank in streaming.ranks
+        ],
     }
 
 

@@ -241,6 +241,8 @@ class RingSession:
                 self._image_error = None if error is None else EngineError(*error)
                 choice = message["all_reduce"]
                 budget = message["expert_budget"]
+                if budget is not None:
+                    self._ring.allow_slow_steps()
                 self.all_reduce = self.all_reduce or (choice and AllReduceChoice.from_dict(choice))
                 self._loaded_memory[rank] = RankMemory(
                     message["memory_bytes"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from kimi_mlx.cluster.doctor.memory_need import DiskSpace
+from kimi_mlx.cluster.doctor.memory_need import DiskSpace, HostNeed
 from kimi_mlx.cluster.hosts.facts import Facts
 from kimi_mlx.cluster.hosts.findings import Finding
 from kimi_mlx.cluster.hosts.launch import FAST_SYNC
@@ -90,71 +90,103 @@ def check_chip(facts: Facts) -> Finding:
     return Finding(facts.host, "chip", "ok", message)
 
 
-def check_memory(facts: Facts, need_bytes: int | None, model_bytes: int | None = None) -> Finding:
+def check_memory(facts: Facts, need: HostNeed | None, model_bytes: int | None = None) -> Finding:
     """Check that the host's ranks fit in its memory, and in the memory that is free now.
+
+    If only some of their experts fit, the others are read from the SSD, which is slower.
 
     Args:
         facts: facts of the host.
-        need_bytes: bytes of weights, caches and workspace of the host's ranks; None if unknown.
+        need: memory of weights, caches and workspace of the host's ranks; None if unknown.
         model_bytes: bytes of the weights of all ranks; None if unknown.
     """
-    if need_bytes is None:
+    if need is None:
         free = "unknown" if facts.free_bytes is None else format_gib(facts.free_bytes)
         message = f"{free} free; the model's needs are known after it has been looked up"
         return Finding(facts.host, "memory", "ok", message)
-    total, free, need = facts.memory_bytes, facts.free_bytes, format_gib(need_bytes)
+    total, free, needs = facts.memory_bytes, facts.free_bytes, f"needs {format_gib(need.memory_bytes)}"
     if total is None:
         return Finding(
-            facts.host, "memory", "warning", f"needs {need}; the memory of this machine is unknown", "run this again"
+            facts.host, "memory", "warning", f"{needs}; the memory of this machine is unknown", "run this again"
         )
-    if need_bytes > (usable := usable_bytes(total)):
-        message = f"needs {need}; this machine has {format_gib(total)}, of which {format_gib(usable)} are usable"
-        return Finding(
-            facts.host,
-            "memory",
-            "problem",
-            message,
-            _more_memory(total, model_bytes),
-        )
+    usable = usable_bytes(total)
     wired = "" if facts.wired_bytes is None else f" ({format_gib(facts.wired_bytes)} wired)"
-    if free is not None and need_bytes > free:
+    if need.memory_bytes > usable:
+        message = f"{_at_least(need)}; this machine has {format_gib(total)}, of which {format_gib(usable)} are usable"
+        remedy = _more_memory(total, model_bytes)
+        limit = usable
+    elif free is not None and need.memory_bytes > free:
+        message = f"{_at_least(need)}; {format_gib(free)} are free{wired}"
         remedy = (
             "quit programs that use much memory; if `Wired Memory` in Activity Monitor stays high, restart: "
             "a killed process may not have released its memory"
         )
-        return Finding(facts.host, "memory", "problem", f"needs {need}; {format_gib(free)} are free{wired}", remedy)
-    current = "" if free is None else f"; {format_gib(free)} are free{wired}"
-    return Finding(facts.host, "memory", "ok", f"needs {need}{current}")
+        limit = free
+    else:
+        current = "" if free is None else f"; {format_gib(free)} are free{wired}"
+        return Finding(facts.host, "memory", "ok", f"{needs}{current}")
+    kept = need.kept_share(limit if free is None else min(limit, free))
+    if kept is None:
+        return Finding(facts.host, "memory", "problem", message, remedy)
+    return Finding(facts.host, "memory", "warning", f"{message}: {_from_ssd(kept)}", f"for more speed: {remedy}")
 
 
-def check_wired_limit(facts: Facts, need_bytes: int | None, model_bytes: int | None = None) -> Finding:
+def check_wired_limit(facts: Facts, need: HostNeed | None, model_bytes: int | None = None) -> Finding:
     """Check that macOS lets the GPU wire what the host's ranks need. It only prints the command, and never runs it.
 
     Args:
         facts: facts of the host.
-        need_bytes: bytes of weights, caches and workspace of the host's ranks; None if unknown.
+        need: memory of weights, caches and workspace of the host's ranks; None if unknown.
         model_bytes: bytes of the weights of all ranks; None if unknown.
     """
     if not facts.is_mac:
         return Finding(facts.host, "wired limit", "ok", "not a Mac: no limit")
-    if need_bytes is None:
+    if need is None:
         return Finding(facts.host, "wired limit", "ok", "the model's needs are unknown")
     if facts.memory_bytes is None:
         return Finding(facts.host, "wired limit", "warning", "the memory of this machine is unknown", "run this again")
     set_mb = facts.wired_limit_mb
     limit = gpu_limit(facts.memory_bytes, None if set_mb is None else str(set_mb))
     origin = "set" if set_mb else "default, estimated"
-    numbers = f"needs {format_gib(need_bytes)}; the GPU limit is {format_gib(limit)} ({origin})"
-    if need_bytes <= limit:
+    numbers = f"needs {format_gib(need.memory_bytes)}; the GPU limit is {format_gib(limit)} ({origin})"
+    if need.memory_bytes <= limit:
         return Finding(facts.host, "wired limit", "ok", numbers)
-    limit_bytes = -(-need_bytes // GIB) * GIB
-    if limit_bytes > usable_bytes(facts.memory_bytes):
+    usable = usable_bytes(facts.memory_bytes)
+    limit_bytes = -(-need.memory_bytes // GIB) * GIB
+    kept = need.kept_share(limit)
+    if limit_bytes > usable and kept is not None:
+        if limit >= usable:
+            return Finding(facts.host, "wired limit", "ok", f"{numbers}: {_from_ssd(kept)}")
+        raised = need.kept_share(usable) or kept
+        remedy = f"for more speed: {_raise_limit(usable)}, which keeps {raised:.0%} of the experts in memory"
+        return Finding(facts.host, "wired limit", "warning", f"{numbers}: {_from_ssd(kept)}", remedy)
+    smallest_bytes = -(-need.smallest_bytes // GIB) * GIB
+    if limit_bytes > usable and smallest_bytes <= usable:
+        return Finding(facts.host, "wired limit", "problem", f"{numbers}; {_at_least(need)}", _raise_limit(usable))
+    if limit_bytes > usable:
         message = f"{numbers}; {format_gib(SYSTEM_BYTES)} are reserved for the system"
         return Finding(facts.host, "wired limit", "problem", message, _more_memory(facts.memory_bytes, model_bytes))
-    remedy = (
-        f"run on this host (lasts until its next restart): `sudo sysctl iogpu.wired_limit_mb={limit_bytes // 1024**2}`"
-    )
-    return Finding(facts.host, "wired limit", "problem", numbers, remedy)
+    if kept is None:
+        return Finding(facts.host, "wired limit", "problem", numbers, _raise_limit(limit_bytes))
+    remedy = f"for more speed: {_raise_limit(limit_bytes)}, which keeps all of them in memory"
+    return Finding(facts.host, "wired limit", "warning", f"{numbers}: {_from_ssd(kept)}", remedy)
+
+
+def _at_least(need: HostNeed) -> str:
+    """Return what a host needs, also with as few experts in memory as possible."""
+    text = f"needs {format_gib(need.memory_bytes)}"
+    if need.smallest_bytes < need.memory_bytes:
+        text += f", at least {format_gib(need.smallest_bytes)} with experts on the SSD"
+    return text
+
+
+def _from_ssd(kept: float) -> str:
+    return f"about {kept:.0%} of the experts stay in memory, the others are read from the SSD"
+
+
+def _raise_limit(limit_bytes: int) -> str:
+    command = f"sudo sysctl iogpu.wired_limit_mb={limit_bytes // 1024**2}"
+    return f"run on this host (lasts until its next restart): `{command}`"
 
 
 def _more_memory(memory_bytes: int, model_bytes: int | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kimi_mlx.cluster.hosts.facts import Facts
+from kimi_mlx.sizing.experts import RESERVE
 from kimi_mlx.sizing.hosts import with_overhead
 
 
@@ -26,10 +27,58 @@ class DiskSpace:
 
 @dataclass(frozen=True)
 class RankNeed:
-    """Memory of one rank: weights, and everything else (cache and workspace)."""
+    """Memory of one rank.
+
+    Args:
+        weights_bytes: all of its weights, in memory or on disk.
+        other_bytes: everything else: cache and workspace.
+        experts_bytes: part of the weights that may be read from the SSD instead; 0 if all must be in memory.
+        staging_bytes: memory that such experts need at least.
+        expert_bytes: size of one expert; 0 if unknown.
+        budget_bytes: memory for experts that the user has set; None for as much as there is.
+    """
 
     weights_bytes: int
     other_bytes: int
+    experts_bytes: int = 0
+    staging_bytes: int = 0
+    expert_bytes: int = 0
+    budget_bytes: int | None = None
+
+    @property
+    def host_need(self) -> HostNeed:
+        """What the rank needs of its host's memory."""
+        whole = self.weights_bytes + self.other_bytes
+        if self.budget_bytes is None:
+            return HostNeed(whole, self.experts_bytes, self.staging_bytes)
+        return HostNeed(whole - max(self.experts_bytes - self.budget_bytes, 0))
+
+
+@dataclass(frozen=True)
+class HostNeed:
+    """Memory that the ranks of a host need.
+
+    Args:
+        memory_bytes: with all experts in memory.
+        experts_bytes: part of it for experts that may be read from the SSD instead.
+        staging_bytes: memory that such experts need at least.
+    """
+
+    memory_bytes: int
+    experts_bytes: int = 0
+    staging_bytes: int = 0
+
+    @property
+    def smallest_bytes(self) -> int:
+        """Memory with as few experts in memory as possible."""
+        return self.memory_bytes - max(self.experts_bytes - self.staging_bytes, 0)
+
+    def kept_share(self, limit_bytes: int) -> float | None:
+        """Return the fraction of the experts that fit within a limit; None if not even the rest fits."""
+        if self.smallest_bytes > limit_bytes or not self.experts_bytes:
+            return None
+        left = (1 - RESERVE) * limit_bytes - (self.memory_bytes - self.experts_bytes)
+        return min(max((left - self.staging_bytes) / self.experts_bytes, 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -64,17 +113,27 @@ class ModelNeed:
     by_rank: Sequence[RankNeed] = ()
     draft_download_bytes: int = 0
 
-    def memory_bytes(self, facts: Facts, ranks: Sequence[int], world_size: int) -> int | None:
+    def memory(self, facts: Facts, ranks: Sequence[int], world_size: int) -> HostNeed | None:
         """Return the memory that a host's ranks need; None if unknown.
 
         With a chosen placement it is that of `kimi-mlx plan`; otherwise that of the stores, else of equal shares.
         """
         if self.by_rank:
-            return sum(self.by_rank[rank].weights_bytes + self.by_rank[rank].other_bytes for rank in ranks)
+            needs = [self.by_rank[rank].host_need for rank in ranks]
+            return HostNeed(
+                sum(need.memory_bytes for need in needs),
+                sum(need.experts_bytes for need in needs),
+                sum(need.staging_bytes for need in needs),
+            )
         weights = self._stored_bytes(facts, ranks, world_size)
         if weights is None:
             weights = self._share_bytes(ranks, world_size)
-        return None if weights is None else with_overhead(weights) + self.cache_bytes * len(ranks)
+        return None if weights is None else HostNeed(with_overhead(weights) + self.cache_bytes * len(ranks))
+
+    def memory_bytes(self, facts: Facts, ranks: Sequence[int], world_size: int) -> int | None:
+        """Return the memory that a host's ranks need with all experts in memory; None if unknown."""
+        need = self.memory(facts, ranks, world_size)
+        return None if need is None else need.memory_bytes
 
     def disk_bytes(self, facts: Facts, ranks: Sequence[int], world_size: int) -> int | None:
         """Return the bytes that a host has yet to store; None if unknown."""

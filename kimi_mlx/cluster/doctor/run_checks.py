@@ -118,7 +118,7 @@ def check_hosts(
 def _check_capacity(request: DoctorRequest, facts: Facts) -> list[Finding]:
     """Check that a host has the memory and the disk space that the model needs there."""
     ranks, world_size = request.ranks[facts.host], request.world_size
-    memory = request.need.memory_bytes(facts, ranks, world_size)
+    memory = request.need.memory(facts, ranks, world_size)
     return [
         check_memory(facts, memory, request.need.weights_bytes),
         *([check_wired_limit(facts, memory, request.need.weights_bytes)] if facts.is_mac else []),

@@ -117,6 +117,10 @@ class Ring:
             raise
         self._watch = RingWatch(self.world_size, self._limits, time.monotonic())
 
+    def allow_slow_steps(self) -> None:
+        """Use the timeouts of ranks that read experts from their SSDs, until the next start."""
+        self._watch.set_limits(self._limits.of_streaming)
+
     @property
     def pids(self) -> list[int]:
         """Process ids of the ranks, on their hosts."""

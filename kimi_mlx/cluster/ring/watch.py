@@ -6,7 +6,7 @@ Each second every rank reports its work, its step count, and when it last receiv
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kimi_mlx.cluster.channel.messages import HEARTBEAT_S
@@ -26,6 +26,12 @@ JOIN_S = 20.0
 TEST_S = 20.0
 """Timeout of the link test that follows."""
 
+STREAMED_STEP_S = 60.0
+"""Least timeout of a decode step if experts are read from the SSD: a token of K2 reads up to 12 GB."""
+
+STREAMED_STALL_S = 1800.0
+"""Least timeout of a chunk of a prompt then: it reads up to all experts."""
+
 
 @dataclass(frozen=True)
 class RingTimeouts:
@@ -40,6 +46,11 @@ class RingTimeouts:
     silence_s: float = 10.0
     step_s: float = 10.0
     stall_s: float = 300.0
+
+    @property
+    def of_streaming(self) -> RingTimeouts:
+        """Timeouts of ranks that read experts from their SSDs: a slow SSD is no failure."""
+        return replace(self, step_s=max(self.step_s, STREAMED_STEP_S), stall_s=max(self.stall_s, STREAMED_STALL_S))
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,10 @@ class RingWatch:
         self._links: list[Mapping[int, float]] = [{}] * size
         self._missed_from_front = [0.0] * size  # seconds without a message from the front, as reported by each rank
         self._last_step = self._last_check = self._awake = now
+
+    def set_limits(self, limits: RingTimeouts) -> None:
+        """Change the timeouts."""
+        self._limits = limits
 
     def on_message(self, rank: int, message: Mapping[str, Any], now: float) -> None:
         """Record a message of a rank."""

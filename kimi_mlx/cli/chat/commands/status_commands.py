@@ -139,9 +139,12 @@ def describe_plan(placement: Choice, prediction: Option | str | None, width: int
         lines.append(Text(f"no prediction: {prediction}", style="dim"))
     elif prediction is not None:
         decode, prefill = (format_rate(rate) for rate in (prediction.decode_tok_per_s, prediction.prefill_tok_per_s))
-        longest = prediction.longest_context
+        longest, experts = prediction.longest_context, prediction.experts
         context = f"context up to {longest:,} tokens" if longest else "but it does not fit"
         lines.append(Text(f"predicted: decode {decode}, prefill {prefill}, {context}"))
+        if experts is not None:
+            share = f"{experts.streaming.kept_share:.0%} of the experts in memory, the others on the SSD"
+            lines.append(Text(f"{share}; assumed hit rate {experts.hit_rate:.0%}"))
         memory = prediction.memory
     if not memory:
         return Group(*lines)

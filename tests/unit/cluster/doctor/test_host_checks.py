@@ -21,6 +21,7 @@ from kimi_mlx.cluster.doctor.host_checks import (
     check_wired_limit,
     clock_offset,
 )
+from kimi_mlx.cluster.doctor.memory_need import HostNeed
 from kimi_mlx.cluster.hosts.facts import Facts, HeldStore, Interpreter
 from kimi_mlx.cluster.hosts.findings import Finding, has_problem
 from kimi_mlx.cluster.hosts.ssh import ScriptResult
@@ -114,7 +115,7 @@ def test_chip() -> None:
     ],
 )
 def test_memory(facts: Facts, need_gib: int, state: str, text: str) -> None:
-    finding = check_memory(facts, need_gib * GIB)
+    finding = check_memory(facts, HostNeed(need_gib * GIB))
     assert finding.state == state
     assert text in finding.message
     assert (finding.remedy is None) == (state == "ok")
@@ -133,15 +134,15 @@ def test_memory(facts: Facts, need_gib: int, state: str, text: str) -> None:
     ],
 )
 def test_wired_limit_problem_gives_the_command(limit_mb: int | None, need: int, state: str, remedy: str | None) -> None:
-    finding = check_wired_limit(replace(MAC, wired_limit_mb=limit_mb), need)
+    finding = check_wired_limit(replace(MAC, wired_limit_mb=limit_mb), HostNeed(need))
     assert finding.state == state
     assert (remedy or "") in (finding.remedy or "")
     assert (finding.remedy is None) == (remedy is None)
 
 
 def test_wired_limit_applies_to_macs_only() -> None:
-    assert check_wired_limit(LINUX, 999 * GIB).state == "ok"
-    assert check_wired_limit(replace(MAC, memory_bytes=None), GIB).state == "warning"
+    assert check_wired_limit(LINUX, HostNeed(999 * GIB)).state == "ok"
+    assert check_wired_limit(replace(MAC, memory_bytes=None), HostNeed(GIB)).state == "warning"
 
 
 def test_disk() -> None:
@@ -360,6 +361,6 @@ def test_other_errors_are_not_explained() -> None:
 
 def test_hosts_are_suggested_only_if_they_help() -> None:
     small = replace(LINUX, memory_bytes=32 * GIB)
-    assert "add a host" in (check_memory(small, 100 * GIB, 100 * GIB).remedy or "")
-    assert "even 8 hosts like this one are too small" in (check_memory(small, 500 * GIB, 500 * GIB).remedy or "")
-    assert "even 8 hosts" in (check_wired_limit(replace(MAC, memory_bytes=32 * GIB), GIB * 99, GIB * 999).remedy or "")
+    assert "add a host" in (check_memory(small, HostNeed(100 * GIB), 100 * GIB).remedy or "")
+    assert "even 8 hosts like this one are too small" in (check_memory(small, HostNeed(500 * GIB), 500 * GIB).remedy or "")
+    assert "even 8 hosts" in (check_wired_limit(replace(MAC, memory_bytes=32 * GIB), HostNeed(99 * GIB), GIB * 999).remedy or "")
