@@ -27,6 +27,7 @@ def to_dict(diagnosis: Diagnosis, need: ModelNeed) -> dict[str, Any]:
         "network": None if diagnosis.network is None else asdict(diagnosis.network),
         "hostfile": None if hostfile is None else json.loads(to_json(hostfile)),
         "self_test": None if diagnosis.self_test is None else _self_test(diagnosis.self_test),
+        "ssds": {host: speed.to_dict() for host, speed in diagnosis.ssds.items()},
     }
 
 

@@ -16,6 +16,7 @@ from kimi_mlx.cli.host_options import HostOptions
 from kimi_mlx.cli.model_size import download_disk, draft_download_bytes, draft_shape, memory_requirement
 from kimi_mlx.cli.output import hides_messages, print_json, slow_status, stderr, stdout
 from kimi_mlx.cli.placement import choose_placement_on_hosts, with_placement
+from kimi_mlx.cli.ssd_check import with_ssds
 from kimi_mlx.cli.text_check import text_findings
 from kimi_mlx.cli.weights_check import weights_findings
 from kimi_mlx.cluster.doctor.doctor import Diagnosis, diagnose, with_model_need
@@ -96,6 +97,9 @@ def _diagnose(
     choice = choose_placement_on_hosts(diagnosis, request, None, draft)
     need = with_placement(request.need, choice, request.world_size, draft)
     diagnosis = with_model_need(diagnosis, replace(request, need=need), choice.strategy)
+    if not request.is_quick:
+        with slow_status(is_quiet) as set_status:
+            diagnosis = with_ssds(diagnosis, request, need, set_status)
     return replace(diagnosis, findings=(*diagnosis.findings, *file_findings)), need
 
 

@@ -6,7 +6,7 @@ Never imports MLX.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from kimi_mlx.cluster.doctor.payloads import all_payloads
 from kimi_mlx.cluster.doctor.run_checks import (
@@ -28,6 +28,7 @@ from kimi_mlx.cluster.network.choose import choose_network
 from kimi_mlx.cluster.network.links import Network
 from kimi_mlx.cluster.network.measure_networks import Link, measure_network
 from kimi_mlx.cluster.network.topology import choose_backend, read_topology
+from kimi_mlx.sizing.ssd import SsdSpeed
 
 DEAD_LINK_LIMIT_S = 3.0
 """Time limit per pair of hosts when looking for the link on which a self-test hung."""
@@ -51,6 +52,7 @@ class Diagnosis:
         backend: backend that the ranks would use.
         hostfile: hostfile for a launch; None if no network was chosen or given.
         self_test: result of the self-test; None if it was not run.
+        ssds: measured speeds of SSDs, by host.
     """
 
     hosts: tuple[str, ...]
@@ -61,6 +63,7 @@ class Diagnosis:
     backend: Backend = "ring"
     hostfile: Hostfile | None = None
     self_test: SelfTest | None = None
+    ssds: Mapping[str, SsdSpeed] = field(default_factory=dict[str, SsdSpeed])
 
     @property
     def has_problem(self) -> bool:

@@ -12,10 +12,14 @@ from kimi_mlx.cluster.hosts.machine import gpu_limit
 from kimi_mlx.cluster.hosts.ssh import ScriptResult
 from kimi_mlx.cluster.hosts.ssh_errors import explain_ssh
 from kimi_mlx.sizing.hosts import MAX_HOSTS, SYSTEM_BYTES, usable_bytes
-from kimi_mlx.units import GIB, format_bytes, format_gib, format_seconds
+from kimi_mlx.sizing.ssd import SsdSpeed
+from kimi_mlx.units import GB, GIB, format_bytes, format_gib, format_seconds
 
 CLOCK_LIMIT_S = 5.0
 """Clock difference from which logs are hard to compare and certificates may fail."""
+
+SLOW_SSD = 0.6
+"""Share of the usual rate below which an SSD is reported as slow."""
 
 INSTALL = "install the same version on all hosts: `kimi-mlx launch --hosts ... --install`"
 _FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
@@ -238,6 +242,32 @@ def check_cache_disk(host: str, folder: str, free_bytes: int | None, reserve_byt
     message += f", which leaves {format_bytes(reserve_bytes)} free for other uses: nothing new is stored"
     remedy = "free disk space, or use another disk: `--cache-dir /Volumes/...`"
     return Finding(host, "prompt cache", "warning", message, remedy)
+
+
+def check_ssd(host: str, speed: SsdSpeed | str, expected_bytes_per_s: float | None) -> Finding:
+    """Report the speed of a host's SSD, and warn if it is far below the expected one.
+
+    Args:
+        host: name of the host.
+        speed: measured speed, or why it was not measured.
+        expected_bytes_per_s: published rate of such a host; None if unknown.
+    """
+    if isinstance(speed, str):
+        return Finding(host, "SSD", "warning", f"not measured: {speed}", "run `kimi-mlx doctor` again")
+    by_depth = ", ".join(f"{depth}: {rate / GB:.2f}" for depth, rate in sorted(speed.bytes_per_s.items()))
+    best = speed.best_bytes_per_s
+    message = (
+        f"reads experts of {format_bytes(speed.block_bytes)} at {best / GB:.2f} GB/s "
+        f"(GB/s by reads in flight: {by_depth}) in `{speed.folder}`"
+    )
+    if expected_bytes_per_s is None or best >= SLOW_SSD * expected_bytes_per_s:
+        return Finding(host, "SSD", "ok", message)
+    message += f"; {expected_bytes_per_s / GB:.1f} GB/s are usual"
+    remedy = (
+        "if the model is on an external disk, move it to the internal one (`KIMI_MLX_STORES`); free space, and quit "
+        "programs that use the disk"
+    )
+    return Finding(host, "SSD", "warning", message, remedy)
 
 
 def clock_offset(facts: Facts, answer: ScriptResult) -> tuple[float, float] | None:
