@@ -36,10 +36,10 @@ def expectation_of(session: Session, deployment: ModelDeployment, config: ModelC
 def describe_expectation(expected: Expectation) -> str:
     """Return the expectation as a sentence for people."""
     text = (
-        f"{expected.kept_share:.0%} of the experts are in memory ({format_bytes(expected.kept_bytes)} of "
+        f"{100 * expected.kept_share:.0f} % of the experts are in memory ({format_bytes(expected.kept_bytes)} of "
         f"{format_bytes(expected.all_bytes)}), the others are read from the SSD"
     )
-    hits = f"assuming that they serve {expected.hit_rate:.0%} of the choices"
+    hits = f"assuming that they serve {100 * expected.hit_rate:.0f} % of the choices"
     if expected.decode_tok_per_s is None:
         text += f"; no speed is predicted for this machine, {hits}"
     else:

@@ -145,8 +145,8 @@ def footnotes(rows: Sequence[Row], machine: LocalMachine) -> list[str]:
         "GB: size of the download. GiB: memory on one host, with 8k tokens of context; the system needs "
         f"another {format_gib(SYSTEM_BYTES)}.",
         f"fits: whether the model fits on {_machine_text(machine)}, or the number of {_hosts(machine)} like it that "
-        f"it needs; no: even {MAX_HOSTS} are too few. ssd: it runs here with some experts on the SSD, which is slower "
-        "(`kimi-mlx plan MODEL`).",
+        f"it needs; no: even {MAX_HOSTS} are too few. * and ssd: it runs on this one with some "
+        "experts on the SSD, which is slower (`kimi-mlx plan MODEL`).",
     ]
     seeing = [row.entry.alias for row in rows if row.sees_images]
     lines.append(f"These models see images: {', '.join(seeing)}.")
@@ -200,7 +200,7 @@ def _fits(row: Row, machine: LocalMachine) -> str:
     if row.hosts_needed is None:
         return "ssd" if row.streams_here else "no"
     hosts = f"{row.hosts_needed} {_hosts(machine)}"
-    return "yes" if row.hosts_needed == 1 else f"ssd, {hosts}" if row.streams_here else hosts
+    return "yes" if row.hosts_needed == 1 else f"{hosts}*" if row.streams_here else hosts
 
 
 def _fits_text(row: Row, machine: LocalMachine) -> str:

@@ -176,8 +176,8 @@ ExpertMemoryOption = Annotated[
         "--expert-memory",
         metavar="auto|SIZE|all",
         callback=_check_expert_memory,
-        help="Memory per rank for routed experts, e.g. `40GB`, or `35%` of them; the others are read from the SSD when a "
-        "token needs them. `auto`: all if they fit, else as many as fit.",
+        help="Memory per rank for routed experts, e.g. `40GB`, or `35%` of them; the others are read from the SSD when "
+        "a token needs them. `auto`: all if they fit, else as many as fit.",
         rich_help_panel=MODEL,
     ),
 ]

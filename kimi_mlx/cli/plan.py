@@ -60,8 +60,8 @@ class HardwareOptions:
             "--ssd",
             min=0.1,
             metavar="GB/s",
-            help="Rate at which the SSD of each Mac reads experts that are not in memory. Default: as `kimi-mlx doctor` "
-            "measured it, else as published.",
+            help="Rate at which each Mac reads experts from its SSD. Default: as `kimi-mlx doctor` measured it, else "
+            "as published.",
             show_default=False,
             rich_help_panel=CLUSTER,
         ),

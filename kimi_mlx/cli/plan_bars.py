@@ -49,8 +49,16 @@ def time_bars(step: TimeBreakdown, *, has_products: bool = False) -> Iterator[st
 def memory_bar(memory: HostMemory) -> str:
     """Return the memory of a host as a line, from 0 to what its GPU can use with a raised limit, or to its need."""
     whole = max(memory.needed_bytes, memory.raised_gpu_bytes)
-    kept_bytes = min(round(memory.kept_share * memory.experts_bytes), memory.weights_bytes) if memory.kept_share < 1 else 0
-    parts = {"#": memory.weights_bytes - kept_bytes, "e": kept_bytes, "d": memory.draft_bytes, "c": memory.cache_bytes, "p": memory.workspace_bytes}
+    kept_bytes = (
+        min(round(memory.kept_share * memory.experts_bytes), memory.weights_bytes) if memory.kept_share < 1 else 0
+    )
+    parts = {
+        "#": memory.weights_bytes - kept_bytes,
+        "e": kept_bytes,
+        "d": memory.draft_bytes,
+        "c": memory.cache_bytes,
+        "p": memory.workspace_bytes,
+    }
     bar, total = "", 0
     for character, size in parts.items():
         total += size

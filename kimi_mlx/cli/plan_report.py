@@ -23,9 +23,7 @@ from kimi_mlx.units import GB, GIB, format_context, format_count, format_duratio
 COLUMNS = ("strategy", "hosts", "backend", "GiB/host", "fits", "context", "prefill", "decode")
 DRAFT_COLUMN = "drafts"
 """Column of the decode rate with a draft model."""
-EXPERTS_COLUMN = "experts"
-"""Column of the share of experts in memory, if some are read from the SSD."""
-RIGHT = {"hosts", "GiB/host", "context", "prefill", "decode", DRAFT_COLUMN, EXPERTS_COLUMN}
+RIGHT = {"hosts", "GiB/host", "context", "prefill", "decode", DRAFT_COLUMN}
 
 NOTEWORTHY = 0.1
 """Share of a token's time from which the report mentions faster fences."""
@@ -153,14 +151,14 @@ def _expert_lines(plan: Plan, choice: Option) -> Iterator[str]:
     rates = dict.fromkeys(f"{machine.ssd.bytes_per_s / GB:g} GB/s ({machine.ssd.source})" for machine in machines)
     each = "the SSD reads" if len(machines) == 1 else "each SSD reads its host's part, at"
     yield (
-        f"  {streaming.kept_share:.0%} of the experts are in memory ({format_gib(streaming.kept_bytes)} of "
-        f"{format_gib(streaming.all_bytes)}). A token reads {experts.token_read_bytes / GB:.2f} GB from the SSD: {each} "
-        f"{' and '.join(rates)}."
+        f"  {_percent(streaming.kept_share)} of the experts are in memory ({format_gib(streaming.kept_bytes)} of "
+        f"{format_gib(streaming.all_bytes)}). A token reads {experts.token_read_bytes / GB:.2f} GB from the SSD: "
+        f"{each} {' and '.join(rates)}."
     )
     yield (
-        f"  Assumed: {experts.hit_rate:.0%} of the chosen experts are in memory, because popularity follows Zipf's law "
-        f"with exponent {streaming.exponent:g}. If all were equally popular, {experts.uniform_hit_rate:.0%} and "
-        f"{experts.uniform_tok_per_s:.2g} tok/s (docs/streaming.md)."
+        f"  Assumed: {_percent(experts.hit_rate)} of the chosen experts are in memory, because popularity follows "
+        f"Zipf's law with exponent {streaming.exponent:g}. If all were equally popular: "
+        f"{_percent(experts.uniform_hit_rate)}, {experts.uniform_tok_per_s:.2g} tok/s (docs/streaming.md)."
     )
     yield (
         f"  A chunk of a prompt reads nearly all other experts once, whatever its length: chunks have up to "
@@ -168,7 +166,7 @@ def _expert_lines(plan: Plan, choice: Option) -> Iterator[str]:
     )
     if experts.raised_kept_share > 1.02 * streaming.kept_share:
         yield (
-            f"  With the GPU's limit raised: {experts.raised_kept_share:.0%} in memory, "
+            f"  With the GPU's limit raised: {_percent(experts.raised_kept_share)} in memory, "
             f"{experts.raised_tok_per_s:.3g} tok/s."
         )
 
@@ -207,8 +205,7 @@ def _memory_lines(memory: Sequence[HostMemory]) -> Iterator[str]:
 
 def _table(plan: Plan, shown: Sequence[Option]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    has_streamed = any(option.experts for option in shown)
-    for header in (*COLUMNS, *([DRAFT_COLUMN] if plan.draft else []), *([EXPERTS_COLUMN] if has_streamed else [])):
+    for header in (*COLUMNS, *([DRAFT_COLUMN] if plan.draft else [])):
         table.add_column(header, justify="right" if header in RIGHT else "left", no_wrap=True)
     for option in shown:
         longest = max(option.longest_context, option.longest_context_raised if option.fits == "raised" else 0)
@@ -217,12 +214,10 @@ def _table(plan: Plan, shown: Sequence[Option]) -> Table:
             str(len(option.hosts)),
             option.backend,
             f"{max(share.needed_bytes for share in option.memory) / GIB:.1f}",
-            option.fits,
+            _fits(option),
             format_context(longest) if longest else "-",
             *_speeds(option, has_drafts=plan.draft is not None),
         ]
-        if has_streamed:
-            cells.append(_kept(option))
         table.add_row(*cells, style="bold" if option is plan.choice else "dim" if option.fits == "no" else None)
     return table
 
@@ -235,11 +230,15 @@ def _speeds(option: Option, *, has_drafts: bool) -> list[str]:
     return ["-"] * len(rates) if option.fits == "no" else rates
 
 
-def _kept(option: Option) -> str:
-    """Return the share of experts in memory."""
-    if option.fits == "no":
-        return "-"
-    return "100 %" if option.experts is None else f"{100 * option.experts.streaming.kept_share:.0f} %"
+def _fits(option: Option) -> str:
+    """Return whether an option fits; with the share of experts in memory if some are read from the SSD."""
+    if option.fits != "ssd" or option.experts is None:
+        return option.fits
+    return f"ssd {_percent(option.experts.streaming.kept_share)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _decode_rate(tok_per_s: float) -> str:

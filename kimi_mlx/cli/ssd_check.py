@@ -80,4 +80,3 @@ def _expected(facts: Facts) -> float | None:
         return machine_of_host(facts.host, facts.chip, facts.memory_bytes, None).ssd.bytes_per_s
     except UsageError:
         return None
-

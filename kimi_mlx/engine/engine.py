@@ -65,7 +65,7 @@ class Engine:
         constrain: returns the constraint of a grammar, not compiled yet; None if grammars are not supported.
         cache_bytes: size of the KV caches on each rank; None for most of the free memory.
         blocks: the prompt cache on disk, if any.
-        streaming: limits if a rank reads experts from its SSD, the same on all ranks; None if all experts are in memory.
+        streaming: limits if a rank reads experts from its SSD, the same on all ranks; None if all are in memory.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Engine:
             num_draft_layers=int(draft_model is not None),
             sequences=None if streaming is None else streaming.sequences,
         )
-        # A chunk reads nearly all experts from the SSD, whatever its length: a shorter one beside decoding would not pay.
+        # A chunk reads nearly all experts from the SSD, whatever its length: shorter ones beside decoding do not pay.
         estimate = None
         if streaming is None:
             estimate = agreed_chunk_estimate(model, group, self._runner.pipeline is not None)

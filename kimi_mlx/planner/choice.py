@@ -85,7 +85,9 @@ def choose(
         return by_rule(shape, machines, link, plan.notes[0], draft)
     best = _best(options)
     others = [option for option in options if option.strategy != best.strategy and option.fits == best.fits]
-    return Choice(best.placement, _reason(best, best_of(others), link), memory_of(best.placement, shape, machines, draft))
+    return Choice(
+        best.placement, _reason(best, best_of(others), link), memory_of(best.placement, shape, machines, draft)
+    )
 
 
 def by_rule(
@@ -189,7 +191,10 @@ def _context(shape: ModelShape) -> int:
 
 
 def _best(options: Sequence[Option]) -> Option:
-    """Return the best option that fits now, else with raised limits, else with experts on the SSD, else the one that lacks the least memory."""
+    """Return the best option that fits: now, else with raised limits, else with experts on the SSD.
+
+    If none does, return the one that lacks the least memory.
+    """
     for fits in ("yes", "raised", "ssd"):
         if (best := best_of([option for option in options if option.fits == fits])) is not None:
             return best
@@ -202,5 +207,5 @@ def _reason(best: Option, other: Option | None, link: LinkProfile) -> str:
     if best.fits == "no":
         return f"{prediction}, but it does not fit"
     if best.experts is not None:
-        prediction += f" with {best.experts.streaming.kept_share:.0%} of the experts in memory"
+        prediction += f" with {100 * best.experts.streaming.kept_share:.0f} % of the experts in memory"
     return prediction if other is None else f"{prediction}, {other.strategy} {other.best_tok_per_s:.1f}"

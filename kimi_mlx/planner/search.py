@@ -23,7 +23,7 @@ from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 Shares = Literal["even", "by memory"]
 
 Fits = Literal["yes", "raised", "ssd", "no"]
-"""Whether an option fits: with the current limits, only with `iogpu.wired_limit_mb` raised, only with some experts read from
+"""Whether an option fits: with the current limits, only with `iogpu.wired_limit_mb` raised, only with some experts on
 the SSD, or not even then."""
 
 PROMPT_TOKENS, ANSWER_TOKENS = 2048, 512
@@ -309,9 +309,7 @@ def _option(setup: Setup, placement: str, context: int, expert_memory: ExpertMem
 def _streamed(setup: Setup, context: int, expert_memory: ExpertMemory, limit: Limit) -> Setup | None:
     """Return the setup with experts that are read from the SSD; None if all are in memory, or the rest does not fit."""
     draft = None if setup.draft is None else setup.draft.memory
-    streaming = plan_streaming(
-        setup.machines, setup.portions, setup.shape, context, expert_memory, draft, limit
-    )
+    streaming = plan_streaming(setup.machines, setup.portions, setup.shape, context, expert_memory, draft, limit)
     return None if streaming is None else replace(setup, streaming=streaming)
 
 
@@ -350,9 +348,7 @@ def _predict(setup: Setup, placement: str, context: int, experts: StreamedOption
         decode(setup, context),
         prefill(setup, PROMPT_TOKENS),
         prefill(setup, _first_prompt(setup.shape)).total_s,
-        max(
-            host.weights_bytes / machine.ssd.bytes_per_s for host, machine in zip(memory, setup.machines, strict=True)
-        ),
+        max(host.weights_bytes / machine.ssd.bytes_per_s for host, machine in zip(memory, setup.machines, strict=True)),
         decode_with_draft(setup, context),
         experts,
     )

@@ -1,4 +1,4 @@
-"""Experts that are read from the SSD: how many each rank keeps in memory, and from which rate the speed is predicted."""
+"""Experts that are read from the SSD: how many of them each rank keeps in memory, and how fast it reads the others."""
 
 from __future__ import annotations
 

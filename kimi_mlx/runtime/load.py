@@ -96,7 +96,7 @@ def load_share(
         group: ranks that share the model.
         progress: callback with the layers loaded and the number of layers.
         strategy: split of the model.
-        expert_memory: bytes for this rank's routed experts, the others are read from the SSD; None to keep all in memory.
+        expert_memory: bytes for this rank's routed experts, the others are read from the SSD; None keeps all in memory.
 
     Raises:
         KimiMlxError: files are missing or broken, or differ between the ranks.

@@ -16,10 +16,10 @@ Source: with it, 16 % of K2's experts get 57 % of the choices. The one published
 sizes (rustane, M4 Max 128 GB, docs/streaming.md) needs about 60 % at the rate of that SSD."""
 
 SYNC_S = 0.5e-3
-"""Time per layer in which the GPU waits until the host knows the chosen experts: 0.3 to 1 ms are published (docs/streaming.md)."""
+"""Time per layer in which the GPU waits until the host knows the chosen experts: 0.3 to 1 ms are published."""
 
 GUESSED_SHARE = 0.6
-"""Share of the missing experts that were guessed, so that their reads began a layer earlier: 50 to 78 % are published."""
+"""Share of the missing experts that were guessed, so that their reads began a layer earlier: published, 50 to 78 %."""
 
 MIN_GAIN_OF_DOUBLING = 1.25
 """Smallest ratio of the total speed with twice the sequences for which more sequences run at the same time."""

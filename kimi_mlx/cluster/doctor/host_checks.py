@@ -162,7 +162,7 @@ def check_wired_limit(facts: Facts, need: HostNeed | None, model_bytes: int | No
         if limit >= usable:
             return Finding(facts.host, "wired limit", "ok", f"{numbers}: {_from_ssd(kept)}")
         raised = need.kept_share(usable) or kept
-        remedy = f"for more speed: {_raise_limit(usable)}, which keeps {raised:.0%} of the experts in memory"
+        remedy = f"for more speed: {_raise_limit(usable)}, which keeps {100 * raised:.0f} % of the experts in memory"
         return Finding(facts.host, "wired limit", "warning", f"{numbers}: {_from_ssd(kept)}", remedy)
     smallest_bytes = -(-need.smallest_bytes // GIB) * GIB
     if limit_bytes > usable and smallest_bytes <= usable:
@@ -185,7 +185,7 @@ def _at_least(need: HostNeed) -> str:
 
 
 def _from_ssd(kept: float) -> str:
-    return f"about {kept:.0%} of the experts stay in memory, the others are read from the SSD"
+    return f"about {100 * kept:.0f} % of the experts stay in memory, the others are read from the SSD"
 
 
 def _raise_limit(limit_bytes: int) -> str:

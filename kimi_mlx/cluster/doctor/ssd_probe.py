@@ -1,7 +1,7 @@
 """The process that measures the SSD of a host, and prints one line of JSON: random reads of blocks of an expert's size.
 
-The page cache is passed by, as when experts are read. It reads files of the model if there are any, else a file of random
-bytes that it writes and removes.
+The page cache is passed by, as when experts are read. It reads files of the model if there are any, else a file of
+random bytes that it writes and removes.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from kimi_mlx.planner.machines import parse_machines
 from kimi_mlx.planner.model_shape import with_expert_bits
 from kimi_mlx.planner.needs import memory_per_host
 from kimi_mlx.planner.search import make_plan
+from kimi_mlx.sizing.expert_memory import ALL_EXPERTS
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.weights.conversion import open_conversion
 from kimi_mlx.weights.convert import convert
@@ -41,7 +42,8 @@ def test_models_plan_and_doctor_name_one_need(model: str, ranks: int) -> None:
     store = HeldStore(need.repository or "", "c", f"{choice.strategy}-{ranks}-a", 0, "f", 7)
     facts = Facts("mac", True, stores=(store,))  # the size on disk is not the need
     doctor = [need.memory_bytes(facts, [rank], ranks) for rank in range(ranks)]
-    options = make_plan(shape, parse_machines("m3-ultra-512x2"), [RDMA], CONTEXT_TOKENS).options
+    machines = parse_machines("m3-ultra-512x2")
+    options = make_plan(shape, machines, [RDMA], CONTEXT_TOKENS, expert_memory=ALL_EXPERTS).options
     strategy = "single" if ranks == 1 else "hybrid"
     (planned,) = (option for option in options if option.strategy == strategy)
     assert doctor == [host.needed_bytes for host in planned.memory]

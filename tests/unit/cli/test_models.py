@@ -81,9 +81,9 @@ def test_a_row_is_a_line_and_nothing_is_cut(width: int) -> None:
 @pytest.mark.parametrize(
     ("machine", "fits"),
     [
-        (STUDIO, "yes|yes|yes|2 Macs|2 Macs|2 Macs|2 Macs|2 Macs|2 Macs|no"),
-        (LAPTOP, "yes|yes|yes|no|no|no|no|no|no|no"),
-        (LocalMachine("x86_64", 400 * GIB, 400 * GIB, is_mac=False), "yes|yes|yes|2 hosts" + "|2 hosts" * 5 + "|no"),
+        (STUDIO, "yes|yes|yes" + 6 * "|2 Macs*" + "|no"),
+        (LAPTOP, "yes|yes|yes|ssd|ssd|no|no|no|no|no"),
+        (LocalMachine("x86_64", 400 * GIB, 400 * GIB, is_mac=False), "yes|yes|yes" + 6 * "|2 hosts*" + "|no"),
     ],
 )
 def test_fits_compares_with_the_machine(machine: LocalMachine, fits: str) -> None:
@@ -160,6 +160,7 @@ def test_json_has_all_fields() -> None:
     listed = json.loads(run("--json").stdout)
     names = {item.name for item in fields(CatalogueEntry)}
     computed = {"minimum_memory_bytes", "on_this_machine", "folder", "hosts_needed", "draft"}
+    computed |= {"streams_from_ssd", "smallest_memory_bytes"}
     for entry in listed:
         assert set(entry) == names | computed
     by_alias = {entry["alias"]: entry for entry in listed}

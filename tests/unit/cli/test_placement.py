@@ -21,6 +21,7 @@ from kimi_mlx.cluster.network.measure_networks import Link
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.calibration import Calibration, Times
 from kimi_mlx.planner.model_shape import ModelShape, known_shape
+from kimi_mlx.sizing.expert_memory import ALL_EXPERTS
 from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.units import GIB
 from tests.command import call
@@ -178,9 +179,12 @@ def test_memory_is_checked_for_the_chosen_placement() -> None:
     ]
     for strategy, states in (("pipeline:3:1", ["ok", "ok"]), ("pipeline", ["ok", "problem"])):
         choice = choose_placement_on_hosts(diagnosis, hosts, strategy)
-        need = with_placement(hosts.need, choice, 2)
+        need = with_placement(hosts.need, choice, 2, expert_memory=ALL_EXPERTS)
         after = with_model_need(diagnosis, replace(hosts, need=need), strategy)
         assert [finding.state for finding in after.findings if finding.check == "memory"] == states
+        streamed = with_model_need(diagnosis, replace(hosts, need=with_placement(hosts.need, choice, 2)), strategy)
+        states = {finding.state for finding in streamed.findings if finding.check in ("memory", "wired limit")}
+        assert "problem" not in states  # what does not fit is read from the SSD
         assert len(after.findings) == len(even)
 
 
@@ -190,7 +194,7 @@ def test_models_doctor_and_plan_count_the_same_memory() -> None:
     diagnosis = Diagnosis(("mac-a",), facts, ())
     need = with_placement(lone.need, choose_placement_on_hosts(diagnosis, lone, None), 1)
     (row,) = (row for row in json.loads(call("models", "--json").stdout) if row["alias"] == "kimi-k2")
-    plan = json.loads(call("plan", "kimi-k2", "--machines", "m3-ultra-512", "--json").stdout)
+    plan = json.loads(call("plan", "kimi-k2", "--machines", "m3-ultra-512", "--expert-memory", "all", "--json").stdout)
     planned = plan["options"][0]["memory"][0]["needed_bytes"]
     assert need.memory_bytes(facts["mac-a"], [0], 1) == row["minimum_memory_bytes"] == planned
 

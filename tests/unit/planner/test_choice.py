@@ -8,6 +8,7 @@ from kimi_mlx.planner.choice import SLOW_HOP_S, choose, memory_of
 from kimi_mlx.planner.links import RDMA, TCP, WIFI, LinkProfile, measured_link
 from kimi_mlx.planner.machines import any_machine, parse_machines
 from kimi_mlx.planner.model_shape import known_shape
+from kimi_mlx.sizing.expert_memory import ALL_EXPERTS
 from kimi_mlx.units import GIB
 
 K2 = known_shape("kimi-k2")
@@ -38,9 +39,15 @@ def test_unequal_macs_get_shares_by_memory() -> None:
 
 
 def test_a_model_that_does_not_fit_is_still_placed() -> None:
-    choice = choose(K2, parse_machines("m3-ultra-256x2"), RDMA)
+    choice = choose(K2, parse_machines("m3-ultra-256x2"), RDMA, expert_memory=ALL_EXPERTS)
     assert "does not fit" in choice.reason
     assert len(choice.memory) == 2
+
+
+def test_experts_on_the_ssd_are_part_of_the_reason() -> None:
+    choice = choose(K2, parse_machines("m3-ultra-256x2"), RDMA)
+    assert "with 63 % of the experts in memory" in choice.reason
+    assert choice.memory == memory_of(choice.strategy, K2, parse_machines("m3-ultra-256x2"))  # with all experts
 
 
 def test_unknown_hosts_use_the_rule() -> None:

@@ -21,6 +21,7 @@ from kimi_mlx.planner.model_shape import known_shape
 from kimi_mlx.planner.search import Plan, make_plan
 from kimi_mlx.planner.to_json import plan_to_dict
 from kimi_mlx.sizing.draft import draft_memory
+from kimi_mlx.sizing.expert_memory import ALL_EXPERTS
 from tests.drafts import PUBLISHED
 
 CONTEXT = 8192
@@ -28,7 +29,8 @@ CONTEXT = 8192
 
 def drafted_plan(tokens_per_step: float, machines: str = "m3-ultra-512x2") -> Plan:
     shape = known_shape("kimi-k2.6")
-    return make_plan(shape, parse_machines(machines), [RDMA, TCP], CONTEXT, draft=draft(tokens_per_step))
+    with_draft = draft(tokens_per_step)
+    return make_plan(shape, parse_machines(machines), [RDMA, TCP], CONTEXT, draft=with_draft, expert_memory=ALL_EXPERTS)
 
 
 def draft(tokens_per_step: float) -> DraftShape:
@@ -79,7 +81,7 @@ def test_a_step_pays_kernels_once_reads_more_experts_and_drafts() -> None:
 def test_nothing_is_drafted_where_it_would_lose() -> None:
     result = drafted_plan(1.0)
     assert all(option.drafted is None for option in result.options)
-    without = make_plan(result.shape, result.machines, [RDMA, TCP], CONTEXT)
+    without = make_plan(result.shape, result.machines, [RDMA, TCP], CONTEXT, expert_memory=ALL_EXPERTS)
     rates = [option.best_tok_per_s for option in result.options]
     assert rates == [option.decode_tok_per_s for option in without.options]
 
@@ -91,7 +93,7 @@ def test_more_acceptance_is_never_slower() -> None:
 
 def test_the_draft_model_is_in_the_memory_of_rank_0() -> None:
     result = drafted_plan(3.2)
-    without = make_plan(result.shape, result.machines, [RDMA, TCP], CONTEXT)
+    without = make_plan(result.shape, result.machines, [RDMA, TCP], CONTEXT, expert_memory=ALL_EXPERTS)
     key = lambda option: (option.placement, option.hosts, option.backend)  # noqa: E731
     others = {key(option): option for option in without.options}
     size = draft_memory(published_draft_config()).total_bytes(CONTEXT)
@@ -108,7 +110,9 @@ def test_shares_by_memory_leave_room_for_the_draft_model() -> None:
     machines = "m3-ultra-512,m4-max-128"
     shape = known_shape("kimi-k2")
     for with_draft in (None, draft(3.2)):
-        result = make_plan(shape, parse_machines(machines), [RDMA], CONTEXT, draft=with_draft)
+        result = make_plan(
+            shape, parse_machines(machines), [RDMA], CONTEXT, draft=with_draft, expert_memory=ALL_EXPERTS
+        )
         assert result.choice is not None
         free = [host.raised_gpu_bytes - host.needed_bytes for host in result.choice.memory]
         assert min(free) > 0

@@ -9,6 +9,7 @@ from kimi_mlx.planner.machines import parse_machines
 from kimi_mlx.planner.model_shape import known_shape
 from kimi_mlx.planner.needs import hosts_needed, memory_per_host
 from kimi_mlx.planner.search import make_plan
+from kimi_mlx.sizing.expert_memory import ALL_EXPERTS
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.units import GIB
 
@@ -35,7 +36,7 @@ def test_hosts_needed(alias: str, memory_gib: int, gpu_part: float, hosts: int |
 def test_the_memory_is_that_of_a_plan(alias: str) -> None:
     shape = known_shape(alias)
     context = min(CONTEXT_TOKENS, shape.context_tokens)
-    options = make_plan(shape, parse_machines("m3-ultra-512x2"), [TCP], context).options
+    options = make_plan(shape, parse_machines("m3-ultra-512x2"), [TCP], context, expert_memory=ALL_EXPERTS).options
     (single,) = (option for option in options if option.strategy == "single")
     (hybrid,) = (option for option in options if option.strategy == "hybrid")
     assert memory_per_host(shape) == single.memory[0].needed_bytes

@@ -10,12 +10,13 @@ from kimi_mlx.planner.model_shape import known_shape
 from kimi_mlx.planner.reasons import rejection_reason
 from kimi_mlx.planner.search import PIPELINE_MARGIN, STRATEGIES, Option, Plan, make_plan
 from kimi_mlx.planner.to_json import plan_to_dict
+from kimi_mlx.sizing.expert_memory import ALL_EXPERTS
 
 LINKS = [RDMA, TCP]
 
 
 def plan(model: str, machines: str, context: int = 8192) -> Plan:
-    return make_plan(known_shape(model), parse_machines(machines), LINKS, context)
+    return make_plan(known_shape(model), parse_machines(machines), LINKS, context, expert_memory=ALL_EXPERTS)
 
 
 def option_of(result: Plan, strategy: str, hosts: int, shares: str = "even") -> Option:
@@ -128,6 +129,8 @@ def test_json_fields() -> None:
         "cost",
         "first_token_prompt",
         "draft",
+        "expert_memory",
+        "streaming",
     ]
     option = value["options"][value["choice"]]
     assert list(option) == [
@@ -148,7 +151,9 @@ def test_json_fields() -> None:
         "first_token_s",
         "load_s",
         "drafted",
+        "experts",
     ]
-    seconds = ["tok_per_s", "read_s", "compute_s", "kernels_s", "fences_s", "link_s", "draft_s", "total_s"]
+    seconds = ["tok_per_s", "read_s", "compute_s", "kernels_s", "fences_s", "link_s", "draft_s"]
+    seconds += ["ssd_s", "syncs_s", "total_s"]
     assert list(option["decode"]) == list(option["prefill"]) == seconds
     assert option["rejection_reason"] is None

@@ -143,8 +143,8 @@ def describe_plan(placement: Choice, prediction: Option | str | None, width: int
         context = f"context up to {longest:,} tokens" if longest else "but it does not fit"
         lines.append(Text(f"predicted: decode {decode}, prefill {prefill}, {context}"))
         if experts is not None:
-            share = f"{experts.streaming.kept_share:.0%} of the experts in memory, the others on the SSD"
-            lines.append(Text(f"{share}; assumed hit rate {experts.hit_rate:.0%}"))
+            share = f"{100 * experts.streaming.kept_share:.0f} % of the experts in memory, the others on the SSD"
+            lines.append(Text(f"{share}; assumed hit rate {100 * experts.hit_rate:.0f} %"))
         memory = prediction.memory
     if not memory:
         return Group(*lines)

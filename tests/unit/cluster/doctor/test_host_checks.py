@@ -362,5 +362,9 @@ def test_other_errors_are_not_explained() -> None:
 def test_hosts_are_suggested_only_if_they_help() -> None:
     small = replace(LINUX, memory_bytes=32 * GIB)
     assert "add a host" in (check_memory(small, HostNeed(100 * GIB), 100 * GIB).remedy or "")
-    assert "even 8 hosts like this one are too small" in (check_memory(small, HostNeed(500 * GIB), 500 * GIB).remedy or "")
-    assert "even 8 hosts" in (check_wired_limit(replace(MAC, memory_bytes=32 * GIB), HostNeed(99 * GIB), GIB * 999).remedy or "")
+    assert "even 8 hosts like this one are too small" in (
+        check_memory(small, HostNeed(500 * GIB), 500 * GIB).remedy or ""
+    )
+    assert "even 8 hosts" in (
+        check_wired_limit(replace(MAC, memory_bytes=32 * GIB), HostNeed(99 * GIB), GIB * 999).remedy or ""
+    )
