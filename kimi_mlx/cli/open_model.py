@@ -194,7 +194,7 @@ def session_options(run: RunOptions, disk: DiskCacheOptions | None = None) -> Se
 
 
 def open_session(model: PreparedModel, options: SessionOptions, ranks: int, is_quiet: bool) -> OpenedModel:
-    """Load a model behind a progress bar, and print how many of its experts are in memory if not all are.
+    """Load a model behind a progress bar. If some of its experts are on the SSD, print the number in memory.
 
     Args:
         model: the model, from prepare_model().

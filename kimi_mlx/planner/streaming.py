@@ -1,4 +1,4 @@
-"""Experts that are read from the SSD: how many of them each rank keeps in memory, and how fast it reads the others."""
+"""Experts that are read from the SSD: the share that each rank keeps in memory, and the rate of its SSD."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, UsageError
 from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.sizing.expert_memory import AUTO, ExpertMemory
-from kimi_mlx.sizing.experts import ExpertBudget
 
 if TYPE_CHECKING:
     from kimi_mlx.engine.prompt_cache.usage import CacheUsage
+    from kimi_mlx.sizing.experts import ExpertBudget
 
 LoadProgress = Callable[[int, int], None]
 """Callback with the number of layers loaded and the number of layers."""
