@@ -109,6 +109,16 @@ class ServerOptions:
         int,
         typer.Option("--max-body", min=1, metavar="MB", help="Maximum request body.", rich_help_panel=SERVER),
     ] = 64
+    keep_responses: Annotated[
+        int,
+        typer.Option(
+            "--keep-responses",
+            min=0,
+            metavar="N",
+            help="Maximum number of responses in memory, for `previous_response_id` of the Responses API; 0: none.",
+            rich_help_panel=SERVER,
+        ),
+    ] = 256
     allow_image_urls: Annotated[
         list[str] | None,
         typer.Option(
@@ -151,6 +161,7 @@ class ServerOptions:
             self.max_body * MB,
             image_hosts,
             self.log_prompts,
+            keep_responses=self.keep_responses,
             has_page=not self.no_page,
             starts_worker=True,
         )

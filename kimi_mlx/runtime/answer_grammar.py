@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kimi_mlx.text.grammar import build_grammar, detect_thinking
@@ -19,6 +19,7 @@ class AnswerFormat:
         tool_choice: `auto`, `none`, `required`, or `{"name": ...}` of the tool that must be called.
         parallel_tool_calls: whether one answer may call several tools.
         response_schema: JSON schema of the answer; True for any JSON object, None for any text.
+        input_rules: bodies of grammar rules for the calls of tools whose input is free text, by the name of the tool.
         response_rule: body of a grammar rule that the answer matches, instead of a schema (kimi_mlx.text.answer_rules).
         response_schema_name: location of the schema or the rule, for error messages.
     """
@@ -27,6 +28,7 @@ class AnswerFormat:
     tool_choice: str | Mapping[str, str] = "auto"
     parallel_tool_calls: bool = True
     response_schema: Mapping[str, Any] | bool | None = None
+    input_rules: Mapping[str, str] = field(default_factory=dict[str, str])
     response_rule: str | None = None
     response_schema_name: str = "response_format"
 

@@ -24,12 +24,13 @@ from kimi_mlx.server.http.limits import BodyLimitMiddleware
 from kimi_mlx.server.http.security import AuthMiddleware, Security
 from kimi_mlx.server.http.sse import STREAM_HEADERS
 from kimi_mlx.server.openai.response_fields import openai_error
+from kimi_mlx.server.openai.responses_routes import responses_routes
 from kimi_mlx.server.openai.routes import openai_routes
 from kimi_mlx.server.openapi import openapi_document
 from kimi_mlx.server.page.routes import RENDER_PATH, PageHeaders, page_routes
 from kimi_mlx.server.status_feed import StatusFeed
 
-APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes, anthropic_routes)
+APIS: Sequence[Callable[[Context], list[Route]]] = (openai_routes, responses_routes, anthropic_routes)
 
 EVENTS_PATH = "/v1/cluster/events"
 """Path of the status as a stream. Pages open it whenever they become visible, so successful requests are not logged."""
@@ -61,7 +62,7 @@ def build_app(
         has_page: whether the web page is served.
     """
     routes = [route for api in APIS for route in api(context)] + _status_routes(context)
-    paths = [route.path_format for route in routes]
+    paths = list(dict.fromkeys(route.path_format for route in routes))
     page = page_routes() if has_page else []
     app: ASGIApp = BodyLimitMiddleware(Router([*routes, *page], redirect_slashes=False), max_body_bytes)
     public_paths = {"/health", *(route.path for route in page if route.path != RENDER_PATH)}
@@ -72,7 +73,7 @@ def build_app(
         app = CorsMiddleware(
             app,
             allow_origins=list(security.origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["request-id", "x-request-id", "retry-after"],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -16,6 +17,8 @@ from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.tokenize import DetokenizeBody, TokenizeBody
 from kimi_mlx.version import __version__
 
+PATH_PARAMETER = re.compile(r"\{(\w+)\}")
+
 SCHEMA_REF = "#/components/schemas/{model}"
 """Form of references to schemas."""
 
@@ -24,6 +27,8 @@ POST_PATHS: dict[str, tuple[type[Body], str]] = {
     "/v1/chat/completions/input_tokens": (ChatBody, "Count the tokens of a conversation's prompt"),
     "/v1/completions": (CompletionBody, "Continue plain text"),
     "/v1/responses": (ResponsesBody, "Answer a conversation of the Responses API"),
+    "/v1/responses/input_tokens": (ResponsesBody, "Count the tokens of the prompt of a response"),
+    "/v1/responses/compact": (ResponsesBody, "Summarize a conversation of the Responses API"),
     "/v1/messages": (MessagesBody, "Answer a conversation of Anthropic's Messages API"),
     "/v1/messages/count_tokens": (CountBody, "Count the tokens of a conversation"),
     "/tokenize": (TokenizeBody, "Return the token ids of a text, or of the prompt of a conversation"),
@@ -31,10 +36,18 @@ POST_PATHS: dict[str, tuple[type[Body], str]] = {
 }
 """POST paths, each with the model of its body and a summary."""
 
+CANCEL_PATH = "/v1/responses/{id}/cancel"
+"""POST path without a body."""
+
+DELETE_PATHS = {"/v1/responses/{id}": "Drop a response that is kept in memory"}
+"""DELETE paths, each with a summary."""
+
 GET_PATHS = {
     "/v1/models": "The model",
     "/v1/models/{name}": "The model, under any of its names",
     "/tokenizer_info": "Configuration of the tokenizer, with the chat template",
+    "/v1/responses/{id}": "A response that is running or kept in memory",
+    "/v1/responses/{id}/input_items": "The items from which a response was generated",
     "/v1/cluster": "Status of the model: ranks, memory, queue, answers in progress, restarts",
     "/v1/cluster/events": "The same status as server-sent events, whenever it changes",
     "/health": "Health of the server",
@@ -73,6 +86,9 @@ def openapi_document(model_info: ModelInfo) -> dict[str, Any]:
         path: {"post": _post(title, names[body, "validation"]["$ref"])} for path, (body, title) in POST_PATHS.items()
     }
     gets = {path: {"get": _get(path, title)} for path, title in GET_PATHS.items()}
+    for path, title in DELETE_PATHS.items():
+        gets[path]["delete"] = _get(path, title)
+    posts[CANCEL_PATH] = {"post": _get(CANCEL_PATH, "End the answer of a response that is running")}
     return {
         "openapi": "3.1.0",
         "info": {"title": "kimi-mlx", "version": __version__, "description": _description(model_info)},
@@ -109,8 +125,10 @@ def _get(path: str, title: str) -> dict[str, Any]:
         operation["responses"]["200"]["content"] = {
             "application/json": {"schema": {"$ref": SCHEMA_REF.format(model="ClusterStatus")}}
         }
-    if "{name}" in path:
-        operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+    names = PATH_PARAMETER.findall(path)
+    operation["parameters"] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+    ]
     if path == "/health":
         content = {"application/json": {"schema": {"type": "object"}}}
         operation["responses"]["503"] = {"description": "The server cannot answer, with the reason", "content": content}

@@ -69,6 +69,7 @@ class PreparedRequest:
         stop: texts that end an answer.
         call_ids: tool call ids of the conversation; None if the answer is plain text.
         tool_names: names of the tools that the model may call.
+        free_text_tools: names of those tools whose arguments are any text instead of JSON.
         return_progress: whether the events of the answers include ProgressEvents.
         place: location of the prompt in the body, for error messages.
     """
@@ -78,6 +79,7 @@ class PreparedRequest:
     stop: tuple[str, ...]
     call_ids: CallIds | None = None
     tool_names: tuple[str, ...] = ()
+    free_text_tools: tuple[str, ...] = ()
     return_progress: bool = False
     place: str = "messages"
 
@@ -85,7 +87,8 @@ class PreparedRequest:
         """Return a reader for the tokens of one answer."""
         if self.call_ids is None:
             return PlainReader(tokenizer)
-        parser = OutputParser(tokenizer, opens_reasoning(tokenizer, self.request.prompt), self.tool_names)
+        starts_in_reasoning = opens_reasoning(tokenizer, self.request.prompt)
+        parser = OutputParser(tokenizer, starts_in_reasoning, self.tool_names, self.free_text_tools)
         return ChatReader(parser, self.call_ids.allocator())
 
 
@@ -134,11 +137,11 @@ class PromptBuilder:
         limit = self.tokenizer.max_tokens if request.max_tokens is None else request.max_tokens
         if remaining < (0 if limit == 0 else 1):
             raise self._too_long(request, len(prompt), is_exact=True)
-        grammar, tool_names = None, ()
+        grammar, tool_names, free_text_tools = None, (), ()
         if isinstance(request, ChatRequest) and ids is not None:
             special_tokens = self.tokenizer.tokenizer.special_tokens
             grammar = request_grammar(request, special_tokens, prompt, len(ids.client_ids))
-            tool_names = names_of(request.tools)
+            tool_names, free_text_tools = names_of(request.tools), tuple(request.input_rules)
         if request.max_tokens is not None and request.min_tokens > request.max_tokens:
             limits = f"`min_tokens` is {request.min_tokens}, but must be at most `max_tokens`, {request.max_tokens}"
             raise ApiError(400, limits, "invalid_value", "min_tokens")
@@ -157,7 +160,9 @@ class PromptBuilder:
             prompt_logprobs=request.prompt_logprobs if isinstance(request, CompletionRequest) else None,
         )
         place, progress = _place(request), request.return_progress
-        return PreparedRequest(engine_request, request.n, request.stop, ids, tool_names, progress, place)
+        return PreparedRequest(
+            engine_request, request.n, request.stop, ids, tool_names, free_text_tools, progress, place
+        )
 
     def count_tokens(self, request: ChatRequest) -> int:
         """Return the number of tokens of the prompt, even if it exceeds the context.

@@ -47,6 +47,7 @@ class ServingOptions:
         image_hosts: hosts from which images are fetched, from `normalize_host`.
         log_prompts: whether request bodies are logged.
         has_page: whether the web page is served at `/`.
+        keep_responses: maximum number of responses of the Responses API that are kept in memory.
         starts_worker: whether a worker process for long requests is started with the server, before one is needed.
     """
 
@@ -57,6 +58,7 @@ class ServingOptions:
     image_hosts: tuple[str, ...] = ()
     log_prompts: bool = False
     has_page: bool = True
+    keep_responses: int = 256
     starts_worker: bool = False
 
 
@@ -94,7 +96,7 @@ class Server(uvicorn.Server):
         fetcher = ImageFetcher(options.image_hosts, options.max_body_bytes)
         self.service = Service(session, prompt_builder, options.max_queue, Metrics(), fetcher, options.max_wait_s)
         app = build_app(
-            Context(self.service, model_info, deployment),
+            Context(self.service, model_info, deployment, options.keep_responses),
             options.security,
             options.max_body_bytes,
             log_prompts=options.log_prompts,

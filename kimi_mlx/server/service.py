@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 
@@ -38,6 +38,28 @@ KEEP_ALIVE_INTERVAL_S = 5.0
 
 MAX_WAIT_S = 600.0
 """Longest time that an answer waits for the engine, unless the server has another limit."""
+
+
+class AnswerHandle:
+    """Ends the answers to one request from outside of the task that receives them, in the event loop."""
+
+    def __init__(self) -> None:
+        self._cancel: Callable[[ApiError], None] | None = None
+        self._error: ApiError | None = None
+
+    def stop(self, error: ApiError) -> None:
+        """End the answers, also those that have not begun yet; their receiver gets the first error."""
+        if self._error is not None:
+            return
+        self._error = error
+        if self._cancel is not None:
+            self._cancel(error)
+
+    def attach(self, cancel: Callable[[ApiError], None]) -> None:
+        """Set the function that ends the answers, once they have begun."""
+        self._cancel = cancel
+        if self._error is not None:
+            cancel(self._error)
 
 
 class Service:
@@ -111,7 +133,9 @@ class Service:
                 urls = error.urls
             return await self._preparation.run(work, body, await self.image_fetcher.fetch(urls))
 
-    async def answer(self, *requests: PreparedRequest, client: str = "") -> AsyncGenerator[AnswerEvent, None]:
+    async def answer(
+        self, *requests: PreparedRequest, client: str = "", handle: AnswerHandle | None = None
+    ) -> AsyncGenerator[AnswerEvent, None]:
         """Yield the events of all answers. Closing the generator, or cancelling its task, cancels the answers.
 
         Answers are numbered over all requests: first those to the first request, then those to the next.
@@ -119,6 +143,7 @@ class Service:
         Args:
             requests: requests, each for one or several answers.
             client: client that sent them; waiting requests of different clients take turns.
+            handle: handle that ends the answers from outside.
 
         Raises:
             ApiError: the requests cannot be served, or an answer failed; raised before the first event if possible.
@@ -131,6 +156,8 @@ class Service:
             return_progress = any(request.return_progress for request in requests)
             active = _ActiveRequest(self, slots, self._new_builders(requests), return_progress)
             self._active[active] = None
+            if handle is not None:
+                handle.attach(active.cancel)
             answers = (
                 request_for_choice(request.request, at, client) for request in requests for at in range(request.n)
             )
@@ -256,6 +283,16 @@ class _ActiveRequest:
         """End all answers because the server is shutting down."""
         for index in list(self._open):
             self._queue.put(index, shutting_down())
+
+    def cancel(self, error: ApiError) -> None:
+        """End all answers with an error, and free the engine."""
+        with self._lock:
+            request_ids = dict(self._request_ids)
+        for index in list(self._open):
+            self._queue.put(index, error)
+            if index in request_ids:  # others are cancelled once they are submitted
+                self._service.cancel(request_ids[index])
+            self._metrics.cancelled.inc()
 
     async def events(self) -> AsyncGenerator[AnswerEvent, None]:
         """Yield events until all answers have ended."""

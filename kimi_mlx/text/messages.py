@@ -22,7 +22,7 @@ class ToolCall:
     Args:
         id: id as the model wrote it, usually `functions.NAME:INDEX`; a tool result refers to it.
         name: name of the tool.
-        arguments: arguments as the model wrote them, the JSON text of an object.
+        arguments: arguments as the model wrote them: the JSON text of an object, or the text of a free-text tool.
     """
 
     id: str

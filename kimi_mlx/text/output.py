@@ -62,9 +62,16 @@ class OutputParser:
         tokenizer: tokenizer of the model.
         starts_in_reasoning: True if the prompt ends in `<think>`.
         tool_names: names of the tools that the model may call, to correct inexact ids.
+        free_text_tools: names of those tools whose arguments are any text instead of JSON.
     """
 
-    def __init__(self, tokenizer: Tokenizer, starts_in_reasoning: bool, tool_names: Collection[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        starts_in_reasoning: bool,
+        tool_names: Collection[str] = (),
+        free_text_tools: Collection[str] = (),
+    ):
         self._tokenizer = tokenizer
         self._decoder = tokenizer.detokenizer()
         self._markers = {token_id: text for text, token_id in tokenizer.special_tokens.items()}
@@ -72,9 +79,12 @@ class OutputParser:
         self._held = ""  # text that may become a misspelled marker
         self._call_id: list[str] = []
         self._arguments: list[str] = []
-        self._is_object: bool | None = None  # whether the arguments begin with `{`; None while they are blank
+        self._is_object: bool | None = (
+            None  # whether the arguments begin with `{` or are text; None while they are blank
+        )
         self._num_emitted = 0  # parts of the arguments that are in deltas
         self._tool_names = frozenset(tool_names)
+        self._free_text_tools = frozenset(free_text_tools)
         self._index: int | None = None  # of the open call, once its name is known
         self._num_named_calls = 0
         self._new_text = ""
@@ -191,6 +201,7 @@ class OutputParser:
         if name:
             self._index = self._num_named_calls
             self._num_named_calls += 1
+            self._is_object = True if name in self._free_text_tools else None
             self._new_call_deltas.append(ToolCallDelta(self._index, call_id, name))
 
     def _begin_call_without_marker(self) -> None:
@@ -227,7 +238,8 @@ class OutputParser:
                 arguments = arguments if is_truncated else normalize_arguments(arguments)
                 self._emit_arguments(arguments)
         call_id = "".join(self._call_id)
-        self._new_calls.append(parse_tool_call(call_id, arguments, is_cut_off, self._index, self._tool_names))
+        call = parse_tool_call(call_id, arguments, is_cut_off, self._index, self._tool_names, self._free_text_tools)
+        self._new_calls.append(call)
         self._call_id, self._arguments, self._index = [], [], None
         self._is_object, self._num_emitted = None, 0
         self._state = State.SECTION

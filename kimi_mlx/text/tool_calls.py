@@ -89,6 +89,7 @@ def parse_tool_call(
     is_cut_off: bool = False,
     index: int | None = None,
     tool_names: Collection[str] = (),
+    free_text_tools: Collection[str] = (),
 ) -> ToolCall | UnparsedToolCall:
     """Return the call, or an UnparsedToolCall with the reason why it is not a call. Never raises.
 
@@ -98,6 +99,7 @@ def parse_tool_call(
         is_cut_off: True if the answer ended, or another call began, before this call was closed.
         index: index of its ToolCallDeltas.
         tool_names: names of the tools that the model may call.
+        free_text_tools: names of those tools whose arguments are any text instead of JSON.
     """
     raw = call_id if arguments is None else call_id + ARGUMENT_BEGIN + arguments
     ending = "the call is not closed: " if is_cut_off else ""
@@ -106,9 +108,9 @@ def parse_tool_call(
         return UnparsedToolCall(raw, f"{ending}no arguments", index)
     if not name:
         return UnparsedToolCall(raw, f"{ending}no tool name", index)
-    problem = _problem(arguments)
-    if problem:
-        return UnparsedToolCall(raw, ending + problem, index)
+    problem = None if name in free_text_tools else _problem(arguments)
+    if problem or (is_cut_off and name in free_text_tools):
+        return UnparsedToolCall(raw, ending + (problem or "its text may be incomplete"), index)
     return ToolCall(call_id.strip(), name, arguments)
 
 

@@ -121,8 +121,6 @@ def test_errors(client: openai.OpenAI):
     with pytest.raises(openai.BadRequestError, match="send the whole conversation") as error:
         client.responses.create(model="kimi-mini", input=SUM, previous_response_id="resp_1")
     assert error.value.param == "previous_response_id"
-    with pytest.raises(openai.BadRequestError, match="`web_search` are not supported"):
-        client.responses.create(model="kimi-mini", input=SUM, tools=[{"type": "web_search"}])
     with pytest.raises(openai.BadRequestError, match="max_output_tokens") as error:
         client.responses.create(model="kimi-mini", input=SUM, max_output_tokens=0)
     assert error.value.code == "invalid_value"

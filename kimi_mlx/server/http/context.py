@@ -32,14 +32,23 @@ class Context:
         service: service that answers requests.
         model_info: names and properties of the model.
         deployment: the model and its hosts.
+        keep_responses: maximum number of responses of the Responses API that are kept in memory.
     """
 
     service: Service
     model_info: ModelInfo
     deployment: ModelDeployment
+    keep_responses: int = 0
 
-    async def prepare(self, request: Request, work: Work[Result]) -> Result:
+    async def prepare(
+        self, request: Request, work: Work[Result], extend: Callable[[bytes], bytes] = lambda body: body
+    ) -> Result:
         """Read and record the body of a request, and prepare it.
+
+        Args:
+            request: request.
+            work: function that prepares it.
+            extend: function that returns the body to prepare for the one that was sent.
 
         Raises:
             ApiError: the body is invalid, or the server is shutting down.
@@ -49,7 +58,7 @@ class Context:
             body = await request.body()
             record: RequestRecord = request.scope[RECORD_KEY]
             record.body = body
-            return await while_connected(request.receive, self.service.prepare(work, body))
+            return await while_connected(request.receive, self.service.prepare(work, extend(body)))
 
     async def answer(self, request: Request, read: ReadCall) -> Response:
         """Return the response to a request that the model answers.

@@ -18,6 +18,9 @@ from kimi_mlx.server.errors import ApiError
 CLIENT_KEY = "kimi_mlx.client"
 """Key of a scope's client: the number of its API key if the server has keys, else its address. Clients take turns."""
 
+API_KEY = "kimi_mlx.api_key"
+"""Key of a scope's index of the API key; None if the server has no keys, or the path needs none."""
+
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -117,10 +120,11 @@ class AuthMiddleware:
         self._security.check_host(headers.get("host"))
         self._security.check_origin(headers.get("origin"), headers.get("host"))
         client = (scope.get("client") or ("",))[0]
+        key = None
         if scope["path"] not in self._public_paths:
             key = self._security.check_key(headers)
             client = client if key is None else f"key {key}"
-        scope[CLIENT_KEY] = client
+        scope[CLIENT_KEY], scope[API_KEY] = client, key
         await self._app(scope, receive, send)
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.openai.media_parts import MediaFields
+from kimi_mlx.server.other_fields import CheckedBody
 from kimi_mlx.server.request_fields import (
     UNSUPPORTED,
     AlternativeCount,
@@ -21,8 +22,13 @@ from kimi_mlx.server.request_fields import (
     text_shorthand,
     type_discriminator,
 )
+from kimi_mlx.server.thinking_options import Effort
 
-ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+
+class OpenBody(Body):
+    """A part of a body that also keeps the fields that are not listed, for responses that repeat it."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 class ItemPart(MediaFields):
@@ -52,34 +58,75 @@ class FunctionCallItem(Body):
     type: Literal["function_call"]
     call_id: str
     name: str
+    namespace: str | None = None
     arguments: Arguments = None
 
 
-class FunctionCallOutputItem(Body):
+class CustomToolCallItem(Body):
+    """A call of a tool with free text as its input."""
+
+    type: Literal["custom_tool_call"]
+    call_id: str
+    name: str
+    namespace: str | None = None
+    input: str
+
+
+class CallOutputItem(Body):
     """The result of a tool call."""
 
-    type: Literal["function_call_output"]
+    type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: str
     output: Parts
 
 
 class ReasoningItem(Body):
-    """Reasoning of the model: its content, or else its summary."""
+    """Reasoning of the model: what the server has sealed, or else its content, or else its summary."""
 
     type: Literal["reasoning"]
     content: ListOf[ItemPart] | None = None
     summary: ListOf[ItemPart] | None = None
+    encrypted_content: str | None = None
 
 
-class UnsupportedItem(Body):
-    """An item of an unsupported type."""
+class CompactionItem(Body):
+    """A summary of the conversation before it, from POST /v1/responses/compact."""
+
+    type: Literal["compaction", "compaction_summary"]
+    encrypted_content: str
+
+
+class ItemReference(Body):
+    """A reference to an item of a stored response."""
+
+    type: Literal["item_reference"] | None = None
+    id: str
+
+
+class OtherItem(OpenBody):
+    """An item of another type: calls and results of typed tools, and of tools that run at OpenAI."""
 
     type: str | None = None
 
 
+ITEM_TYPES: dict[str, type[Body]] = {
+    "message": MessageItem,
+    "function_call": FunctionCallItem,
+    "function_call_output": CallOutputItem,
+    "custom_tool_call": CustomToolCallItem,
+    "custom_tool_call_output": CallOutputItem,
+    "reasoning": ReasoningItem,
+    "compaction": CompactionItem,
+    "compaction_summary": CompactionItem,
+    "item_reference": ItemReference,
+}
+
+
 def _default_type(value: Any) -> str | None:
-    """Return the type of an item without a `type`, which only messages may leave out."""
-    return "message" if isinstance(value, dict) and "role" in value else None
+    """Return the type of an item without a `type`, which messages and references may leave out."""
+    if not isinstance(value, dict):
+        return None
+    return "message" if "role" in value else "item_reference" if "id" in value else None
 
 
 def _as_items(value: Any) -> Any:
@@ -92,35 +139,65 @@ def _as_items(value: Any) -> Any:
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[FunctionCallItem, Tag("function_call")]
-    | Annotated[FunctionCallOutputItem, Tag("function_call_output")]
+    | Annotated[CustomToolCallItem, Tag("custom_tool_call")]
+    | Annotated[CallOutputItem, Tag("function_call_output")]
+    | Annotated[CallOutputItem, Tag("custom_tool_call_output")]
     | Annotated[ReasoningItem, Tag("reasoning")]
-    | Annotated[UnsupportedItem, Tag(UNSUPPORTED)],
+    | Annotated[CompactionItem, Tag("compaction")]
+    | Annotated[CompactionItem, Tag("compaction_summary")]
+    | Annotated[ItemReference, Tag("item_reference")]
+    | Annotated[OtherItem, Tag(UNSUPPORTED)],
     Discriminator(type_discriminator(ITEM_TYPES, _default_type)),
 ]
 Items = Annotated[ListOf[Item], BeforeValidator(_as_items, json_schema_input_type=str | list[Item])]
 
 
-class ResponsesTool(Body):
-    """A function of the client, or a tool of OpenAI."""
+class CustomToolFormat(OpenBody):
+    """The format of the input of a custom tool: any text, or text that a grammar describes."""
 
-    type: str
+    type: Literal["text", "grammar"]
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
+
+
+class ResponsesTool(OpenBody):
+    """A tool of the client, a namespace of such tools, or a tool that runs at OpenAI, which is left out."""
+
+    type: str = Field(
+        description="`function`, `custom`, `namespace`, `local_shell`, `shell`, `apply_patch`, or `tool_search` with "
+        "`execution: client`. Tools of other types run at OpenAI: they are left out, and `metadata` of the response "
+        "says so."
+    )
     name: str | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    format: CustomToolFormat | None = None
+    tools: ListOf[ResponsesTool] | None = None
+    execution: str | None = None
 
 
-class NamedTool(Body):
-    """The tool that the model must call."""
+class NamedFunction(Body):
+    """The name of a function, as Chat Completions nests it."""
+
+    name: str
+
+
+class ToolChoice(OpenBody):
+    """The tool that the model must call, or the tools among which it may choose (`allowed_tools`)."""
 
     type: str
     name: str | None = None
+    namespace: str | None = None
+    function: NamedFunction | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: ListOf[ToolChoice] | None = None
 
 
 class ReasoningOptions(Body):
-    """Options of the reasoning; the effort only turns it on or off."""
+    """Options of the reasoning."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
@@ -140,26 +217,52 @@ class TextConfig(Body):
     format: TextFormat | None = None
 
 
-class ResponsesBody(Body):
-    """The body of POST /v1/responses."""
+class ConversationBody(CheckedBody):
+    """The fields of a body that decide on the prompt."""
 
     model: str | None = None
-    input: Items = Field(min_length=1)
+    input: Items | None = None
     instructions: str | None = None
-    stream: bool | None = None
     tools: ListOf[ResponsesTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningOptions | None = None
+    previous_response_id: str | None = Field(None, description="Id of a stored response, which this one follows.")
+    conversation: Any = None
+    prompt: Any = None
+
+
+class ResponsesBody(ConversationBody):
+    """The body of POST /v1/responses."""
+
+    stream: bool | None = None
     max_output_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_logprobs: AlternativeCount | None = None
     include: ListOf[str] | None = None
     metadata: dict[str, str] | None = None
-    store: bool | None = None
-    background: bool | None = None
-    previous_response_id: str | None = None
-    conversation: Any = None
-    prompt: Any = None
+    store: bool | None = Field(None, description="False if the response is not to be kept in the server's memory.")
+    background: bool | None = Field(None, description="Return at once; GET /v1/responses/{id} has the answer later.")
+
+
+class StoredTurn(Body):
+    """A stored response as part of a later request: its request, and its output."""
+
+    request: ConversationBody
+    output: ListOf[Item]
+
+
+class ContinuedBody(Body):
+    """A request with what it refers to.
+
+    Args:
+        history: stored responses before it, the oldest first.
+        items: items to which references refer, by id.
+        request: body of the request.
+    """
+
+    history: ListOf[StoredTurn]
+    items: dict[str, Item]
+    request: dict[str, Any]

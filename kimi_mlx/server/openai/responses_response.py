@@ -2,26 +2,42 @@
 
 An answer is a list of items: reasoning, a message, and one for each tool call. Reasoning is the content of its item,
 or, if the client requested a summary, its summary, because such clients show nothing else. A call whose arguments are
-not a JSON object is sent as the model wrote it, and its item is `incomplete`. A call that names no tool is sent as
-text.
+not a JSON object is sent as the model wrote it, and its item is `incomplete`, as is the item at which the token limit
+ended the answer. A call that names no tool is sent as text.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kimi_mlx.server.api_types import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, TokenLogprobs, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
+from kimi_mlx.server.openai.reasoning_seal import seal
 from kimi_mlx.server.openai.responses_body import ResponsesBody
+from kimi_mlx.server.openai.responses_items import call_item, completed_call
+from kimi_mlx.server.openai.responses_tools import ToolName, ToolTable
 from kimi_mlx.server.tool_calls import CallSequencer
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta
 
 Value = dict[str, Any]
+
+NOTES = "kimi_mlx_notes"
+"""Key of the response's metadata that says which tools of the request were left out."""
+
+MAX_METADATA_CHARS = 512
+
+CANCELLED = "response_cancelled"
+"""Code of the error that ends the answer of a cancelled response."""
+
+
+def cancelled() -> ApiError:
+    """Return the error of requests whose response was cancelled with POST /v1/responses/{id}/cancel."""
+    return ApiError(409, "the response was cancelled", CANCELLED)
 
 
 @dataclass
@@ -31,12 +47,14 @@ class _OpenItem:
     Args:
         item: item as it was sent at its start.
         part: type of the part that contains its text; None for a call, which has arguments.
+        tool: tool of a call.
         text: text or arguments so far.
         logprobs: log probabilities of the tokens of its text.
     """
 
     item: Value
     part: str | None = None
+    tool: ToolName | None = None
     text: list[str] = field(default_factory=list[str])
     logprobs: list[Value] = field(default_factory=list[Value])
 
@@ -47,33 +65,52 @@ class ResponseFormatter:
     Args:
         model: name of the model in the response.
         body: body of the request; the response echoes some of its fields.
+        table: tools of the request.
     """
 
-    def __init__(self, model: str, body: ResponsesBody):
-        self._fields = _echoed_fields(body) | {
-            "id": f"resp_{secrets.token_hex(12)}",
+    def __init__(self, model: str, body: ResponsesBody, table: ToolTable | None = None):
+        self.id = f"resp_{secrets.token_hex(12)}"
+        self.wants_store = body.store is not False
+        """Whether the client lets the server keep the response."""
+        self.is_background = bool(body.background)
+        self.on_end: Callable[[Value], None] = lambda response: None
+        """Callback with the response object at its end, before the client receives it."""
+        self._table = table or ToolTable()
+        self.fields = _echoed_fields(body, self._table.note) | {
+            "id": self.id,
             "object": "response",
             "created_at": int(time.time()),
             "model": model,
         }
+        """Fields of the response that are known before the answer."""
         is_summary = body.reasoning is not None and body.reasoning.summary is not None
         self._reasoning_part = "summary_text" if is_summary else "reasoning_text"
+        self._seals_reasoning = "reasoning.encrypted_content" in (body.include or ())
         self._calls = CallSequencer()
         self._output: list[Value] = []  # complete items
         self._open: _OpenItem | None = None
         self._num_events = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the callback: another process prepares long requests."""
+        return {name: value for name, value in self.__dict__.items() if name != "on_end"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state."""
+        self.__dict__.update(state)
+        self.on_end = lambda response: None
+
     def begin(self) -> Iterator[StreamEvent]:
         """Yield the response without items."""
-        yield self._event("response.created", response=self._response("in_progress"))
-        yield self._event("response.in_progress", response=self._response("in_progress"))
+        yield self._event("response.created", response=self.response("in_progress"))
+        yield self._event("response.in_progress", response=self.response("in_progress"))
 
     def add(self, event: AnswerEvent) -> Iterator[StreamEvent]:
         """Yield the events of a delta or of the end."""
         if isinstance(event, DeltaEvent):
             yield from self._delta_events(event.delta, event.logprobs)
         elif isinstance(event, FinishEvent):
-            yield from self._close()
+            yield from self._close("incomplete" if event.reason == "length" else "completed")
             response = self._final_response(event)
             yield self._event(f"response.{response['status']}", response=response)
 
@@ -82,28 +119,42 @@ class ResponseFormatter:
         return iter(())
 
     def fail(self, error: ApiError) -> Iterator[StreamEvent]:
-        """Yield the failed response that ends the stream."""
-        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
-        response = self._response("failed", error={"code": code, "message": error.message})
-        yield self._event("response.failed", response=response)
+        """Yield the failed or cancelled response that ends the stream."""
+        response = self.failed_response(error)
+        is_failed = response["status"] == "failed"
+        yield self._event("response.failed" if is_failed else "response.incomplete", response=response)
+
+    def failed_response(self, error: ApiError) -> Value:
+        """Return the response object after an error."""
+        if error.code == CANCELLED:
+            response = self.response("cancelled")
+        else:
+            code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+            response = self.response("failed", error={"code": code, "message": error.message})
+        self.on_end(response)
+        return response
 
     def full_response(self, answers: Sequence[CompleteAnswer]) -> Value:
         """Return the response object."""
         (answer,) = answers
-        for _ in (*self._delta_events(answer.delta, answer.logprobs), *self._close()):
+        status = "incomplete" if answer.finish.reason == "length" else "completed"
+        for _ in (*self._delta_events(answer.delta, answer.logprobs), *self._close(status)):
             pass  # making the events fills the list of items; the events themselves are not needed
         return self._final_response(answer.finish)
 
-    def _final_response(self, finish: FinishEvent) -> Value:
-        usage = _usage(finish.usage)
-        if finish.reason in ("stop", "tool_calls"):
-            return self._response("completed", usage=usage)
-        details = {"reason": "max_output_tokens"} if finish.reason == "length" else None
-        return self._response("incomplete", usage=usage, incomplete_details=details)
-
-    def _response(self, status: str, **fields: Any) -> Value:
+    def response(self, status: str, **fields: Any) -> Value:
+        """Return the response object with the items that are complete."""
         empty: Value = {"error": None, "incomplete_details": None, "usage": None}
-        return {**self._fields, **empty, "status": status, "output": self._output, **fields}
+        return {**self.fields, **empty, "status": status, "output": list(self._output), **fields}
+
+    def _final_response(self, finish: FinishEvent) -> Value:
+        usage = usage_dict(finish.usage)
+        if finish.reason == "length":
+            response = self.response("incomplete", usage=usage, incomplete_details={"reason": "max_output_tokens"})
+        else:
+            response = self.response("completed", usage=usage, completed_at=int(time.time()))
+        self.on_end(response)
+        return response
 
     def _delta_events(self, delta: Delta, logprobs: Sequence[TokenLogprobs]) -> Iterator[StreamEvent]:
         if delta.reasoning:
@@ -121,7 +172,7 @@ class ResponseFormatter:
     def _text_delta(self, part: str, text: str, logprobs: Sequence[Value] = ()) -> Iterator[StreamEvent]:
         """Add text to the open item if it has this part; otherwise start a new item."""
         if self._open is None or self._open.part != part:
-            yield from self._start(_empty_item(part), part)
+            yield from self._start(_OpenItem(_empty_item(part), part))
             yield self._part_event("added", part, "")
         assert self._open is not None
         self._open.text.append(text)
@@ -131,34 +182,55 @@ class ResponseFormatter:
 
     def _call_delta(self, part: ToolCallDelta) -> Iterator[StreamEvent]:
         if part.name:
-            item = {"id": f"fc_{secrets.token_hex(12)}", "call_id": part.id, "name": part.name, "arguments": ""}
-            yield from self._start({"type": "function_call", **item})
-        if part.arguments and self._open is not None:
+            tool = self._table.names.get(part.name) or ToolName("function", part.name)
+            yield from self._start(_OpenItem(call_item(tool, part.id), tool=tool))
+        if part.arguments and self._open is not None and self._open.tool is not None:
             self._open.text.append(part.arguments)
-            yield self._item_event("response.function_call_arguments.delta", delta=part.arguments)
+            if self._open.tool.type == "function":
+                yield self._item_event("response.function_call_arguments.delta", delta=part.arguments)
 
-    def _start(self, item: Value, part: str | None = None) -> Iterator[StreamEvent]:
+    def _start(self, opened: _OpenItem) -> Iterator[StreamEvent]:
         yield from self._close()
-        self._open = _OpenItem({**item, "status": "in_progress"}, part)
-        yield self._event("response.output_item.added", output_index=len(self._output), item=self._open.item)
+        self._open = opened
+        opened.item["status"] = "in_progress"
+        yield self._event("response.output_item.added", output_index=len(self._output), item=opened.item)
 
     def _close(self, status: str = "completed") -> Iterator[StreamEvent]:
         """Finish the open item, if there is one."""
         if self._open is None:
             return
-        part, text, item = self._open.part, "".join(self._open.text), {**self._open.item, "status": status}
-        if part is None:
-            item["arguments"] = text
-            yield self._item_event("response.function_call_arguments.done", arguments=text)
+        text = "".join(self._open.text)
+        if self._open.part is None:
+            yield from self._close_call(text, status)
         else:
-            value = _part(part, text, self._open.logprobs)
-            item["summary" if part == "summary_text" else "content"] = [value]
-            fields = {"logprobs": self._open.logprobs} if part == "output_text" else {}
-            yield self._text_event("done", part, text=text, **fields)
-            yield self._part_event("done", part, text, self._open.logprobs)
+            yield from self._close_text(self._open.part, text, status)
+        item = self._open.item
         yield self._event("response.output_item.done", output_index=len(self._output), item=item)
         self._output.append(item)
         self._open = None
+
+    def _close_call(self, arguments: str, status: str) -> Iterator[StreamEvent]:
+        assert self._open is not None
+        assert self._open.tool is not None
+        tool = self._open.tool
+        item = self._open.item = completed_call(self._open.item, tool, arguments, status)
+        if tool.type == "function":
+            yield self._item_event("response.function_call_arguments.done", arguments=arguments)
+        elif tool.type == "custom":
+            if item["input"]:
+                yield self._item_event("response.custom_tool_call_input.delta", delta=item["input"])
+            yield self._item_event("response.custom_tool_call_input.done", input=item["input"])
+
+    def _close_text(self, part: str, text: str, status: str) -> Iterator[StreamEvent]:
+        assert self._open is not None
+        logprobs = self._open.logprobs
+        item = self._open.item = {**self._open.item, "status": status}
+        item["summary" if part == "summary_text" else "content"] = [_part(part, text, logprobs)]
+        if part != "output_text" and self._seals_reasoning:
+            item["encrypted_content"] = seal(text)
+        fields = {"logprobs": logprobs} if part == "output_text" else {}
+        yield self._text_event("done", part, text=text, **fields)
+        yield self._part_event("done", part, text, logprobs)
 
     def _part_event(self, action: str, part: str, text: str, logprobs: Sequence[Value] = ()) -> StreamEvent:
         kind, index = ("reasoning_summary", "summary_index") if part == "summary_text" else ("content", "content_index")
@@ -199,7 +271,8 @@ def _token(value: bytes, logprob: float) -> Value:
     return {"token": value.decode(errors="replace"), "bytes": list(value), "logprob": logprob}
 
 
-def _usage(usage: Usage) -> Value:
+def usage_dict(usage: Usage) -> Value:
+    """Return token counts as this API reports them."""
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
@@ -209,30 +282,36 @@ def _usage(usage: Usage) -> Value:
     }
 
 
-def _echoed_fields(body: ResponsesBody) -> Value:
-    """Return the fields that a response echoes from its request."""
+def _echoed_fields(body: ResponsesBody, note: str | None) -> Value:
+    """Return the fields that a response echoes from its request, and the note on what was left out."""
     fields = body.model_dump(
         mode="json",
         by_alias=True,
         exclude_none=True,
-        include={"instructions", "max_output_tokens", "metadata", "reasoning", "temperature", "text", "top_p"},
+        include={"instructions", "max_output_tokens", "reasoning", "temperature", "text", "top_p"},
     )
     choice, parallel = body.tool_choice, body.parallel_tool_calls
+    is_named = choice is not None and not isinstance(choice, str)
     return {
         "instructions": None,
         "max_output_tokens": None,
-        "metadata": {},
         "reasoning": None,
         "temperature": None,
         "text": {"format": {"type": "text"}},
         "top_p": None,
         **fields,
-        "tools": [tool.model_dump(mode="json") for tool in body.tools or ()],
-        "tool_choice": (choice if isinstance(choice, str) else choice.model_dump()) if choice else "auto",
+        "metadata": dict(body.metadata or {}) | ({NOTES: note[:MAX_METADATA_CHARS]} if note else {}),
+        "tools": [_echoed_tool(tool.model_dump(mode="json", exclude_unset=True)) for tool in body.tools or ()],
+        "tool_choice": choice.model_dump(mode="json", exclude_unset=True) if is_named else choice or "auto",
         "parallel_tool_calls": parallel is not False,
-        "previous_response_id": None,
-        "background": False,
+        "previous_response_id": body.previous_response_id,
+        "background": bool(body.background),
         "store": False,
         "truncation": "disabled",
         "top_logprobs": body.top_logprobs or 0,
     }
+
+
+def _echoed_tool(tool: Value) -> Value:
+    """Return a tool with the fields that the API always has."""
+    return {"description": None, "parameters": None, "strict": None, **tool} if tool["type"] == "function" else tool

@@ -16,15 +16,12 @@ from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.chat_response import ChatFormatter
 from kimi_mlx.server.openai.completions import CompletionBody, CompletionFormatter
-from kimi_mlx.server.openai.responses_body import ResponsesBody
-from kimi_mlx.server.openai.responses_request import to_chat_request
-from kimi_mlx.server.openai.responses_response import ResponseFormatter
 from kimi_mlx.server.openai.tokenize import detokenize, tokenize, tokenizer_info
 from kimi_mlx.server.prompts import PromptBuilder
 
 
 def openai_routes(context: Context) -> list[Route]:
-    """Return the routes of chat completions, plain completions, responses, the tokenizer and models."""
+    """Return the routes of chat completions, plain completions, the tokenizer and models."""
     model_info = context.model_info
 
     async def chat(request: Request) -> Response:
@@ -36,9 +33,6 @@ def openai_routes(context: Context) -> list[Route]:
 
     async def completions(request: Request) -> Response:
         return await context.answer(request, read_completion)
-
-    async def responses(request: Request) -> Response:
-        return await context.answer(request, read_response)
 
     async def tokenize_text(request: Request) -> Response:
         return JsonResponse(await context.prepare(request, partial(tokenize, model_info)))
@@ -62,7 +56,6 @@ def openai_routes(context: Context) -> list[Route]:
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/chat/completions/input_tokens", count_input_tokens, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/responses", responses, methods=["POST"]),
         Route("/tokenize", tokenize_text, methods=["POST"]),
         Route("/detokenize", detokenize_ids, methods=["POST"]),
         Route("/tokenizer_info", tokenizer),
@@ -113,10 +106,3 @@ def read_completion(prompt_builder: PromptBuilder, model_info: ModelInfo, data: 
         has_prompt_logprobs=bool(body.echo) and body.logprobs is not None,
     )
     return ApiCall(requests, formatter, bool(body.stream))
-
-
-def read_response(prompt_builder: PromptBuilder, model_info: ModelInfo, data: bytes) -> ApiCall:
-    """Read the body of POST /v1/responses; a `ReadCall`."""
-    body = parse(ResponsesBody, data)
-    formatter = ResponseFormatter(model_info.resolve(body.model), body)
-    return ApiCall([to_chat_request(body)], formatter, bool(body.stream))

@@ -22,7 +22,8 @@ from kimi_mlx.server.anthropic.routes import count_prompt_tokens, read_messages
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.context import PreparedCall, prepare_call
 from kimi_mlx.server.model_info import ModelInfo
-from kimi_mlx.server.openai.routes import read_chat, read_completion, read_response
+from kimi_mlx.server.openai.responses_routes import read_response
+from kimi_mlx.server.openai.routes import read_chat, read_completion
 from kimi_mlx.server.preparation import SHORT_BODY_BYTES, Preparation
 from kimi_mlx.server.prompts import PromptBuilder
 from tests.fakes import KIMI_MINI
@@ -35,7 +36,7 @@ BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "tools": (read_chat, {"messages": [{"role": "user", "content": TEXT}], "tool_choice": "required",
                           "tools": [{"type": "function", "function": TOOL}]}),
     "completion": (read_completion, {"prompt": [TEXT, "hi"], "echo": True, "stream": True}),
-    "response": (read_response, {"input": TEXT, "reasoning": {"effort": "low", "summary": "auto"}}),
+    "response": (partial(read_response, False), {"input": TEXT, "reasoning": {"effort": "low", "summary": "auto"}}),
     "messages": (read_messages, {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 3}),
 }  # fmt: skip
 

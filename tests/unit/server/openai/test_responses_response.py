@@ -86,7 +86,7 @@ def test_a_stream_adds_up_to_the_response(name: str, summary: str | None):
 
 def without_ids(response: dict[str, Any]) -> dict[str, Any]:
     output = [{**item, "id": ""} for item in response["output"]]
-    return {**response, "id": "", "created_at": 0, "output": output}
+    return {**response, "id": "", "created_at": 0, "completed_at": 0, "output": output}
 
 
 def output_of(deltas: list[Delta], **fields: Any) -> list[dict[str, Any]]:

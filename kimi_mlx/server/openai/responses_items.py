@@ -1,0 +1,55 @@
+"""The items of tool calls in responses of the Responses API."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from kimi_mlx.server.openai.responses_tools import (
+    CALL_SUFFIX,
+    TYPED_TOOLS,
+    ToolName,
+    decode_input,
+    decode_object,
+)
+
+Value = dict[str, Any]
+
+ID_PREFIXES = {
+    "function": "fc",
+    "custom": "ctc",
+    "local_shell": "lsh",
+    "shell": "sh",
+    "apply_patch": "apc",
+    "tool_search": "tsc",
+}
+"""Prefixes of the ids of calls, by the type of the tool."""
+
+
+def call_item(tool: ToolName, call_id: str) -> Value:
+    """Return the item at the beginning of a call, without its status."""
+    item: Value = {"id": f"{ID_PREFIXES[tool.type]}_{secrets.token_hex(12)}", "call_id": call_id}
+    if tool.type in TYPED_TOOLS:
+        return {"type": f"{tool.type}{CALL_SUFFIX}", **item, **TYPED_TOOLS[tool.type].to_fields({})}
+    namespace = {"namespace": tool.namespace} if tool.namespace else {}
+    if tool.type == "custom":
+        return {"type": "custom_tool_call", **item, "name": tool.name, **namespace, "input": ""}
+    return {"type": "function_call", **item, "name": tool.name, **namespace, "arguments": ""}
+
+
+def completed_call(item: Value, tool: ToolName, arguments: str, status: str) -> Value:
+    """Return the item at the end of a call.
+
+    Args:
+        item: item at its beginning.
+        tool: its tool.
+        arguments: its arguments as the model wrote them.
+        status: `completed` or `incomplete`.
+    """
+    if tool.type == "custom":
+        return {**item, "input": decode_input(arguments), "status": status}
+    if tool.type == "apply_patch" and status == "incomplete":
+        status = "in_progress"  # the API has no other status for a patch that is not complete
+    if tool.type in TYPED_TOOLS:
+        return {**item, **TYPED_TOOLS[tool.type].to_fields(decode_object(arguments)), "status": status}
+    return {**item, "arguments": arguments, "status": status}
