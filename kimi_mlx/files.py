@@ -77,6 +77,19 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+def write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all bytes into an open file.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(handle, view, offset)
+        view = view[written:]
+        offset += written
+
+
 def sha256_of(path: Path, progress: Callable[[int], None] = lambda delta: None) -> str:
     """Return a file's SHA-256 in hexadecimal. `progress` is called with the number of newly read bytes."""
     digest = hashlib.sha256()

@@ -10,7 +10,7 @@ from typing import Any
 
 from kimi_mlx.cli.download import DownloadOptions
 from kimi_mlx.cli.download_output import show_result
-from kimi_mlx.cli.download_progress import TerminalObserver, byte_bars, fetch_label
+from kimi_mlx.cli.download_progress import TerminalObserver, byte_bars, fetch_label, print_rewrite
 from kimi_mlx.cli.open_model import LaunchContext, name_for_hosts
 from kimi_mlx.cli.output import closing_with_status, hides_messages, stderr
 from kimi_mlx.cluster.channel.messages import Message
@@ -108,8 +108,10 @@ def _show_progress(target: ModelRef, is_quiet: bool) -> Generator[Callable[[Mess
                 TerminalObserver(target, is_quiet).on_start(message["skipped_bytes"])
             elif message["kind"] == "waiting":
                 stderr.print(message["text"], markup=False)
-            elif message["kind"] == "checking":
-                bar("checking", message["done"], message["total"])
+            elif message["kind"] in ("checking", "rewriting"):
+                if message["kind"] not in tasks and message["kind"] == "rewriting":
+                    print_rewrite(message["total"], is_quiet)
+                bar(message["kind"], message["done"], message["total"])
             elif message["kind"] == "building":
                 progress = BuildProgress(**{name: value for name, value in message.items() if name != "kind"})
                 bar(fetch_label(target), progress.fetched_bytes, progress.total_bytes)

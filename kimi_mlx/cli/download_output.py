@@ -40,6 +40,8 @@ def _print_dry_run(result: DownloadReport) -> None:
     rows += [("configuration and tokenizer", result["small_bytes"])]
     rows += [("all files", sum(size for _, size in rows)), ("still to download", result["fetch_bytes"])]
     rows += [(f"rank {rank['rank']}", rank["size_bytes"]) for rank in result["ranks"]]
+    if rewrite_bytes := result.get("rewrite_bytes"):
+        rows += [("to rewrite, file by file", rewrite_bytes)]
     rows += [("disk needed", result["disk_needed_bytes"]), ("disk free", result["disk_free_bytes"])]
     for name, size in rows:
         table.add_row(Text(name), f"{size / 1e9:,.3f}", f"{size / 2**30:,.3f}")

@@ -124,6 +124,11 @@ class TerminalObserver:
         """Show a progress bar of checked bytes."""
         return byte_progress("checking", total_bytes, self._is_quiet)
 
+    def on_rewrite(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Say what is rewritten, and show a progress bar."""
+        print_rewrite(total_bytes, self._is_quiet)
+        return byte_progress("rewriting", total_bytes, self._is_quiet)
+
     @contextmanager
     def on_build(self) -> Generator[Callable[[BuildProgress], None]]:
         """Show a progress bar of downloaded bytes and one of stored bytes."""
@@ -136,6 +141,16 @@ class TerminalObserver:
                 bars.update(storing, completed=progress.stored_bytes, total=progress.total_bytes)
 
             yield report
+
+
+def print_rewrite(total_bytes: int, is_quiet: bool) -> None:
+    """Print why files of an earlier version are rewritten."""
+    if not is_quiet:
+        stderr.print(
+            f"rewriting {format_bytes(total_bytes)} file by file: each expert becomes one record, which can be read "
+            "from the SSD at once",
+            style="dim",
+        )
 
 
 def print_licence_once(target: ModelRef, is_quiet: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 
 from kimi_mlx.cluster.channel.messages import Message
@@ -22,7 +22,7 @@ from kimi_mlx.store.rounds import BuildProgress
 
 
 class ChannelObserver:
-    """Reports the progress of a download to the front: `starting`, `checking`, `building`."""
+    """Reports the progress of a download to the front: `starting`, `checking`, `rewriting`, `building`."""
 
     def __init__(self, channel: Channel):
         self._channel = channel
@@ -36,19 +36,13 @@ class ChannelObserver:
         """Report that the download starts."""
         self._channel.send("starting", skipped_bytes=skipped_bytes)
 
-    @contextmanager
-    def on_check(self, total_bytes: int) -> Generator[Callable[[int], None]]:
+    def on_check(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
         """Report the bytes checked; yields the callback for further bytes."""
-        done = 0
+        return self._report_bytes("check", "checking", total_bytes)
 
-        def advance(count: int) -> None:
-            nonlocal done
-            self._channel.exit_if_ending()
-            done += count
-            self._channel.report_progress("check")
-            self._channel.send("checking", done=done, total=total_bytes)
-
-        yield advance
+    def on_rewrite(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Report the bytes rewritten; yields the callback for further bytes."""
+        return self._report_bytes("rewrite", "rewriting", total_bytes)
 
     @contextmanager
     def on_build(self) -> Generator[Callable[[BuildProgress], None]]:
@@ -60,6 +54,19 @@ class ChannelObserver:
             self._channel.send("building", **asdict(progress))
 
         yield report
+
+    @contextmanager
+    def _report_bytes(self, stage: str, kind: str, total_bytes: int) -> Generator[Callable[[int], None]]:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            self._channel.exit_if_ending()
+            done += count
+            self._channel.report_progress(stage)
+            self._channel.send(kind, done=done, total=total_bytes)
+
+        yield advance
 
 
 class WaitReporter(logging.Handler):

@@ -11,6 +11,7 @@ from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.sources import CheckpointSource
 from kimi_mlx.store.store_folders import placement_folder
 from kimi_mlx.weights.checkpoint import Checkpoint
+from kimi_mlx.weights.file_layout import layer_layout
 from kimi_mlx.weights.layer_plan import plan_layer, plan_top, plan_vision
 from kimi_mlx.weights.plan import LayerPlan
 
@@ -48,8 +49,9 @@ class BuildJob:
         self._sources_of_file = self._find_sources_of_file()
 
     def size_bytes(self, rank: int) -> int:
-        """Return the size of one rank's store."""
-        return sum(self._plan(rank, file).size_bytes for file in range(self.num_layers + 2))
+        """Return the size of the files of one rank's store."""
+        plans = (self._plan(rank, file) for file in range(self.num_layers + 2))
+        return sum(layer_layout(plan).size_bytes for plan in plans if plan.entries)
 
     def sources_of_file(self, rank: int) -> list[frozenset[int]]:
         """Return for each file of a rank's store the numbers of the source files that it is made from."""

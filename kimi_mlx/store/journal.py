@@ -1,7 +1,7 @@
 """Journal of a rank's store: one JSON line for each step of the build, flushed to disk, so that a build can resume.
 
 The first line identifies the store; `{"source": N}` records a source file that is written completely, `{"file": N,
-"size_bytes": ..., "sha256": ...}` a finished file of the store.
+"name": ..., "size_bytes": ..., "sha256": ...}` a finished file of the store. Earlier versions wrote no name.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, cast
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import rename_durably
 from kimi_mlx.store.disk import write_error
-from kimi_mlx.store.manifest import StoredFile
-from kimi_mlx.store.store_folders import JOURNAL_NAME, folder_prefix, is_same_source, source_folder
+from kimi_mlx.store.manifest import FORMAT, READABLE_FORMATS, StoredFile
+from kimi_mlx.store.store_folders import JOURNAL_NAME, RECORDS_SUFFIX, folder_prefix, is_same_source, source_folder
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,16 @@ class BuildState:
 
     Args:
         sources: numbers of the source files whose slices have all been written.
-        checksums: number of a finished file -> its sha256.
+        checksums: number and name of a finished file -> its sha256; no name if an earlier version recorded it.
     """
 
     sources: set[int] = field(default_factory=set[int])
-    checksums: dict[int, str] = field(default_factory=dict[int, str])
+    checksums: dict[tuple[int, str | None], str] = field(default_factory=dict[tuple[int, str | None], str])
+
+    def checksum(self, number: int, name: str) -> str | None:
+        """Return the checksum of a finished file; None if it was not recorded."""
+        is_earlier = not name.endswith(RECORDS_SUFFIX)
+        return self.checksums.get((number, name)) or (self.checksums.get((number, None)) if is_earlier else None)
 
 
 class Journal:
@@ -38,7 +43,7 @@ class Journal:
 
     Args:
         folder: folder of the rank.
-        identity: first line: format, repository, commit, placement, rank.
+        identity: first line: format (FORMAT), repository, commit, placement, rank.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]):
@@ -61,10 +66,12 @@ class Journal:
                 f"`{self._path.parent}` contains a store of `{source}`, not of `{own_source}`",
                 hint="remove the folder, or set KIMI_MLX_STORES to another one",
             )
-        if lines[0] != {**self._identity, "repository": source}:
+        is_readable = lines[0].get("format") in READABLE_FORMATS
+        if not is_readable or lines[0] | {"format": FORMAT} != {**self._identity, "repository": source}:
             return None
         sources = {line["source"] for line in lines if "source" in line}
-        return BuildState(sources, {line["file"]: line["sha256"] for line in lines if "file" in line})
+        finished = [line for line in lines if "file" in line]
+        return BuildState(sources, {(line["file"], line.get("name")): line["sha256"] for line in finished})
 
     def rewrite(self, sources: Iterable[int], files: Iterable[tuple[int, StoredFile]]) -> None:
         """Replace the journal atomically, and leave it open for new lines.
@@ -156,4 +163,4 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _file_line(number: int, file: StoredFile) -> dict[str, Any]:
-    return {"file": number, "size_bytes": file.size_bytes, "sha256": file.sha256}
+    return {"file": number, "name": file.name, "size_bytes": file.size_bytes, "sha256": file.sha256}

@@ -12,10 +12,16 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.files import write_atomically
 from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.parallel.placement import Placement
+from kimi_mlx.weights.expert_plan import EXPERT_ENTRIES, ExpertArray, RecordLayout, split_experts
+from kimi_mlx.weights.expert_tag import TAG_BYTES
+from kimi_mlx.weights.file_layout import records_layout
 from kimi_mlx.weights.plan import LayerPlan
 
-FORMAT = 2
-"""Version of the format on disk; stores of other versions are refused."""
+FORMAT = 3
+"""Version of the format on disk that is written."""
+
+READABLE_FORMATS = (2, FORMAT)
+"""Versions that can be read. Version 2 has no records of experts."""
 
 MANIFEST_NAME = "manifest.json"
 
@@ -50,6 +56,21 @@ class StoredWeight:
 
 
 @dataclass(frozen=True)
+class StoredExperts:
+    """Routed experts of a file, as records.
+
+    Args:
+        num_experts: number of experts.
+        arrays: arrays of an expert.
+        record: layout of a record.
+    """
+
+    num_experts: int
+    arrays: tuple[ExpertArray, ...]
+    record: RecordLayout
+
+
+@dataclass(frozen=True)
 class StoredFile:
     """File of one layer, of the top, or of the vision tower.
 
@@ -61,6 +82,7 @@ class StoredFile:
         latent_first: as in kimi_mlx.model.tree.LayerWeights.
         num_fused_shared: as there.
         first_expert: as there.
+        experts: routed experts as records; None if there are none, or if they are in stacks, as in earlier versions.
     """
 
     name: str
@@ -70,6 +92,12 @@ class StoredFile:
     latent_first: bool
     num_fused_shared: int
     first_expert: int
+    experts: StoredExperts | None = None
+
+    @property
+    def has_stacks(self) -> bool:
+        """Whether the file has routed experts that are in stacks."""
+        return self.experts is None and EXPERT_ENTRIES["down"] in self.entries
 
 
 @dataclass(frozen=True)
@@ -109,19 +137,35 @@ class Manifest:
         for name in ("vision", "source_has_vision"):  # earlier versions wrote neither
             if value[name] is None:
                 del value[name]
+        for file in value["files"]:
+            if file["experts"] is None:
+                del file["experts"]
+        value.get("vision", {}).pop("experts", None)
         write_atomically(folder / MANIFEST_NAME, json.dumps(value, indent=1).encode())
 
 
-def stored_file(plan: LayerPlan, name: str, size_bytes: int, sha256: str) -> StoredFile:
-    """Return the manifest's record of a finished file."""
+def stored_file(plan: LayerPlan, name: str, size_bytes: int, sha256: str, has_records: bool = True) -> StoredFile:
+    """Return the entry of a finished file in the manifest.
+
+    Args:
+        plan: arrays of the file.
+        name: file name.
+        size_bytes: size of the file.
+        sha256: checksum of the file.
+        has_records: whether routed experts are stored as records.
+    """
+    records = records_layout(plan) if has_records else None
+    rest = plan if records is None else split_experts(plan)[0]
     entries = {
         entry: tuple(
             StoredWeight({a.name: StoredArray(a.dtype, a.shape) for a in part.arrays}, part.quantization)
             for part in parts
         )
-        for entry, parts in plan.entries.items()
+        for entry, parts in rest.entries.items()
     }
-    return StoredFile(name, size_bytes, sha256, entries, plan.latent_first, plan.num_fused_shared, plan.first_expert)
+    experts = None if records is None else StoredExperts(records.num_experts, records.arrays, records.record)
+    shared, first = plan.num_fused_shared, plan.first_expert
+    return StoredFile(name, size_bytes, sha256, entries, plan.latent_first, shared, first, experts)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -133,9 +177,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_NAME
     try:
         value = json.loads(path.read_bytes())
-        if value["format"] != FORMAT:
+        if value["format"] not in READABLE_FORMATS:
             raise WeightsError(
-                f"the store `{folder}` has format {value['format']}, this version reads {FORMAT}",
+                f"the store `{folder}` has format {value['format']}, this version reads "
+                f"{READABLE_FORMATS[0]} to {FORMAT}",
                 hint="build it again: remove the folder, then `kimi-mlx download`",
             )
         placement = Placement.from_dict(value["placement"])
@@ -164,6 +209,26 @@ def _file(value: Mapping[str, Any]) -> StoredFile:
         bool(value["latent_first"]),
         int(value["num_fused_shared"]),
         int(value["first_expert"]),
+        _experts(value["experts"]) if "experts" in value else None,
+    )
+
+
+def _experts(value: Mapping[str, Any]) -> StoredExperts:
+    arrays = tuple(_expert_array(item) for item in value["arrays"])
+    record = RecordLayout(tuple(map(int, value["record"]["offsets"])), int(value["record"]["record_bytes"]))
+    ends = (*record.offsets[1:], record.record_bytes - TAG_BYTES)
+    if any(start + array.size_bytes > end for start, array, end in zip(record.offsets, arrays, ends, strict=True)):
+        raise ValueError("arrays of an expert overlap")
+    return StoredExperts(int(value["num_experts"]), arrays, record)
+
+
+def _expert_array(value: Mapping[str, Any]) -> ExpertArray:
+    rows, columns = map(int, value["shape"])
+    if value["matrix"] not in EXPERT_ENTRIES:
+        raise ValueError(f"unknown matrix {value['matrix']!r}")
+    quantization = _quantization(value["quantization"])
+    return ExpertArray(
+        value["matrix"], int(value["part"]), str(value["field"]), str(value["dtype"]), (rows, columns), quantization
     )
 
 
@@ -171,5 +236,8 @@ def _weight(value: Mapping[str, Any]) -> StoredWeight:
     arrays = {
         name: StoredArray(str(item["dtype"]), tuple(map(int, item["shape"]))) for name, item in value["arrays"].items()
     }
-    quantization = value["quantization"]
-    return StoredWeight(arrays, None if quantization is None else Quantization(**quantization))
+    return StoredWeight(arrays, _quantization(value["quantization"]))
+
+
+def _quantization(value: Mapping[str, Any] | None) -> Quantization | None:
+    return None if value is None else Quantization(**value)

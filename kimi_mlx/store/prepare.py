@@ -11,17 +11,20 @@ from typing import Any, Protocol
 from kimi_mlx.errors import UnreachableError, WeightsError
 from kimi_mlx.files import free_disk_bytes
 from kimi_mlx.hub.retries import LOG
+from kimi_mlx.parallel.all_ranks import run_on_all_ranks
 from kimi_mlx.parallel.group import Group
 from kimi_mlx.store.build_job import BuildJob
 from kimi_mlx.store.disk import store_disk_bytes
 from kimi_mlx.store.download import StoreOptions, any_host, build, find_built_stores, open_build_job
 from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, read_manifest
 from kimi_mlx.store.model_ref import ModelRef
+from kimi_mlx.store.rewrite import rewrite_store, stacked_sizes
 from kimi_mlx.store.rounds import BuildProgress
 from kimi_mlx.store.sources import CheckpointContents
 from kimi_mlx.store.store_folders import rank_folder, stored_ranks
 from kimi_mlx.store.stores import LocalStore, broken_files, files_of_wrong_size
 from kimi_mlx.store.vision import store_lacks_vision
+from kimi_mlx.store.writer import unlisted_files
 from kimi_mlx.units import format_count
 from kimi_mlx.weights.checkpoint import vision_bytes_of
 
@@ -46,6 +49,10 @@ class DownloadObserver(Protocol):
 
     def on_check(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show the verification of files; yields a callback for the number of newly read bytes."""
+        ...
+
+    def on_rewrite(self, total_bytes: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Show the rewriting of stores of an earlier version; yields a callback for the number of newly read bytes."""
         ...
 
     def on_build(self) -> AbstractContextManager[Callable[[BuildProgress], None]]:
@@ -87,7 +94,9 @@ def prepare_stores(
         is_complete = not any_host(any(broken.values()), group)
         can_add_vision = any_host(0 in ranks and store_lacks_vision(stores.folder), group)
         if is_complete and (options.skips_vision or not can_add_vision):
-            return _report_stores(model, stores, ranks, "is verified" if verify else "is on this machine")
+            rewritten = _rewrite(stores.folder, ranks, group, observer)
+            state = ("is verified" if verify else "is on this machine") + rewritten
+            return _report_stores(model, stores, ranks, state)
         # a repair keeps the tower that the store has
         skips_vision = options.skips_vision and can_add_vision
         options = replace(options, revision=stores.origin.commit, skips_vision=skips_vision)
@@ -106,14 +115,17 @@ def prepare_stores(
     vision_bytes = vision_bytes_of(job.source.contents.table) + job.source.contents.skipped_bytes
     observer.on_start(vision_bytes if options.skips_vision and job.source_has_vision else 0)
     with observer.on_build() as report:
-        manifests = build(options, job, group, report, broken)
+        build(options, job, group, report, broken)
+    rewritten = _rewrite(job.folder, ranks, group, observer)
+    manifests = [read_manifest(rank_folder(job.folder, rank)) for rank in ranks]
     contents, broken_names = job.source.contents, sorted({name for files in broken.values() for name in files})
+    state = describe_state(verify, broken_names, "is fetched and verified" if model.repository else "is built")
     return {
         "model": model.name,
         "repository": contents.origin.repository,
         "commit": contents.origin.commit,
         "folder": str(job.folder),
-        "state": describe_state(verify, broken_names, "is fetched and verified" if model.repository else "is built"),
+        "state": state + rewritten,
         "broken": broken_names,
         "kept_bytes": job.source.kept_bytes,
         "ranks": [{"rank": manifest.rank, "size_bytes": manifest.size_bytes} for manifest in manifests],
@@ -126,8 +138,36 @@ def _dry_run(model: ModelRef, options: StoreOptions, job: BuildJob, ranks: Seque
     rank_bytes = {rank: job.size_bytes(rank) for rank in range(options.ranks)}
     files = _needed_files(job, ranks)
     disk_bytes = _disk_bytes(job, files, rank_bytes, ranks)
+    files = files if disk_bytes else []
     missing_bytes = sum(contents.sizes[file] - job.source.local_bytes(file) for file in files)
-    return dry_run_report(model, contents, rank_bytes, missing_bytes if disk_bytes else 0, disk_bytes, options.stores)
+    present = [rank for rank in stored_ranks(job.folder) if rank in ranks]
+    stacked = [stacked_sizes(read_manifest(rank_folder(job.folder, rank))) for rank in present]
+    sizes = [size for sizes in stacked for size in sizes]
+    disk_bytes += max(sizes, default=0)
+    report = dry_run_report(model, contents, rank_bytes, missing_bytes if files else 0, disk_bytes, options.stores)
+    return report | ({"rewrite_bytes": sum(sizes)} if sizes else {})
+
+
+def _rewrite(folder: Path, ranks: Sequence[int], group: Group, observer: DownloadObserver) -> str:
+    """Rewrite the stores of an earlier version; return what was done, for the state of the model.
+
+    Without space on the disk, or if it is read-only, a note says so: the stores then stay as they are.
+    """
+
+    def rewrite() -> str:
+        folders = [rank_folder(folder, rank) for rank in ranks]
+        manifests = [read_manifest(path) for path in folders]
+        total = sum(sum(stacked_sizes(manifest)) for manifest in manifests)
+        if not total and not any(map(unlisted_files, folders, manifests)):
+            return ""
+        with observer.on_rewrite(total) as advance:
+            problems = [rewrite_store(path, advance) for path in folders]
+        for problem in problems:
+            if problem is not None:
+                LOG.warning("note: experts stay in stacks, which are slower to read: %s", problem.message)
+        return "" if any(problems) else " and rewritten, with a record for each expert"
+
+    return run_on_all_ranks(group, rewrite)
 
 
 def _find_broken(folder: Path, ranks: Sequence[int], observer: DownloadObserver) -> Mapping[int, Sequence[str]]:

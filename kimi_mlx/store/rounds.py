@@ -223,8 +223,13 @@ class BuildRounds:
         if source not in self._transfers:
             name = Path(self._job.files[source])
             missing_files = self._plan.missing_files[source]
-            self._transfers[source] = slice_transfers(name, self._job.checkpoint, self._job.plan, missing_files)
+            self._transfers[source] = slice_transfers(
+                name, self._job.checkpoint, self._job.plan, missing_files, self._has_records
+            )
         return self._transfers[source]
+
+    def _has_records(self, rank: int, file: int) -> bool:
+        return rank not in self._writers or self._writers[rank].has_records(file)
 
     def _gather(self, row: np.ndarray) -> np.ndarray:
         """Return the rows of all processes."""

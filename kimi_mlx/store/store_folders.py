@@ -1,7 +1,8 @@
 """Folders of shard stores: their paths, and the sources that are recorded in them.
 
 <stores>/<source>/<commit>/<strategy>-<ranks>-<digest>/    config.json, tokenizer, and for each rank
-    rank-0/    manifest.json, journal.jsonl, layer-000.safetensors ... top.safetensors, vision.safetensors
+    rank-0/    manifest.json, journal.jsonl, layer-000.safetensors, layer-001.experts.safetensors ... top.safetensors,
+               vision.safetensors
     rank-1/    the same without vision.safetensors
 """
 
@@ -13,18 +14,29 @@ import os
 from pathlib import Path
 
 from kimi_mlx.parallel.placement import Placement
-from kimi_mlx.store.manifest import MANIFEST_NAME, Origin
+from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin
 
 JOURNAL_NAME = "journal.jsonl"
+
+RECORDS_SUFFIX = ".experts.safetensors"
+"""Suffix of files whose routed experts are records."""
 
 MAX_NAME_BYTES = 200
 """Maximum length of a folder name; file systems allow 255."""
 
 
-def file_name(number: int, num_layers: int) -> str:
-    """Return the file name of a layer; the top follows the last layer, and the vision tower the top."""
+def file_name(number: int, num_layers: int, has_records: bool) -> str:
+    """Return the file name of a layer; the top follows the last layer, and the vision tower the top.
+
+    Args:
+        number: number of the file.
+        num_layers: number of layers.
+        has_records: whether its routed experts are records. The layouts of a layer have different names, so that the
+            manifest says at any time which of them is valid.
+    """
     names = {num_layers: "top.safetensors", num_layers + 1: "vision.safetensors"}
-    return names.get(number, f"layer-{number:03}.safetensors")
+    suffix = RECORDS_SUFFIX if has_records else ".safetensors"
+    return names.get(number, f"layer-{number:03}{suffix}")
 
 
 def source_folder(stores: Path, source: str) -> Path:
@@ -120,3 +132,10 @@ def download_command(name: str, ranks: int, strategy: str) -> str:
     """Return the command that downloads a placement's stores, or resumes the download."""
     option = "" if strategy == "hybrid" else f" --strategy {strategy}"
     return f"kimi-mlx download {name} --ranks {ranks}{option}"
+
+
+def repair_hint(manifest: Manifest) -> str:
+    """Return the hint for repairing a store."""
+    placement = manifest.placement
+    command = download_command(manifest.origin.repository, placement.world_size, placement.strategy)
+    return f"repair it with `{command} --verify`"

@@ -14,10 +14,21 @@ from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.decoder import Communicator, Model
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.parallel.placement import Placement
+from kimi_mlx.store.experts import expert_sources
 from kimi_mlx.store.layer_file import open_layer_file
 from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin, StoredFile, read_manifest
-from kimi_mlx.store.store_folders import download_command, is_same_source, rank_folder, source_folder, stored_ranks
+from kimi_mlx.store.store_folders import (
+    download_command,
+    is_same_source,
+    rank_folder,
+    repair_hint,
+    source_folder,
+    stored_ranks,
+)
 from kimi_mlx.weights.assemble import ProgressCallback, build_model
+from kimi_mlx.weights.dequantize import FLOAT_NAMES
+from kimi_mlx.weights.expert_reader import ExpertReader
+from kimi_mlx.weights.expert_stack import with_expert_stacks
 
 
 @dataclass(frozen=True)
@@ -99,15 +110,21 @@ def load_store(
         WeightsError: a file differs from the manifest.
     """
     path, hint = rank_folder(folder, manifest.rank), repair_hint(manifest)
+    sources = [source for source in expert_sources(folder, manifest) if source.tag is not None] if with_experts else []
+    reader = ExpertReader(sources, FLOAT_NAMES[dtype], uses_page_cache=True)
 
     def layers() -> Iterator[LayerWeights]:
-        for file in manifest.files:
-            yield open_layer_file(path / file.name, file, dtype, hint, with_experts)
+        for layer, file in enumerate(manifest.files):
+            weights = open_layer_file(path / file.name, file, dtype, hint, with_experts)
+            yield with_expert_stacks(reader, layer, weights, dtype) if layer in reader.sources else weights
 
     vision = LayerWeights({})
     if manifest.vision is not None:
         vision = open_layer_file(path / manifest.vision.name, manifest.vision, dtype, hint, with_experts)
-    return build_model(config, layers(), vision, communicator, progress)
+    try:
+        return build_model(config, layers(), vision, communicator, progress)
+    finally:
+        reader.close()
 
 
 def broken_files(folder: Path, manifest: Manifest, progress: Callable[[int], None] = lambda delta: None) -> list[str]:
@@ -137,10 +154,3 @@ def _check_size(folder: Path, file: StoredFile, manifest: Manifest) -> None:
     if size != file.size_bytes:
         state = "is missing" if size is None else f"has {size} bytes, not {file.size_bytes}"
         raise WeightsError(f"the store's file `{path}` {state}", hint=repair_hint(manifest))
-
-
-def repair_hint(manifest: Manifest) -> str:
-    """Return the hint for repairing a store."""
-    placement = manifest.placement
-    command = download_command(manifest.origin.repository, placement.world_size, placement.strategy)
-    return f"repair it with `{command} --verify`"

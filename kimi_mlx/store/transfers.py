@@ -42,6 +42,7 @@ def slice_transfers(
     checkpoint: Checkpoint,
     plan_of_file: PlanOfFile,
     missing_files: Mapping[int, Sequence[int]],
+    has_records: Callable[[int, int], bool] = lambda rank, file: True,
 ) -> list[SliceTransfer]:
     """Return the slices that are taken from a source file.
 
@@ -50,11 +51,13 @@ def slice_transfers(
         checkpoint: table of all tensors.
         plan_of_file: plans of all store files of all ranks.
         missing_files: rank -> store files that still need slices of this source file.
+        has_records: function: (rank, number of a store file) -> whether its experts are written as records. The slices
+            and their order do not depend on it, only their locations.
     """
     transfers: dict[object, SliceTransfer] = {}
     for rank, files in missing_files.items():
         for file in files:
-            for copy, region in file_regions(plan_of_file(rank, file), file):
+            for copy, region in file_regions(plan_of_file(rank, file), file, has_records(rank, file)):
                 if checkpoint.tensors[copy.field.tensors[0]].file == source:
                     key = (copy.field.name, copy.field.tensors, copy.tensor_slice)
                     if key not in transfers:

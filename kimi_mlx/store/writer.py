@@ -5,21 +5,23 @@ The journal lets a killed build resume; slices may then be written twice.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from kimi_mlx.errors import WeightsError
-from kimi_mlx.files import rename_durably, sha256_of
+from kimi_mlx.files import rename_durably, sha256_of, write_at
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.store.disk import allocated_bytes, write_error
+from kimi_mlx.store.folder_lock import FolderLock
 from kimi_mlx.store.journal import BuildState, Journal
 from kimi_mlx.store.manifest import FORMAT, MANIFEST_NAME, Manifest, Origin, StoredFile, stored_file
 from kimi_mlx.store.store_folders import file_name
-from kimi_mlx.weights.file_layout import FileRegion, layer_layout
+from kimi_mlx.weights.expert_plan import EXPERT_ENTRIES
+from kimi_mlx.weights.expert_tag import TAG_BYTES, ExpertTag
+from kimi_mlx.weights.file_layout import RECORDS_NAME, FileLayout, FileRegion, layer_layout, records_layout
 from kimi_mlx.weights.plan import LayerPlan
 
 MAX_OPEN_FILES = 16
@@ -62,21 +64,16 @@ class RankWriter:
         self._unsynced: set[int] = set()
         self._finished: dict[int, StoredFile] = {}
         self._written_sources: set[int] = set()
-        self._lock = -1
-        identity = {
-            "format": FORMAT,
-            "repository": origin.repository,
-            "commit": origin.commit,
-            "placement": placement.to_dict(),
-            "rank": rank,
-        }
-        self._journal = Journal(folder, identity)
+        self._lock = FolderLock(folder)
+        self._with_stacks: set[int] = set()
+        self._experts: dict[int, bool] = {}
+        self._journal = Journal(folder, store_identity(origin, placement, rank))
 
     def __enter__(self) -> RankWriter:
         """Lock the folder, read the journal and keep the finished files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock_folder()
+            self._lock.__enter__()
             self._read_journal()
             self._finish_full_files()  # killed between the last record and the rename
         except BaseException:
@@ -87,23 +84,10 @@ class RankWriter:
     def __exit__(self, *_: object) -> None:
         """Close all files; unfinished ones stay for the next build."""
         self._journal.close()
-        for handle in [*self._open.values(), self._lock]:
-            if handle >= 0:
-                os.close(handle)
+        for handle in self._open.values():
+            os.close(handle)
         self._open.clear()
-        self._lock = -1
-
-    def _lock_folder(self) -> None:
-        self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise WeightsError(
-                f"another process is building `{self.folder}`",
-                hint="wait for it or stop it, then run the command again",
-            ) from error
-        except OSError:  # a disk without locks
-            return
+        self._lock.__exit__(None, None, None)
 
     @property
     def unfinished(self) -> list[int]:
@@ -113,8 +97,12 @@ class RankWriter:
     @property
     def missing_bytes(self) -> int:
         """Disk space still needed by the unfinished files."""
-        sizes = {number: layer_layout(self._plan(number)).size_bytes for number in self.unfinished}
-        return sum(size - allocated_bytes(self._part(number)) for number, size in sizes.items())
+        sizes = {number: self._layout(number).size_bytes for number in self.unfinished}
+        return sum(max(0, size - allocated_bytes(self._part(number))) for number, size in sizes.items())
+
+    def has_records(self, number: int) -> bool:
+        """Return whether the routed experts of a file are records; not if an earlier version has begun the file."""
+        return number not in self._with_stacks
 
     def needs_source(self, source: int) -> bool:
         """Return whether slices of a source file are still to be written for this rank."""
@@ -157,6 +145,8 @@ class RankWriter:
         vision = self._finished.get(self._num_layers + 1)
         manifest = Manifest(self._origin, self._placement, self.rank, files, vision, self._source_has_vision)
         manifest.write(self.folder)
+        for path in unlisted_files(self.folder, manifest):
+            path.unlink(missing_ok=True)
         return manifest
 
     def discard(self, names: Sequence[str]) -> None:
@@ -171,6 +161,7 @@ class RankWriter:
         (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
         for number in [number for number, file in self._finished.items() if file.name in names]:
             (self.folder / self._finished.pop(number).name).unlink(missing_ok=True)
+            self._with_stacks.discard(number)
             self._written_sources -= self._sources_of_file[number]
         self._rewrite_journal()
 
@@ -180,11 +171,14 @@ class RankWriter:
                 self._finish(number)
 
     def _finish(self, number: int) -> None:
-        os.fsync(self._handle(number))
+        has_records, part, plan = self.has_records(number), self._part(number), self._plan(number)
+        handle = self._handle(number)
+        if has_records:
+            write_tags(handle, plan, self._tag(number))
+        os.fsync(handle)
         os.close(self._open.pop(number))
         self._unsynced.discard(number)
-        part, plan = self._part(number), self._plan(number)
-        file = stored_file(plan, self._name(number), part.stat().st_size, sha256_of(part))
+        file = stored_file(plan, self._name(number), part.stat().st_size, sha256_of(part), has_records)
         rename_durably(part, self.folder / file.name)
         self._journal.record_file(number, file)
         self._finished[number] = file
@@ -203,7 +197,7 @@ class RankWriter:
     def _create(self, number: int) -> int:
         """Open an unfinished file, with its header and full size."""
         path = self._part(number)
-        layout = layer_layout(self._plan(number))
+        layout = self._layout(number)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             os.ftruncate(handle, layout.size_bytes)
@@ -216,7 +210,18 @@ class RankWriter:
         return self.folder / (self._name(number) + ".part")
 
     def _name(self, number: int) -> str:
-        return file_name(number, self._num_layers)
+        return file_name(number, self._num_layers, self._has_experts(number) and self.has_records(number))
+
+    def _has_experts(self, number: int) -> bool:
+        if number not in self._experts:
+            self._experts[number] = EXPERT_ENTRIES["down"] in self._plan(number).entries
+        return self._experts[number]
+
+    def _layout(self, number: int) -> FileLayout:
+        return layer_layout(self._plan(number), self.has_records(number))
+
+    def _tag(self, number: int) -> ExpertTag:
+        return ExpertTag(number, self.rank, self._placement.digest, self._origin.commit)
 
     def _read_journal(self) -> None:
         """Restore the state of an earlier build, as far as its files still exist.
@@ -231,20 +236,63 @@ class RankWriter:
                 path.unlink()
         self._written_sources = state.sources
         for number in self._numbers:
+            if self._is_begun_with_stacks(number):
+                self._with_stacks.add(number)
             if self._is_finished(number):
-                path = self.folder / self._name(number)
-                checksum = state.checksums.get(number) or sha256_of(path)  # none if killed between rename and record
-                self._finished[number] = stored_file(self._plan(number), path.name, path.stat().st_size, checksum)
+                path, has_records = self.folder / self._name(number), self.has_records(number)
+                checksum = state.checksum(number, path.name) or sha256_of(path)  # killed between rename and record
+                size = path.stat().st_size
+                self._finished[number] = stored_file(self._plan(number), path.name, size, checksum, has_records)
             elif not self._part(number).is_file():  # the file is gone, so its sources must be written again
                 self._written_sources -= self._sources_of_file[number]
         if any(number <= self._num_layers for number in self.unfinished):  # text works while a tower is added
             (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
         self._rewrite_journal()
 
+    def _is_begun_with_stacks(self, number: int) -> bool:
+        """Return whether an earlier version has begun or finished a file, and it has not been rewritten since."""
+        if not self._has_experts(number) or self._is_finished(number):
+            return False
+        path = self.folder / file_name(number, self._num_layers, has_records=False)
+        size = layer_layout(self._plan(number), has_records=False).size_bytes
+        return path.with_name(path.name + ".part").is_file() or (path.is_file() and path.stat().st_size == size)
+
     def _is_finished(self, number: int) -> bool:
         """Return whether a finished file exists; a file gets its final name only when complete and flushed."""
         path = self.folder / self._name(number)
-        return path.is_file() and path.stat().st_size == layer_layout(self._plan(number)).size_bytes
+        return path.is_file() and path.stat().st_size == self._layout(number).size_bytes
 
     def _rewrite_journal(self) -> None:
         self._journal.rewrite(sorted(self._written_sources), self._finished.items())
+
+
+def store_identity(origin: Origin, placement: Placement, rank: int) -> dict[str, Any]:
+    """Return the first line of the journal of a rank's store."""
+    return {
+        "format": FORMAT,
+        "repository": origin.repository,
+        "commit": origin.commit,
+        "placement": placement.to_dict(),
+        "rank": rank,
+    }
+
+
+def write_tags(handle: int, plan: LayerPlan, tag: ExpertTag) -> None:
+    """Write the tags of all records of an open file, if it has any.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    records = records_layout(plan)
+    if records is None:
+        return
+    start, size = layer_layout(plan).starts[RECORDS_NAME], records.record.record_bytes
+    for index in range(records.num_experts):
+        end = start + (index + 1) * size
+        write_at(handle, tag.to_bytes(records.first_expert + index), end - TAG_BYTES)
+
+
+def unlisted_files(folder: Path, manifest: Manifest) -> list[Path]:
+    """Return the files of layers that are not in the manifest: what remains of a file that was rewritten."""
+    listed = {file.name for file in manifest.files}
+    return [path for path in folder.glob("layer-*.safetensors*") if path.name not in listed]

@@ -12,6 +12,9 @@ from kimi_mlx.weights.matrix_format import MatrixFormat
 MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
 """MLX's type for each type of the canonical form."""
 
+FLOAT_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+"""Name of each compute dtype in safetensors files."""
+
 
 def dequantize(matrix: MatrixFormat, arrays: Sequence[np.ndarray]) -> mx.array:
     """Return the values of a matrix as float32.

@@ -135,9 +135,8 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def _members(array: ArrayPlan, first: int, count: int) -> ArrayPlan:
-    """Return the plan of some members of a stack: whole routed experts, or the shared ones."""
-
-    copies = tuple(
-        replace(copy, member=copy.member - first) for copy in array.copies if first <= copy.member < first + count
-    )
+    """Return the plan of some members of a stack: the routed experts, or the shared ones."""
+    copies = tuple(copy for copy in array.copies if first <= copy.member < first + count)
+    if first:
+        copies = tuple(replace(copy, member=copy.member - first) for copy in copies)
     return replace(array, shape=(count, *array.shape[1:]), copies=copies)

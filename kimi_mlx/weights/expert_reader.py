@@ -126,7 +126,7 @@ class ExpertReader:
         self._queue = _ReadQueue(files)
         threads = [
             threading.Thread(target=_work, args=(self._queue,), name=f"expert-reader-{number}", daemon=True)
-            for number in range(num_threads)
+            for number in range(num_threads if self.sources else 0)
         ]
         for thread in threads:
             thread.start()

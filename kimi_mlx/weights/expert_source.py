@@ -15,7 +15,7 @@ import numpy as np
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.parallel.placement import RankShare
 from kimi_mlx.weights.checkpoint import Checkpoint
-from kimi_mlx.weights.expert_plan import ExpertArray, ExpertsPlan, lay_out_record, split_experts
+from kimi_mlx.weights.expert_plan import ExpertArray, ExpertsPlan, RecordLayout, split_experts
 from kimi_mlx.weights.expert_tag import ExpertTag
 from kimi_mlx.weights.header import DTYPE_BYTES, TensorInfo
 from kimi_mlx.weights.layer_plan import plan_layer
@@ -105,7 +105,13 @@ class ExpertSource:
 
 
 def record_source(
-    layer: int, first_expert: int, table: TensorInfo, arrays: Sequence[ExpertArray], tag: ExpertTag, hint: str
+    layer: int,
+    first_expert: int,
+    table: TensorInfo,
+    arrays: Sequence[ExpertArray],
+    record: RecordLayout,
+    tag: ExpertTag,
+    hint: str,
 ) -> ExpertSource:
     """Return the source of experts in records.
 
@@ -113,16 +119,15 @@ def record_source(
         layer: number of the layer.
         first_expert: number of the first expert.
         table: location of the array of records, (num_experts, record_bytes).
-        arrays: arrays of a record.
+        arrays: arrays of an expert.
+        record: layout of a record.
         tag: tag of the records.
         hint: as in ExpertSource.
     """
     num_experts, record_bytes = table.shape
-    layout = lay_out_record(arrays)
-    assert layout.record_bytes == record_bytes
     spans: list[Span] = []
-    ends = (*layout.offsets[1:], record_bytes)
-    for number, (array, start, end) in enumerate(zip(arrays, layout.offsets, ends, strict=True)):
+    ends = (*record.offsets[1:], record_bytes)
+    for number, (array, start, end) in enumerate(zip(arrays, record.offsets, ends, strict=True)):
         spans.append(Span(array.size_bytes, (Target(number, 0),)))
         spans.append(Span(end - start - array.size_bytes))
     run = _strided_run(tuple(span for span in spans if span.num_bytes), table, num_experts, record_bytes)

@@ -50,5 +50,5 @@ def describe_tag(data: bytes) -> str:
     magic, expert, layer, rank, placement, commit = _TAG.unpack(data)
     if magic != MAGIC:
         return "no expert"
-    names = (placement.rstrip(b"\0").decode("ascii", "replace"), commit.rstrip(b"\0").decode("ascii", "replace")[:12])
+    names = (placement.rstrip(b"\0").decode("ascii", "replace"), commit.rstrip(b"\0").decode("ascii", "replace"))
     return f"expert {expert} of layer {layer} of rank {rank} (placement {names[0]}, commit {names[1]})"

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from kimi_mlx.store.download import StoreOptions, build, open_build_job
 from tests import processes
 from tests.command import call
 from tests.fakes import KIMI_MINI
-from tests.hub import Hub, environment, use
+from tests.hub import COMMIT, Hub, environment, use
 
 NAME = "owner/model"
 HEADER_BYTES = 1.02
@@ -147,9 +147,15 @@ def checksums(stores: Path) -> Checksums:
 
 
 def built_from_folder(repository: Path, stores: Path, ranks: int) -> Checksums:
-    """Build stores in this process without a hub; return their checksums."""
+    """Build stores in this process without a hub; return their checksums.
+
+    Records of experts have the commit: it is that of the hub.
+    """
     options = StoreOptions(repository, stores, ranks)
-    build(options, open_build_job(options, SingleGroup()), SingleGroup())
+    job = open_build_job(options, SingleGroup())
+    contents = job.source.contents
+    job.source.contents = replace(contents, origin=replace(contents.origin, commit=COMMIT))
+    build(options, job, SingleGroup())
     return checksums(stores)
 
 
@@ -201,7 +207,7 @@ def rank_folder(host: Host, rank: int = 0) -> Path:
 
 
 def flip_a_byte(folder: Path) -> None:
-    with (folder / "layer-001.safetensors").open("r+b") as file:
+    with (folder / "layer-001.experts.safetensors").open("r+b") as file:
         file.seek(-5, os.SEEK_END)
         byte = file.read(1)[0]
         file.seek(-5, os.SEEK_END)

@@ -54,6 +54,9 @@ class Silent:
     def on_check(self, total_bytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         return contextlib.nullcontext(lambda count: None)
 
+    def on_rewrite(self, total_bytes: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        return contextlib.nullcontext(lambda count: None)
+
     def on_build(self) -> contextlib.AbstractContextManager[Callable[[BuildProgress], None]]:
         return contextlib.nullcontext(lambda progress: None)
 

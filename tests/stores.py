@@ -1,0 +1,61 @@
+"""Stores as earlier versions built them: experts in stacks, format 2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.store.build_job import BuildJob
+from kimi_mlx.store.download import StoreOptions, build, open_build_job
+from kimi_mlx.store.journal import JOURNAL_NAME
+from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, read_manifest
+from kimi_mlx.store.store_folders import rank_folder
+from kimi_mlx.store.writer import RankWriter
+
+
+def build_all(source: Path, stores: Path, ranks: int, strategy: str = "hybrid") -> tuple[BuildJob, list[Manifest]]:
+    """Build the stores of all ranks."""
+    options = StoreOptions(source, stores, ranks, strategy)
+    job = open_build_job(options, SingleGroup())
+    return job, build(options, job, SingleGroup())
+
+
+def build_with_stacks(source: Path, stores: Path, ranks: int, strategy: str = "hybrid") -> BuildJob:
+    """Build the stores of all ranks as an earlier version did."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RankWriter, "_is_begun_with_stacks", lambda writer, number: writer._has_experts(number))
+        job, manifests = build_all(source, stores, ranks, strategy)
+    for manifest in manifests:
+        make_earlier(rank_folder(job.folder, manifest.rank))
+    return job
+
+
+def make_earlier(folder: Path) -> None:
+    """Give a rank's manifest and journal the form of format 2."""
+    for name in (MANIFEST_NAME, JOURNAL_NAME):
+        path = folder / name
+        if not path.is_file():
+            continue
+        lines = [path.read_text()] if name == MANIFEST_NAME else path.read_text().splitlines()
+        values = [json.loads(line) for line in lines]
+        values[0]["format"] = 2
+        for value in values:
+            if "file" in value:
+                del value["name"]
+        indent = 1 if name == MANIFEST_NAME else None
+        text = "\n".join(json.dumps(value, indent=indent) for value in values)
+        path.write_text(text if name == MANIFEST_NAME else text + "\n")
+
+
+def read_manifests(job: BuildJob) -> list[Manifest]:
+    """Return the manifests of all ranks."""
+    return [read_manifest(rank_folder(job.folder, rank)) for rank in range(job.placement.world_size)]
+
+
+def checksums(manifests: Sequence[Manifest]) -> list[list[str]]:
+    """Return the checksums of all files."""
+    return [[file.sha256 for file in manifest.all_files] for manifest in manifests]
