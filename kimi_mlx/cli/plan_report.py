@@ -282,18 +282,24 @@ def backtest_report(comparisons: Sequence[Comparison]) -> Iterator[Part]:
         table.add_column(header, justify="right" if header in ("published", "predicted", "error") else "left")
     for comparison in comparisons:
         row = comparison.row
-        mark = "fitted" if row.fit else "repeats" if row.is_repeat else ""
+        mark = "fitted" if row.fit else "repeats" if row.is_repeat else "SSD" if comparison.is_streamed else ""
         values = (f"{comparison.published:.1f}", f"{comparison.predicted:.1f}", f"{100 * comparison.error:+.0f} %")
         table.add_row(row.id, comparison.metric, *values, mark)
     yield table
     yield ""
-    others = [comparison for comparison in comparisons if not comparison.row.fit]
+    resident = [comparison for comparison in comparisons if not comparison.is_streamed]
+    streamed = [comparison for comparison in comparisons if comparison.is_streamed]
+    others = [comparison for comparison in resident if not comparison.row.fit]
     new = [comparison for comparison in comparisons if comparison.is_new]
     yield (
-        f"Median error: {100 * median_error(comparisons):.1f} % over all {len(comparisons)} rows; "
+        f"Median error: {100 * median_error(resident):.1f} % over all {len(resident)} rows with the model in memory; "
         f"{100 * median_error(others):.1f} % over the {len(others)} that were not fitted; "
         f"{100 * median_error(new):.1f} % over the {len(new)} that do not repeat a fitted configuration either. Values "
         "are in tok/s."
+    )
+    yield (
+        f"With experts on the SSD (SSD): {100 * median_error(streamed):.0f} % over {len(streamed)}. They depend on "
+        "assumed hits, and on other programs (docs/streaming.md)."
     )
     yield (
         f"Fitted: {FITTED.bandwidth_share:g} of the bandwidth, {FITTED.kernel_s * 1e6:g} us per kernel, "

@@ -16,6 +16,8 @@ from kimi_mlx.planner.machines import parse_machines
 from kimi_mlx.planner.model_shape import STORED_ROUTER_BITS, shape_with_bits
 from kimi_mlx.planner.portions import make_portions
 from kimi_mlx.planner.speed import Setup, decode, prefill
+from kimi_mlx.planner.streaming import plan_streaming
+from kimi_mlx.sizing.expert_memory import ExpertMemory
 
 Metric = Literal["decode", "prefill"]
 
@@ -47,6 +49,7 @@ class BacktestRow:
         is_repeat: whether the set-up is that of a fitted row.
         assumed: assumptions about facts that the source does not state.
         source: source of the measurement.
+        expert_memory: memory for experts, as `--expert-memory` takes it; None if all experts were in memory.
     """
 
     id: str
@@ -66,6 +69,7 @@ class BacktestRow:
     is_repeat: bool
     assumed: str
     source: str
+    expert_memory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,13 @@ class Comparison:
 
     @property
     def is_new(self) -> bool:
-        """Whether no similar set-up was fitted."""
-        return not (self.row.fit or self.row.is_repeat)
+        """Whether no similar set-up was fitted, and all experts were in memory."""
+        return not (self.row.fit or self.row.is_repeat or self.is_streamed)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether some experts were read from the SSD: such rows depend on assumed hits, and are counted apart."""
+        return self.row.expert_memory is not None
 
     @property
     def error(self) -> float:
@@ -112,7 +121,14 @@ def setup_of(row: BacktestRow, constants: Constants = FITTED) -> Setup:
     machines = parse_machines(row.machines)
     portions = make_portions(row.strategy, shape, len(machines), engine.slices_head)
     fence_s = FAST_FENCE_S if row.is_fast_sync else FENCE_S
-    return Setup(shape, row.strategy, machines, portions, LINKS[row.link], engine, fence_s, constants)
+    streaming = None
+    if row.expert_memory is not None:
+        context = max(row.context, row.prompt or 0)
+        streaming = plan_streaming(machines, portions, shape, context, ExpertMemory.parse(row.expert_memory))
+        assert streaming is not None
+    return Setup(
+        shape, row.strategy, machines, portions, LINKS[row.link], engine, fence_s, constants, streaming=streaming
+    )
 
 
 def compare(row: BacktestRow, constants: Constants = FITTED) -> list[Comparison]:

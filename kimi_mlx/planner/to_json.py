@@ -53,7 +53,9 @@ def plan_to_dict(plan: Plan, cost: Cost | None = None) -> dict[str, Any]:
 
 
 def backtest_to_dict(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Return all comparisons, and the median errors of all, of those not fitted, and of those with new set-ups."""
+    """Return all comparisons, and the median errors: of all with their experts in memory, of those not fitted, of those
+    with new set-ups, and of those with experts on the SSD."""
+    resident = [comparison for comparison in comparisons if not comparison.is_streamed]
     return {
         "version": VERSION,
         "constants": asdict(FITTED),
@@ -67,9 +69,10 @@ def backtest_to_dict(comparisons: Sequence[Comparison]) -> dict[str, Any]:
             }
             for comparison in comparisons
         ],
-        "median_error": median_error(comparisons),
-        "median_error_not_fitted": median_error(comparison for comparison in comparisons if not comparison.row.fit),
+        "median_error": median_error(resident),
+        "median_error_not_fitted": median_error(comparison for comparison in resident if not comparison.row.fit),
         "median_error_new": median_error(comparison for comparison in comparisons if comparison.is_new),
+        "median_error_streamed": median_error(comparison for comparison in comparisons if comparison.is_streamed),
         "left_out": [{"measurement": measurement, "reason": reason} for measurement, reason in left_out()],
     }
 

@@ -12,7 +12,7 @@ from functools import cache
 ZIPF_EXPONENT = 0.8
 """Assumed exponent of the experts' popularity; 0 would be equal popularity.
 
-Source: with it, 16 % of K2's experts get 57 % of the choices. The one published speed of K2 from an SSD that states its
+Source: with it, 16 % of K2's experts get 58 % of the choices. The one published speed of K2 from an SSD that states its
 sizes (rustane, M4 Max 128 GB, docs/streaming.md) needs about 60 % at the rate of that SSD."""
 
 SYNC_S = 0.5e-3
