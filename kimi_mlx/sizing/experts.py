@@ -7,15 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kimi_mlx.errors import MemoryLimitError
+from kimi_mlx.model.expert_budget import MAX_STAGING, STAGING_SHARE, StreamedLayer, min_expert_bytes
 from kimi_mlx.sizing.engine_limits import StreamingLimits
 from kimi_mlx.sizing.expert_memory import ExpertMemory
 from kimi_mlx.units import format_gib
 
 RESERVE = 0.05
 """Share of the free memory that `auto` leaves free: sizes are estimates, and MLX keeps freed buffers."""
-
-STAGING_HALVES = 2
-"""While experts in one half of the staging area are computed, others are read into the other half."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +44,25 @@ class ExpertSizes:
 
     @property
     def staging_bytes(self) -> int:
-        """Smallest staging area: the experts of a token of the layer with the largest ones, twice."""
-        return STAGING_HALVES * min(self.num_chosen, self.num_held) * max(self.expert_bytes, default=0)
+        """Size of the smallest staging area."""
+        return min_expert_bytes(self._layers, self.num_chosen)
+
+    @property
+    def _layers(self) -> list[StreamedLayer]:
+        return [StreamedLayer(self.num_held, size) for size in sorted(set(self.expert_bytes))]
 
     def num_kept(self, budget_bytes: int | None) -> int:
-        """Return the number of experts that stay in memory.
+        """Return the number of experts that stay in memory, about as kimi_mlx.model.expert_budget divides it.
 
         Args:
             budget_bytes: memory for experts, staging area included; None for all experts.
         """
         if budget_bytes is None or budget_bytes >= self.all_bytes:
             return self.num_experts
-        layers = len(self.expert_bytes)
-        mean_bytes = sum(self.expert_bytes) / layers if layers else 1
-        return max(int((budget_bytes - self.staging_bytes) / mean_bytes), 0)
+        staging_bytes = max(
+            self.staging_bytes, min(budget_bytes // STAGING_SHARE, MAX_STAGING * max(self.expert_bytes))
+        )
+        return max(int((budget_bytes - staging_bytes) * len(self.expert_bytes) / sum(self.expert_bytes)), 0)
 
     def budget(self, setting: ExpertMemory, free_bytes: int, other_bytes: int) -> int | None:
         """Return the memory for experts, staging area included; None to keep all of them in memory.

@@ -29,12 +29,10 @@ SECONDS = 0.7
 """Duration of the measurement of each depth."""
 
 MIN_BYTES = 2**30
-"""Size of the files from which the drive's own cache does not matter."""
-
-SCRATCH_BYTES = 2 * 2**30
-"""Size of the file that is written if there are no files of the model; at most FREE_SHARE of the free space."""
+"""Size of the files from which the drive's own cache does not matter; also of the file that is written."""
 
 FREE_SHARE = 0.1
+"""Share of the free space that this file may take."""
 
 CHUNK_BYTES = 2**26
 """Bytes that are written at a time."""
@@ -66,7 +64,7 @@ def probe(
         scratch: folder for a temporary file, which may not exist yet.
         block_bytes: bytes of each read.
         seconds: duration of each depth.
-        min_bytes: size of the files from which they are used.
+        min_bytes: size of the files from which they are used, and of the temporary file.
 
     Raises:
         OSError: the files cannot be read, or there is no space for a temporary one.
@@ -128,13 +126,12 @@ def _rate(files: Sequence[UncachedFile], block_bytes: int, depth: int, seconds: 
 
 
 @contextmanager
-def _scratch_file(folder: Path, min_bytes: int) -> Generator[Path]:
+def _scratch_file(folder: Path, size: int) -> Generator[Path]:
     """Write a file of random bytes, past the page cache where the system can, and remove it at the end."""
     while not folder.is_dir():
         folder = folder.parent
-    size = min(max(SCRATCH_BYTES, min_bytes), int(FREE_SHARE * shutil.disk_usage(folder).free))
-    if size < min_bytes:
-        raise OSError(f"not enough free space in `{folder}` for a file of {min_bytes / 1e9:.1f} GB")
+    if size > FREE_SHARE * shutil.disk_usage(folder).free:
+        raise OSError(f"not enough free space in `{folder}` for a file of {size / 1e9:.1f} GB")
     handle, name = tempfile.mkstemp(prefix="kimi-mlx-ssd-test-", dir=folder)
     try:
         with os.fdopen(handle, "wb", buffering=0) as file:

@@ -14,7 +14,7 @@ from kimi_mlx.sizing.ssd import SsdSpeed
 MODULE = "kimi_mlx.cluster.doctor.ssd_probe"
 
 LIMIT_S = 90.0
-"""Time limit: login, writing a file of 2 GB, and four measurements."""
+"""Time limit: login, writing a file of 1 GB, and four measurements."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import MemoryLimitError, UsageError
+from kimi_mlx.model.expert_budget import StreamedLayer, divide_slots, min_expert_bytes
 from kimi_mlx.sizing.engine_limits import StreamingLimits
 from kimi_mlx.sizing.expert_memory import ALL_EXPERTS, AUTO, ExpertMemory
 from kimi_mlx.sizing.experts import ExpertBudget, ExpertSizes
@@ -58,6 +59,15 @@ def test_auto_keeps_what_is_left() -> None:
 def test_a_model_whose_rest_does_not_fit_is_refused_with_both_numbers() -> None:
     with pytest.raises(MemoryLimitError, match=r"needs 11\.5 GiB even if .* SSD; 7\.5 GiB are free"):
         K2.budget(AUTO, 8 * GB, GB)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.6, 0.95])
+def test_the_number_of_experts_is_that_of_the_slots(share: float) -> None:
+    budget = round(share * K2.all_bytes)
+    layers = [StreamedLayer(K2.num_held, size) for size in K2.expert_bytes]
+    slots = divide_slots(budget, layers, K2.num_chosen)
+    assert sum(slots.kept) == pytest.approx(K2.num_kept(budget), abs=2)
+    assert K2.staging_bytes == min_expert_bytes(layers, K2.num_chosen)
 
 
 def test_a_size_is_taken_as_it_is() -> None:
