@@ -18,6 +18,8 @@ from kimi_mlx.server.request_fields import (
     AlternativeCount,
     Arguments,
     ListOf,
+    Penalty,
+    RepetitionPenalty,
     TokenCount,
     text_shorthand,
     type_discriminator,
@@ -240,6 +242,9 @@ class ResponsesBody(ConversationBody):
     max_output_tokens: TokenCount | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = Field(None, description="vLLM's extension.")
     top_logprobs: AlternativeCount | None = None
     include: ListOf[str] | None = None
     metadata: dict[str, str] | None = None

@@ -123,7 +123,13 @@ def to_chat_request(body: ResponsesBody, state: State = NO_STATE, table: ToolTab
     top_p = None if body.top_p is None else max(body.top_p, MIN_TOP_P)
     return ChatRequest(
         max_tokens=body.max_output_tokens,
-        sampling={"temperature": body.temperature, "top_p": top_p},
+        sampling={
+            "temperature": body.temperature,
+            "top_p": top_p,
+            "frequency_penalty": body.frequency_penalty,
+            "presence_penalty": body.presence_penalty,
+            "repetition_penalty": body.repetition_penalty,
+        },
         top_logprobs=_top_logprobs(body),
         messages=tuple(conversation.messages),
         messages_name="input",

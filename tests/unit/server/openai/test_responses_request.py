@@ -23,6 +23,8 @@ GRAMMAR_TOOL = {
     "format": {"type": "grammar", "syntax": "lark", "definition": "start: /[A-Z* ]+/i"},
 }
 
+SAMPLING = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+
 
 def request_of(input_value: str | list[dict[str, Any]] = "Hi", **fields: Any) -> ChatRequest:
     return to_chat_request(
@@ -32,7 +34,7 @@ def request_of(input_value: str | list[dict[str, Any]] = "Hi", **fields: Any) ->
 
 def test_minimal_body():
     assert request_of() == ChatRequest(
-        sampling={"temperature": None, "top_p": None},
+        sampling=dict.fromkeys(SAMPLING),
         messages=(Message("user", "Hi"),),
         messages_name="input",
         response_schema_name="text.format.schema",
@@ -301,3 +303,8 @@ def test_tool_choices(choice: dict[str, Any], expected: Any, names: list[str]):
     request = request_of(tools=[FUNCTION, GRAMMAR_TOOL, namespace], tool_choice=choice)
     assert request.tool_choice == expected
     assert [tool["function"]["name"] for tool in request.tools] == names
+
+
+def test_sampling_fields():
+    values = dict(zip(SAMPLING, (0.5, 0.25, 1.0, -1.0, 1.5), strict=True))
+    assert request_of(**values).sampling == values
