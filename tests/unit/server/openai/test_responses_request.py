@@ -66,7 +66,7 @@ def test_all_supported_fields():
     assert request.response_schema == SCHEMA
     assert request.thinking
     assert (request.max_tokens, request.top_logprobs) == (9, 0)
-    assert request.sampling == {"temperature": 0.5, "top_p": 0.9}
+    assert request.sampling == {**dict.fromkeys(SAMPLING), "temperature": 0.5, "top_p": 0.9}
 
 
 def test_tool_calls_and_results():
