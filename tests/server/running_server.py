@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,7 @@ def serving(
     folder: Path = KIMI_MINI,
     ranks: int = 1,
     port: int = 0,
+    aliases: Sequence[str] = ("mini",),
 ) -> Iterator[RunningServer]:
     """Serve kimi-mini. The session stays open.
 
@@ -74,9 +75,10 @@ def serving(
         folder: folder of the tokenizer.
         ranks: number of ranks of the session.
         port: port to listen on; 0 picks a free one.
+        aliases: other names of the model in requests.
     """
     context_tokens = context_tokens or load_config(folder).max_position_embeddings
-    model_info = ModelInfo("kimi-mini", ("mini",), context_tokens, int(time.time()))
+    model_info = ModelInfo("kimi-mini", aliases, context_tokens, int(time.time()))
     deployment = ModelDeployment(
         "kimi-mini", "hybrid", local_cluster(ranks) if ranks > 1 else None, load_config(folder)
     )

@@ -203,10 +203,10 @@ def endless() -> Iterator[RunningServer]:
 @pytest.mark.parametrize("is_background", [False, True])
 def test_cancelling_a_response(endless: RunningServer, is_background: bool) -> None:
     ids, ends = list[str](), list[dict[str, Any]]()
+    thread = threading.Thread(target=read_stream, args=(endless, {"input": SUM, "stream": True}, ids, ends))
     if is_background:
         ids.append(create(endless, input=SUM, background=True, max_output_tokens=None)["id"])
     else:
-        thread = threading.Thread(target=read_stream, args=(endless, {"input": SUM, "stream": True}, ids, ends))
         thread.start()
         wait_until(lambda: bool(ids))
     path = f"/{ids[0]}"

@@ -95,6 +95,6 @@ def _complete(item: Value, suffix: str) -> Value:
     value: Value = {"type": kind, "id": f"{ID_PREFIXES.get(kind, 'item')}_{suffix}", "status": "completed", **item}
     if kind == "message" and isinstance(item.get("content"), str):
         part = "output_text" if item.get("role") == "assistant" else "input_text"
-        annotations = {"annotations": []} if part == "output_text" else {}
-        value["content"] = [{"type": part, "text": item["content"], **annotations}]
+        content: Value = {"type": part, "text": item["content"]}
+        value["content"] = [content if part == "input_text" else {**content, "annotations": []}]
     return {name: field for name, field in value.items() if field is not None}

@@ -16,6 +16,7 @@ from typing import Any
 
 from kimi_mlx.server.api_types import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, TokenLogprobs, Usage
 from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.openai.reasoning_seal import seal
 from kimi_mlx.server.openai.responses_body import ResponsesBody
@@ -291,7 +292,6 @@ def _echoed_fields(body: ResponsesBody, note: str | None) -> Value:
         include={"instructions", "max_output_tokens", "reasoning", "temperature", "text", "top_p"},
     )
     choice, parallel = body.tool_choice, body.parallel_tool_calls
-    is_named = choice is not None and not isinstance(choice, str)
     return {
         "instructions": None,
         "max_output_tokens": None,
@@ -302,7 +302,9 @@ def _echoed_fields(body: ResponsesBody, note: str | None) -> Value:
         **fields,
         "metadata": dict(body.metadata or {}) | ({NOTES: note[:MAX_METADATA_CHARS]} if note else {}),
         "tools": [_echoed_tool(tool.model_dump(mode="json", exclude_unset=True)) for tool in body.tools or ()],
-        "tool_choice": choice.model_dump(mode="json", exclude_unset=True) if is_named else choice or "auto",
+        "tool_choice": choice.model_dump(mode="json", exclude_unset=True)
+        if isinstance(choice, Body)
+        else choice or "auto",
         "parallel_tool_calls": parallel is not False,
         "previous_response_id": body.previous_response_id,
         "background": bool(body.background),
