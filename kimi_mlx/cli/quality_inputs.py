@@ -36,8 +36,8 @@ class TextOptions:
         bool,
         typer.Option(
             "--chat",
-            help="Send each text as a user message through the model's chat template. Default: the raw text, without "
-            "special tokens.",
+            help="Send each text through the model's chat template, as a user message. A text with one JSON object "
+            '`{"messages": [...]}` per line has conversations instead. Default: the raw text, without special tokens.',
         ),
     ] = False
     window: Annotated[
@@ -58,7 +58,7 @@ class TextOptions:
     @property
     def description(self) -> str:
         """Form of the texts, for the user."""
-        return "each as a user message in the chat template" if self.chat else "raw, without the chat template"
+        return "in the chat template" if self.chat else "raw, without the chat template"
 
 
 def read_texts(words: Sequence[str]) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from kimi_mlx.cli.checkpoint_folder import checkpoint_folder
 from kimi_mlx.cli.quality_inputs import TextOptions
@@ -55,8 +57,8 @@ def tokenize(model: QualityModel, texts: Sequence[str], options: TextOptions) ->
         TextError: the model has no tokenizer, or with `--chat` no chat template.
         UsageError: too few tokens, or windows that are longer than the context.
     """
-    encode = _encode_message if options.chat else _encode_raw
-    ids = [encode(model.tokenizer, text) for text in texts]
+    encode = _encode_conversations if options.chat else _encode_raw
+    ids = [part for text in texts for part in encode(model.tokenizer, text)]
     return divide(ids, options.window, options.tokens, model.model.config.max_position_embeddings)
 
 
@@ -72,7 +74,7 @@ def check_same_tokens(a: QualityModel, b: QualityModel, texts: Sequence[str]) ->
             hint="compare two versions of the same model",
         )
     for number, text in enumerate(texts, 1):
-        ids = [_encode_raw(model.tokenizer, text) for model in (a, b)]
+        ids = [model.tokenizer.encode(text) for model in (a, b)]
         if ids[0] != ids[1]:
             raise UsageError(
                 f"`{a.name}` and `{b.name}` have different tokenizers: text {number} has {len(ids[0])} tokens with the "
@@ -81,9 +83,28 @@ def check_same_tokens(a: QualityModel, b: QualityModel, texts: Sequence[str]) ->
             )
 
 
-def _encode_raw(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text)
+def _encode_raw(tokenizer: ChatTokenizer, text: str) -> list[list[int]]:
+    return [tokenizer.encode(text)]
 
 
-def _encode_message(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}])
+def _encode_conversations(tokenizer: ChatTokenizer, text: str) -> list[list[int]]:
+    """Return the ids of a text as a user message, or of the conversations in it, with their answers."""
+    conversations = _conversations(text) or [[{"role": "user", "content": text}]]
+    return [tokenizer.apply_chat_template(messages) for messages in conversations]
+
+
+def _conversations(text: str) -> list[list[dict[str, Any]]]:
+    """Return the conversations of a text with one JSON object per line; empty for any other text."""
+    conversations: list[list[dict[str, Any]]] = []
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        try:
+            value: Any = json.loads(line)
+        except ValueError:
+            return []
+        messages: Any = cast("dict[str, Any]", value).get("messages") if isinstance(value, dict) else None
+        if not isinstance(messages, list):
+            return []
+        conversations.append(cast("list[dict[str, Any]]", messages))
+    return conversations

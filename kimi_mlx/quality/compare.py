@@ -64,7 +64,7 @@ def compare(a: LayerwiseModel, b: LayerwiseModel, windows: Windows, progress: Ca
     losses: list[np.ndarray] = []
     agreements: list[np.ndarray] = []
     for number, window in enumerate(windows):
-        following = mx.array(window[1:])
+        following = mx.array(list(window[1:]))
         for start in range(0, len(window) - 1, rows):
             part = slice(start, min(start + rows, len(window) - 1))
             log_a = head_a.log_probabilities(states_a[number][0, part])

@@ -85,7 +85,7 @@ class LayerwiseModel:
             for number, window in enumerate(windows):
                 communicator.states = states[number]
                 slices = [SequenceSlice(model.make_cache(), len(window), len(window))]
-                states[number] = model.hidden(mx.array([window]), slices)
+                states[number] = model.hidden(mx.array([list(window)]), slices)
                 mx.eval(states[number])
             after_layer(layer)
             del model, weights
@@ -96,7 +96,7 @@ class LayerwiseModel:
     def _embed(self, windows: Windows) -> list[mx.array]:
         weights = self._top("model.embed_tokens")
         embedding = Embedding(weights.matrix("model.embed_tokens"))
-        states = [embedding(mx.array([window])).astype(self.dtype) for window in windows]
+        states = [embedding(mx.array([list(window)])).astype(self.dtype) for window in windows]
         mx.eval(states)
         return states
 

@@ -94,8 +94,10 @@ def read_metadata(file: Path) -> dict[str, str]:
     """Return the metadata in the header of a file that read_header accepts; empty without any."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        metadata = json.loads(stream.read(length)).get("__metadata__")
-    return {str(name): str(value) for name, value in metadata.items()} if isinstance(metadata, dict) else {}
+        metadata: Any = json.loads(stream.read(length)).get("__metadata__")
+    if not isinstance(metadata, dict):
+        return {}
+    return {str(name): str(value) for name, value in cast(dict[Any, Any], metadata).items()}
 
 
 def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> dict[str, TensorInfo]:

@@ -122,8 +122,7 @@ def _quantize_rows(
     w = values.reshape(len(values), -1, group_size)  # (R, C / G, G)
     i = None if importance is None else importance.reshape(1, -1, group_size)
     scales, biases = scales.astype(dtype), biases.astype(dtype)
-    floats = [array.astype(mx.float32)[..., None] for array in (scales, biases)]
-    plain_values = mx.dequantize(plain, *(array[..., 0] for array in floats), group_size, bits)
+    plain_values = mx.dequantize(plain, scales.astype(mx.float32), biases.astype(mx.float32), group_size, bits)
     error = _error(w, plain_values.reshape(w.shape), i)
     arrays: tuple[mx.array, ...] = (plain, scales, biases)
     if searches:

@@ -51,6 +51,18 @@ def test_json_is_one_document() -> None:
     assert raw["a"] == {"model": "kimi-mini", "bytes": 2142400}
 
 
+def test_conversations_are_rendered_with_their_answers(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "4711"}]
+    line = json.dumps({"messages": messages}) + "\n"
+    (tmp_path / "chats.jsonl").write_text(line * 2)
+    chats, text = (
+        json.loads(run("compare", "kimi-mini", "kimi-mini", words, "--json", "--chat").stdout)
+        for words in (tmp_path / "chats.jsonl", TEXT)
+    )
+    assert chats["positions"] == chats["tokens"] - 2
+    assert chats["tokens"] > 2 * text["tokens"]
+
+
 def test_tokens_beyond_the_limit_are_counted() -> None:
     report = json.loads(run("compare", "kimi-mini", "kimi-mini", TEXT, "--tokens", "10", "--json").stdout)
     assert report["tokens"] == 10

@@ -18,7 +18,7 @@ from kimi_mlx.weights.convert_options import ConvertOptions
 from kimi_mlx.weights.convert_plan import plan_conversion
 from kimi_mlx.weights.convert_report import list_importance_notes, list_notes
 from kimi_mlx.weights.importance import MIN_TOKENS, Importance, entry_of, norm_digest, write_importance
-from kimi_mlx.weights.presets import PRESETS
+from kimi_mlx.weights.presets import PRESETS, TABLE_HEADER, preset_rows
 from kimi_mlx.weights.reference_table import PublishedFormat, reference_checkpoint
 from tests.checkpoints import load_golden, write_checkpoint
 from tests.parity.test_logits import relative_error
@@ -94,10 +94,17 @@ def test_matrices_with_no_more_bits_are_copied(sources: dict[str, Path], tmp_pat
     assert "routed experts (4 to 3 bits)" in notes
 
 
-@pytest.mark.parametrize("options", [{"bits": 4}, {"expert_bits": 2}, {"group_size": 64}])
-def test_a_preset_excludes_options_of_bits(options: dict[str, int], sources: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ConvertOptions(bits=4, preset="2bit"),
+        ConvertOptions(expert_bits=2, preset="2bit"),
+        ConvertOptions(group_size=64, preset="2bit"),
+    ],
+)
+def test_a_preset_excludes_options_of_bits(options: ConvertOptions, sources: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="--preset 2bit and --"):
-        open_conversion(sources["bf16"], ConvertOptions(**options, preset="2bit"))
+        open_conversion(sources["bf16"], options)
 
 
 def test_the_record_of_old_options_is_unchanged(sources: dict[str, Path]) -> None:
@@ -196,3 +203,9 @@ def test_other_files_are_no_importance(deep: Path, tmp_path: Path) -> None:
         Importance(tmp_path / "missing")
     with pytest.raises(WeightsError, match="has the format `pt`, not `kimi-mlx importance 1`"):
         Importance(next(deep.glob("*.safetensors")))
+
+
+def test_the_page_has_the_table_of_presets() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "quantization.md").read_text()
+    for row in (TABLE_HEADER, *preset_rows()):
+        assert f"\n| {' | '.join(row)} | " in page
