@@ -22,6 +22,7 @@ class GenerationParams:
         max_tokens: limit on new tokens; None allows the rest of the context, 0 only computes the prompt.
         sampling: fields of Sampling by name, where they differ from the checkpoint's recommendation.
         stop: texts that end the answer and are not part of it.
+        stop_token_ids: tokens that end the answer and are not part of it, besides those of the checkpoint.
         n: number of answers.
         top_logprobs: number of most likely tokens to report with each token; 0 reports only the token's own log
             probability, None reports neither.
@@ -33,6 +34,7 @@ class GenerationParams:
     max_tokens: int | None = None
     sampling: Mapping[str, float | int | None] = field(default_factory=dict[str, "float | int | None"])
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     n: int = 1
     top_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -81,12 +83,14 @@ class CompletionRequest(GenerationParams):
     Args:
         prompt: text or token ids.
         place: location of the prompt in the body, for error messages.
+        answer_format: what the answer must match; None for any text.
         prompt_logprobs: number of most likely tokens to report with each token of the prompt; None reports no log
             probabilities of the prompt.
     """
 
     prompt: str | tuple[int, ...] = ""
     place: str = field(default="prompt", compare=False)
+    answer_format: AnswerFormat | None = None
     prompt_logprobs: int | None = None
 
 

@@ -32,6 +32,7 @@ OTHER_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "repetition_penalty": (1,),
     "repetition_detection": (),
     "stop_regex": (),
+    "stop_token_ids": (),
     "use_beam_search": (False,),
     # sampling: llama.cpp
     "dry_multiplier": (0,),
@@ -64,6 +65,9 @@ OTHER_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "structural_tag": (),
     "structured_outputs": (),
     # prompt: vLLM, SGLang, OpenAI
+    "add_generation_prompt": (True,),
+    "chat_template_kwargs": (),
+    "continue_final_message": (False,),
     "chat_template": (),
     "documents": (),
     "input_embeds": (),
@@ -75,7 +79,11 @@ OTHER_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "session_params": (),
     "truncate_prompt_tokens": (),
     "vllm_xargs": (),
-    # amount of reasoning: vLLM, llama.cpp
+    # reasoning: Moonshot, vLLM, llama.cpp
+    "enable_thinking": (),
+    "include_reasoning": (True,),
+    "reasoning_effort": (),
+    "thinking": (),
     "reasoning_budget": (-1,),
     "thinking_budget": (-1,),
     "thinking_budget_tokens": (-1,),

@@ -11,13 +11,14 @@ from typing import Any
 
 from kimi_mlx.engine.request import ImageInput, Request, Sampling
 from kimi_mlx.errors import CallIdError, GrammarError, ImageError, TextError, UsageError
+from kimi_mlx.runtime.answer_grammar import AnswerFormat
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.prompt import Prompt
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest, GenerationParams
 from kimi_mlx.server.errors import ApiError, PromptTooLongError
 from kimi_mlx.server.media import image_error, resolve_media
 from kimi_mlx.server.message_content import texts_of
-from kimi_mlx.server.response_builder import ChatReader, PlainReader, TokenReader
+from kimi_mlx.server.response_builder import ChatReader, PlainReader, StopTokenReader, TokenReader
 from kimi_mlx.server.template_variables import template_variables
 from kimi_mlx.text.call_ids import CallIds, to_kimi_ids
 from kimi_mlx.text.messages import Message
@@ -72,6 +73,7 @@ class PreparedRequest:
         free_text_tools: names of those tools whose arguments are any text instead of JSON.
         return_progress: whether the events of the answers include ProgressEvents.
         place: location of the prompt in the body, for error messages.
+        stop_token_ids: tokens that end an answer, and are not control tokens.
     """
 
     request: Request
@@ -82,14 +84,16 @@ class PreparedRequest:
     free_text_tools: tuple[str, ...] = ()
     return_progress: bool = False
     place: str = "messages"
+    stop_token_ids: tuple[int, ...] = ()
 
     def new_reader(self, tokenizer: Tokenizer) -> TokenReader:
         """Return a reader for the tokens of one answer."""
-        if self.call_ids is None:
-            return PlainReader(tokenizer)
-        starts_in_reasoning = opens_reasoning(tokenizer, self.request.prompt)
-        parser = OutputParser(tokenizer, starts_in_reasoning, self.tool_names, self.free_text_tools)
-        return ChatReader(parser, self.call_ids.allocator())
+        reader: TokenReader = PlainReader(tokenizer)
+        if self.call_ids is not None:
+            starts_in_reasoning = opens_reasoning(tokenizer, self.request.prompt)
+            parser = OutputParser(tokenizer, starts_in_reasoning, self.tool_names, self.free_text_tools)
+            reader = ChatReader(parser, self.call_ids.allocator())
+        return StopTokenReader(reader, self.stop_token_ids) if self.stop_token_ids else reader
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,9 @@ class PromptBuilder:
             special_tokens = self.tokenizer.tokenizer.special_tokens
             grammar = request_grammar(request, special_tokens, prompt, len(ids.client_ids))
             tool_names, free_text_tools = names_of(request.tools), tuple(request.input_rules)
+        elif isinstance(request, CompletionRequest) and request.answer_format is not None:
+            grammar = plain_grammar(request.answer_format)
+        self.check_ids(request.stop_token_ids, "stop_token_ids")
         if request.max_tokens is not None and request.min_tokens > request.max_tokens:
             limits = f"`min_tokens` is {request.min_tokens}, but must be at most `max_tokens`, {request.max_tokens}"
             raise ApiError(400, limits, "invalid_value", "min_tokens")
@@ -151,7 +158,7 @@ class PromptBuilder:
             prompt,
             max_tokens=remaining if limit is None else min(remaining, limit),
             sampling=self._sampling(request),
-            stop_ids=self.tokenizer.stop_ids,
+            stop_ids=self.tokenizer.stop_ids.union(request.stop_token_ids),
             logit_bias=request.logit_bias,
             top_logprobs=request.top_logprobs,
             grammar=grammar,
@@ -159,9 +166,16 @@ class PromptBuilder:
             min_tokens=request.min_tokens,
             prompt_logprobs=request.prompt_logprobs if isinstance(request, CompletionRequest) else None,
         )
-        place, progress = _place(request), request.return_progress
         return PreparedRequest(
-            engine_request, request.n, request.stop, ids, tool_names, free_text_tools, progress, place
+            engine_request,
+            request.n,
+            request.stop,
+            ids,
+            tool_names,
+            free_text_tools,
+            request.return_progress,
+            _place(request),
+            request.stop_token_ids,
         )
 
     def count_tokens(self, request: ChatRequest) -> int:
@@ -397,6 +411,19 @@ def request_grammar(
         raise ApiError(400, message, param=request.response_schema_name)
     try:
         return request.grammar(special_tokens, prompt, num_calls)
+    except GrammarError as error:
+        raise schema_error(error) from error
+
+
+def plain_grammar(answer_format: AnswerFormat) -> str | None:
+    """Return the grammar of an answer without reasoning and tool calls, or None if it is unconstrained.
+
+    Raises:
+        ApiError: 400, the schema or the rule is invalid; `param` is its location.
+    """
+    try:
+        answer_format.check_schemas()
+        return answer_format.grammar({}, (), 0)
     except GrammarError as error:
         raise schema_error(error) from error
 

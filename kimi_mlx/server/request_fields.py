@@ -28,7 +28,7 @@ MAX_TOKEN_COUNT = 2**31 - 1
 
 def to_token_count(value: Any) -> Any:
     """Return a token count as an integer; -1, which means no limit in other servers, as MAX_TOKEN_COUNT."""
-    return MAX_TOKEN_COUNT if value == -1 and not isinstance(value, bool) else to_integer(value)
+    return MAX_TOKEN_COUNT if value == -1 else to_integer(value)
 
 
 Item = TypeVar("Item")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -59,6 +59,26 @@ class ChatReader:
     def finish(self) -> Delta:
         """Return the remaining delta."""
         return self._ids.assign(self._parser.finish())
+
+
+class StopTokenReader:
+    """Drops the tokens that end an answer, which another reader would read as text.
+
+    Args:
+        reader: reader of all other tokens.
+        stop_ids: tokens that end the answer.
+    """
+
+    def __init__(self, reader: TokenReader, stop_ids: Collection[int]):
+        self._reader, self._stop_ids = reader, stop_ids
+
+    def add(self, token_id: int) -> Delta:
+        """Return the delta of a token."""
+        return Delta() if token_id in self._stop_ids else self._reader.add(token_id)
+
+    def finish(self) -> Delta:
+        """Return the remaining delta."""
+        return self._reader.finish()
 
 
 class StopSequences:

@@ -17,7 +17,7 @@ from tests.server import raw
 from tests.server.running_server import RunningServer, serving
 
 HI: dict[str, Any] = {"role": "user", "content": "hi"}
-LONG = "9 8 " * 60_000
+LONG = "9 8 " * 35_000
 
 OPENAI_WORDS = re.compile(
     r"This model's maximum context length is (\d+) tokens\. However, your messages resulted in (\d+) tokens"
@@ -35,7 +35,7 @@ def post(running: RunningServer, path: str, **body: Any) -> httpx2.Response:
     [
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
         ("/v1/chat/completions", {"messages": [HI], "tools": [{"type": "function", "function": {
-            "name": "f", "description": LONG[:190_000]}}]}, "messages"),
+            "name": "f", "description": LONG}}]}, "messages"),
         ("/v1/chat/completions", {"messages": [HI] * 30_000}, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}], "stream": True}, "messages"),
         ("/v1/responses", {"input": LONG}, "input"),
@@ -75,7 +75,7 @@ def test_prompts_that_are_too_long_have_the_words_of_anthropic(running: RunningS
 def test_counts_of_long_prompts_have_a_limit(running: RunningServer) -> None:
     body = {"messages": [{"role": "user", "content": LONG}]}
     assert post(running, "/v1/messages/count_tokens", **body).json()["input_tokens"] > 65_536
-    body["messages"] = [HI] * 340_000
+    body["messages"] = [HI] * 55_000
     response = post(running, "/v1/messages/count_tokens", **body)
     assert response.status_code == 400  # more lists and objects than a body may have
 
@@ -126,10 +126,11 @@ def test_a_partial_message_with_a_name(running: RunningServer) -> None:
     ("fields", "allowed"),
     [
         ({"guided_choice": ["left", "right"]}, r"left|right"),
+        ({"guided_choice": ["left", "right"], "thinking": {"type": "enabled"}}, r"left|right"),
         ({"structured_outputs": {"choice": ["yes/no", 'a "quote"']}}, r'yes/no|a "quote"'),
         ({"guided_regex": r"[a-c]{3}/\d"}, r"[a-c]{3}/\d"),
         ({"regex": r"x\/y"}, "x/y"),
-        ({"structured_outputs": {"regex": "(ab)+c"}}, "(ab)+c"),
+        ({"structured_outputs": {"regex": "(ab){1,3}c"}}, "(ab){1,3}c"),
         ({"grammar": 'root ::= "one " ("two" | "three")'}, "one (two|three)"),
         ({"guided_grammar": 'start: "a" B\nB: /[0-9]/'}, "a[0-9]"),
         ({"ebnf": 'root ::= digit digit\ndigit ::= [0-9]'}, "[0-9]{2}"),
@@ -141,15 +142,11 @@ def test_a_partial_message_with_a_name(running: RunningServer) -> None:
         ({"response_format": {"type": "json_schema", "schema": {"enum": [4]}}}, "4"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("is_thinking", [True, False])
-def test_constraints_of_other_servers_are_obeyed(
-    running: RunningServer, fields: dict[str, Any], allowed: str, is_thinking: bool
-) -> None:
-    thinking = {"type": "enabled" if is_thinking else "disabled"}
-    body = {"messages": [HI], "thinking": thinking, "max_tokens": 400, "seed": 1, **fields}
+def test_constraints_of_other_servers_are_obeyed(running: RunningServer, fields: dict[str, Any], allowed: str) -> None:
+    body = {"messages": [HI], "thinking": {"type": "disabled"}, "max_tokens": 100, "temperature": 0, **fields}
     (choice,) = post(running, "/v1/chat/completions", **body).json()["choices"]
-    if choice["finish_reason"] != "length":
-        assert re.fullmatch(allowed, choice["message"]["content"])
+    assert choice["finish_reason"] == "stop"
+    assert re.fullmatch(allowed, choice["message"]["content"])
 
 
 @pytest.mark.parametrize(
@@ -195,12 +192,38 @@ def test_values_without_effect_are_accepted(running: RunningServer) -> None:
     assert response.json()["choices"][0]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
-def test_other_apis_refuse_constraints_by_name(running: RunningServer, path: str) -> None:
-    body = {"prompt": "hi"} if path == "/v1/completions" else {"messages": [HI]}
-    response = post(running, path, max_tokens=1, guided_choice=["a"], **body)
+def test_the_messages_api_refuses_constraints_by_name(running: RunningServer) -> None:
+    response = post(running, "/v1/messages", max_tokens=1, guided_choice=["a"], messages=[HI])
     assert response.status_code == 400
     assert "guided_choice" in response.json()["error"]["message"]
+
+
+def test_constraints_and_ends_of_plain_completions(running: RunningServer) -> None:
+    def complete(**fields: Any) -> Any:
+        return post(running, "/v1/completions", prompt="The", temperature=0, **fields).json()
+
+    for fields, allowed in (
+        ({"guided_choice": ["left", "right"]}, "left|right"),
+        ({"response_format": {"type": "json_object", "schema": {"enum": [12]}}}, "12"),
+    ):
+        (choice,) = complete(max_tokens=50, **fields)["choices"]
+        assert re.fullmatch(allowed, choice["text"])
+        assert choice["finish_reason"] == "stop"
+    assert complete(guided_regex="(")["error"]["param"] == "guided_regex"
+    answer = complete(max_tokens=6)
+    tokens = post(running, "/tokenize", prompt=answer["choices"][0]["text"], add_special_tokens=False).json()["tokens"]
+    (choice,) = complete(max_tokens=6, stop_token_ids=tokens[1:2])["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert answer["choices"][0]["text"].startswith(choice["text"])
+    assert len(choice["text"]) < len(answer["choices"][0]["text"])
+    assert complete(stop_token_ids=[10**6])["error"]["param"] == "stop_token_ids[0]"
+    assert complete(max_tokens=70, ignore_eos=True)["usage"]["completion_tokens"] == 70
+    assert complete(ignore_eos=True)["error"]["param"] == "ignore_eos"
+
+
+def test_a_chat_can_ignore_its_end(running: RunningServer) -> None:
+    usage = post(running, "/v1/chat/completions", messages=[HI], max_tokens=40, ignore_eos=True).json()["usage"]
+    assert usage["completion_tokens"] == 40
 
 
 def test_reasoning_can_be_left_out_of_the_response(running: RunningServer) -> None:

@@ -230,6 +230,7 @@ class CountBody(CheckedBody):
     thinking: ThinkingOptions | None = None
     reasoning_effort: Effort | None = Field(None, description="As in Chat Completions.")
     context_management: ContextManagement | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="As in Chat Completions.")
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # name of `output_config.format` in the API's beta
     mcp_servers: list[Any] | None = None

@@ -82,6 +82,7 @@ def to_chat_request(body: CountBody) -> ChatRequest:
         response_schema=output_format.schema_ if output_format else None,
         response_schema_name=f"{'output_config.format' if config_format else 'output_format'}.schema",
         **_thinking(body),
+        template_kwargs=body.chat_template_kwargs or {},
         partial=partial,
         call_id_prefix=CALL_ID_PREFIX,
     )

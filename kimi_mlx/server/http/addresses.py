@@ -76,7 +76,7 @@ def _parts(path: str) -> list[str]:
 
 def _without_version(parts: list[str]) -> list[str]:
     """Return the parts after the first ones that are the version."""
-    return next((parts[at:] for at, part in enumerate(parts) if part.lower() != VERSION), [])
+    return next((parts[at:] for at, part in enumerate(parts) if part.lower() != VERSION), list[str]())
 
 
 def _lower(parts: list[str]) -> list[str]:

@@ -11,8 +11,8 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.openai.answer_constraint import ConstrainedBody
 from kimi_mlx.server.openai.chat_messages import ChatMessage, read_messages
-from kimi_mlx.server.other_fields import CheckedBody
 from kimi_mlx.server.request_fields import (
+    MAX_TOKEN_COUNT,
     MIN_TOP_P,
     AlternativeCount,
     Integer,
@@ -28,6 +28,7 @@ from kimi_mlx.server.thinking_options import Effort, ThinkingOptions, thinking_f
 
 MAX_ANSWERS = 128
 MAX_STOPS = 4
+MAX_STOP_TOKENS = 64
 
 THINKING_SWITCHES = ("thinking", "enable_thinking")
 """Variables of chat templates that turn thinking on or off: Kimi's, and that of other models."""
@@ -80,7 +81,7 @@ class RouterReasoning(Body):
     exclude: bool | None = None
 
 
-class GenerationBody(CheckedBody):
+class GenerationBody(ConstrainedBody):
     """Fields that chat completions and plain completions share."""
 
     model: str | None = None
@@ -91,6 +92,9 @@ class GenerationBody(CheckedBody):
     min_p: float | None = Field(None, ge=0, le=1)
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Integer] | None = None
     stop: Stop | None = None
+    stop_token_ids: Annotated[ListOf[int], Field(max_length=MAX_STOP_TOKENS)] | None = Field(
+        None, description="vLLM's extension."
+    )
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS), Integer] | None = None
     logit_bias: dict[TokenId, Bias] | None = None
     presence_penalty: Penalty | None = None
@@ -99,13 +103,16 @@ class GenerationBody(CheckedBody):
         None, description="vLLM's extension: counts tokens of the prompt, too."
     )
     min_tokens: MinTokens | None = Field(None, description="vLLM's extension: no stop token or text ends it earlier.")
+    ignore_eos: bool | None = Field(
+        None, description="vLLM's extension: the answer has `max_tokens` tokens, as with `min_tokens`."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     def generation_params(self) -> dict[str, Any]:
         """Return the fields of GenerationParams."""
         return {
-            "max_tokens": self.max_tokens,
+            "max_tokens": self.token_limit,
             "sampling": {
                 "temperature": self.temperature,
                 "top_p": None if self.top_p is None else max(self.top_p, MIN_TOP_P),
@@ -119,8 +126,21 @@ class GenerationBody(CheckedBody):
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "n": self.n or 1,
             "logit_bias": tuple((int(id), bias) for id, bias in (self.logit_bias or {}).items()),
-            "min_tokens": self.min_tokens or 0,
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "min_tokens": self._min_tokens(),
         }
+
+    @property
+    def token_limit(self) -> int | None:
+        """Maximum number of new tokens; None if it is not given."""
+        return self.max_tokens
+
+    def _min_tokens(self) -> int:
+        if not self.ignore_eos:
+            return self.min_tokens or 0
+        if self.token_limit is None or self.token_limit == MAX_TOKEN_COUNT:
+            raise ApiError(400, "`ignore_eos` needs `max_tokens`", "invalid_value", "ignore_eos")
+        return self.token_limit
 
     @property
     def include_usage(self) -> bool:
@@ -128,7 +148,7 @@ class GenerationBody(CheckedBody):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatBody(GenerationBody, ConstrainedBody):
+class ChatBody(GenerationBody):
     """The body of a chat completion."""
 
     messages: ListOf[ChatMessage] = Field(min_length=1)
@@ -174,7 +194,6 @@ class ChatBody(GenerationBody, ConstrainedBody):
         tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools or ())
         constraint = self.answer_constraint()
         params = self.generation_params()
-        params["max_tokens"] = self.max_completion_tokens or self.max_tokens
         params["return_progress"] = bool(self.return_progress)
         partial = conversation.partial
         return ChatRequest(
@@ -194,6 +213,11 @@ class ChatBody(GenerationBody, ConstrainedBody):
             partial_reasoning=(partial and partial.reasoning_content) or "",
             partial_name=partial and partial.name,
         )
+
+    @property
+    def token_limit(self) -> int | None:
+        """Maximum number of new tokens, under its newer name or the older one; None if it is not given."""
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def shows_reasoning(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from kimi_mlx.runtime.answer_grammar import AnswerFormat
 from kimi_mlx.server.api_types import (
     AnswerEvent,
     CompleteAnswer,
@@ -86,9 +87,17 @@ class CompletionBody(GenerationBody):
             raise ApiError(400, "`best_of` is not supported: leave it out", "unsupported_parameter", "best_of")
         params = self.generation_params()
         params["top_logprobs"] = self.logprobs
+        constraint = self.answer_constraint()
+        answer_format = constraint and AnswerFormat(
+            response_schema=constraint.schema, response_rule=constraint.rule, response_schema_name=constraint.name
+        )
         return [
             CompletionRequest(
-                **params, prompt=prompt, place=place, prompt_logprobs=self.logprobs if self.echo else None
+                **params,
+                prompt=prompt,
+                place=place,
+                answer_format=answer_format,
+                prompt_logprobs=self.logprobs if self.echo else None,
             )
             for place, prompt in self._prompts()
         ]

@@ -21,10 +21,10 @@ from kimi_mlx.engine.events import (
     Token,
 )
 from kimi_mlx.engine.request import Request
-from kimi_mlx.errors import EngineError, RingError
+from kimi_mlx.errors import ContextLengthError, EngineError, RingError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.server.api_types import AnswerEvent, ChatRequest, CompletionRequest, DeltaEvent, FinishEvent, KeepAlive
-from kimi_mlx.server.errors import ApiError
+from kimi_mlx.server.errors import ApiError, PromptTooLongError
 from kimi_mlx.server.health import health_problem
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.server.prompts import PromptBuilder
@@ -161,6 +161,20 @@ def test_a_full_queue_refuses_requests_until_answers_end(service: Service, sessi
             on_event(finished())
         await asyncio.gather(*tasks)
         assert (service.running, service.waiting) == (0, 0)
+
+    run(work)
+
+
+def test_a_prompt_beyond_the_context_of_a_restarted_ring_is_too_long(
+    service: Service, session: ScriptedSession
+) -> None:
+    async def work() -> None:
+        task = asyncio.create_task(collect(service, CompletionRequest(prompt=(5,) * 30, place="prompt[0]")))
+        await session.wait_for_requests()
+        session.callbacks[0](ContextLengthError("the KV cache holds less than before"))
+        with pytest.raises(PromptTooLongError, match=r"is 1000 tokens.* resulted in 30 tokens") as caught:
+            await task
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt[0]")
 
     run(work)
 
