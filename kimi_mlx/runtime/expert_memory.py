@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,13 +27,11 @@ from kimi_mlx.sizing.streaming import SYNC_S, expected_misses, paying_sequences
 from kimi_mlx.store.manifest import StoredFile
 from kimi_mlx.store.store_folders import stored_ranks
 from kimi_mlx.store.stores import open_manifest
+from kimi_mlx.weights.expert_plan import EXPERT_ENTRIES, split_experts
 from kimi_mlx.weights.header import DTYPE_BYTES
 from kimi_mlx.weights.layer_plan import plan_layer, plan_top, plan_vision
 from kimi_mlx.weights.plan import LayerPlan
 from kimi_mlx.weights.reader import open_checkpoint
-
-EXPERT_ENTRIES = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-"""Entries of the canonical tree that hold routed experts."""
 
 FLOATS = ("F32", "F16", "BF16")
 """Stored types that are cast to the compute dtype."""
@@ -155,59 +153,76 @@ def expert_sizes(
     if stored_ranks(folder):
         manifest = open_manifest(folder, group.rank, group.size, strategy)
         share = manifest.placement.shares[group.rank]
-        layers = [_stored_arrays(file) for file in manifest.files[:-1]]
-        others = [_stored_arrays(file) for file in (manifest.files[-1], manifest.vision) if file is not None]
-        num_shared = [file.num_fused_shared for file in manifest.files[:-1]]
+        layers = [_stored_arrays(file) for file in manifest.all_files]
     else:
         share = None if group.size == 1 else place_checkpoint(folder, config, group.size, strategy).shares[group.rank]
         checkpoint = open_checkpoint(folder, config).checkpoint
         plans = [plan_layer(checkpoint, layer, share) for layer in range(config.num_hidden_layers)]
-        layers = [_planned_arrays(plan) for plan in plans]
-        others = [_planned_arrays(plan) for plan in (plan_top(checkpoint, share), plan_vision(checkpoint, share))]
-        num_shared = [plan.num_fused_shared for plan in plans]
-    rest_bytes = sum(_memory_bytes(array, dtype) for arrays in others for array in arrays)
-    expert_bytes: list[int] = []
-    num_held = 0
-    for arrays, shared in zip(layers, num_shared, strict=True):
-        experts = [array for array in arrays if array[0] in EXPERT_ENTRIES]
-        rest_bytes += sum(_memory_bytes(array, dtype) for array in arrays if array[0] not in EXPERT_ENTRIES)
-        if not experts:
-            continue
-        members = experts[0][2][0]
-        one = sum(_memory_bytes(array, dtype) for array in experts) // members
-        rest_bytes += shared * one
-        expert_bytes.append(one)
-        num_held = members - shared
+        layers = [
+            _planned_arrays(plan) for plan in (*plans, plan_top(checkpoint, share), plan_vision(checkpoint, share))
+        ]
+    rest_bytes = sum(_memory_bytes(array, dtype) for layer in layers for array in layer.rest)
+    with_experts = [layer for layer in layers if layer.num_experts]
+    expert_bytes = [sum(_memory_bytes(array, dtype) for array in layer.expert) for layer in with_experts]
+    num_held = max((layer.num_experts for layer in with_experts), default=0)
     return share, ExpertSizes(rest_bytes, tuple(expert_bytes), num_held, config.num_experts_per_tok)
 
 
-_Array = tuple[str, str, tuple[int, ...]]
-"""An array of a layer: entry of the canonical tree, stored type, shape."""
+@dataclass(frozen=True)
+class _Array:
+    """An array: entry of the canonical tree, stored type, and shape."""
+
+    entry: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
-def _stored_arrays(file: StoredFile) -> Sequence[_Array]:
-    return [
-        (entry, array.dtype, array.shape)
+@dataclass(frozen=True)
+class _LayerArrays:
+    """Arrays of a layer, or of another file: everything but its routed experts, and those of one expert."""
+
+    rest: Sequence[_Array]
+    expert: Sequence[_Array] = ()
+    num_experts: int = 0
+
+
+def _stored_arrays(file: StoredFile) -> _LayerArrays:
+    rest = [
+        _Array(entry, array.dtype, array.shape)
         for entry, parts in file.entries.items()
         for part in parts
         for array in part.arrays.values()
     ]
+    if file.experts is not None:
+        expert = [_Array(EXPERT_ENTRIES[array.matrix], array.dtype, array.shape) for array in file.experts.arrays]
+        return _LayerArrays(rest, expert, file.experts.num_experts)
+    stacks = [array for array in rest if array.entry in EXPERT_ENTRIES.values()]
+    if not stacks:
+        return _LayerArrays(rest)
+    others = [array for array in rest if array not in stacks]
+    expert = [replace(array, shape=array.shape[1:]) for array in stacks]
+    shared = [replace(array, shape=(file.num_fused_shared, *array.shape[1:])) for array in stacks]
+    return _LayerArrays([*others, *shared], expert, stacks[0].shape[0] - file.num_fused_shared)
 
 
-def _planned_arrays(plan: LayerPlan) -> Sequence[_Array]:
-    return [
-        (entry, array.dtype, array.shape)
-        for entry, parts in plan.entries.items()
+def _planned_arrays(plan: LayerPlan) -> _LayerArrays:
+    others, experts = split_experts(plan)
+    rest = [
+        _Array(entry, array.dtype, array.shape)
+        for entry, parts in others.entries.items()
         for part in parts
         for array in part.arrays
     ]
+    if experts is None:
+        return _LayerArrays(rest)
+    expert = [_Array(EXPERT_ENTRIES[array.matrix], array.dtype, array.shape) for array in experts.arrays]
+    return _LayerArrays(rest, expert, experts.num_experts)
 
 
 def _memory_bytes(array: _Array, dtype: mx.Dtype) -> int:
-    entry, stored, shape = array
-    is_router = entry == "mlp.gate" or entry.startswith("mlp.gate.")
-    one = 4 if is_router else dtype.size if stored in FLOATS else DTYPE_BYTES[stored]
-    return math.prod(shape) * one
+    is_router = array.entry == "mlp.gate" or array.entry.startswith("mlp.gate.")
+    one = 4 if is_router else dtype.size if array.dtype in FLOATS else DTYPE_BYTES[array.dtype]
+    return math.prod(array.shape) * one
 
 
 def _file_bytes(folder: Path, rank: int) -> int:
