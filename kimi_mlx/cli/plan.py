@@ -22,6 +22,7 @@ from kimi_mlx.cli.options import (
 )
 from kimi_mlx.planner.links import LinkName
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
+from kimi_mlx.weights.presets import PRESETS
 
 if TYPE_CHECKING:
     from kimi_mlx.planner.cost import CostAssumptions
@@ -152,6 +153,16 @@ def plan(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="|".join(PRESETS),
+            help="Plan for what `convert --preset` makes.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     draft: DraftOption = None,
     expert_memory: ExpertMemoryOption = "auto",
     with_backtest: Annotated[
@@ -178,7 +189,7 @@ def plan(
         print_json(backtest_to_dict(comparisons)) if json else print_parts(backtest_report(comparisons))
         return
     name = model_name(model)
-    shape = planned_shape(name, context, expert_bits)
+    shape = planned_shape(name, context, expert_bits, preset)
     machines, links = machines_and_links(hardware, name, is_quiet=hides_messages(json))
     context = context or min(CONTEXT_TOKENS, shape.context_tokens)
     with_draft = None if draft is None else planned_draft(draft, name, shape)

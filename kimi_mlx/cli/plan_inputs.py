@@ -12,24 +12,26 @@ from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.links import RDMA, TCP, WIFI, LinkProfile
 from kimi_mlx.planner.machines import MACHINES_HINT, Machine, SsdRate, machine_of_host, parse_machines
-from kimi_mlx.planner.model_shape import ModelShape, with_expert_bits
+from kimi_mlx.planner.model_shape import ModelShape, with_expert_bits, with_preset
 from kimi_mlx.sizing.ssd import THIS_HOST, saved_speeds
 from kimi_mlx.units import GB
+from kimi_mlx.weights.presets import PRESETS
 
 THIS_MAC = "this Mac"
 """Name of the own machine in a plan."""
 
 
-def planned_shape(name: str, context: int | None, expert_bits: int | None) -> ModelShape:
+def planned_shape(name: str, context: int | None, expert_bits: int | None, preset: str | None) -> ModelShape:
     """Return a model's dimensions and sizes as the options say.
 
     Args:
         name: name of the model.
         context: requested context length; None for any.
         expert_bits: bits of the routed experts; None for the model's own.
+        preset: name of a preset of `convert`; None for the model's own bits.
 
     Raises:
-        UsageError: the model is not known, or has a shorter context.
+        UsageError: the model is not known, has a shorter context, or the options exclude each other.
     """
     shape = model_shape(name)
     if context is not None and context > shape.context_tokens:
@@ -37,7 +39,13 @@ def planned_shape(name: str, context: int | None, expert_bits: int | None) -> Mo
             f"--context is {context}, but the context of `{name}` is {shape.context_tokens} tokens",
             hint=f"use `--context {shape.context_tokens}` or less",
         )
-    return shape if expert_bits is None else with_expert_bits(shape, expert_bits)
+    if preset is None:
+        return shape if expert_bits is None else with_expert_bits(shape, expert_bits)
+    if expert_bits is not None:
+        raise UsageError("--preset and --expert-bits exclude each other", hint="leave one of them out")
+    if preset not in PRESETS:
+        raise UsageError(f"there is no preset `{preset}`", hint=f"use one of {', '.join(PRESETS)}")
+    return with_preset(shape, PRESETS[preset])
 
 
 def planned_draft(draft: str, model: str, shape: ModelShape) -> DraftShape:

@@ -17,6 +17,7 @@ from kimi_mlx.model.config import ModelConfig, parse_config
 from kimi_mlx.model.config_quantization import PackedInts
 from kimi_mlx.model.vision_names import VISION_PATH
 from kimi_mlx.sizing.vision import tower_values
+from kimi_mlx.weights.presets import Preset
 
 ROUTER_BITS = 32
 """Bits per value of routers in memory: they compute in float32."""
@@ -284,4 +285,21 @@ def with_expert_bits(shape: ModelShape, bits: int) -> ModelShape:
             return _stored_bits(shape.config, path)
         return (bits if ".switch_mlp." in path else CONVERTED_REST_BITS) + scale_bits
 
+    return replace(make_shape(shape.name, shape.config, bits_of, shape.context_tokens), expert_group_size=group_size)
+
+
+def with_preset(shape: ModelShape, preset: Preset) -> ModelShape:
+    """Return the model that `kimi-mlx convert --preset` makes. Experts of all layers count with their mean size."""
+    scale_bits = SCALE_BITS * (2 if shape.config.dtype == "float32" else 1)
+    ends = min(2, shape.moe_layers) / max(shape.moe_layers, 1)
+
+    def bits_of(path: str) -> float:
+        if path.endswith("mlp.gate") or path == VISION_PATH:
+            return ROUTER_BITS if path.endswith("mlp.gate") else _stored_bits(shape.config, path)
+        if ".switch_mlp." not in path:
+            return preset.rest.bits + scale_bits / preset.rest.group_size
+        inner, end = (preset.expert_format(path.endswith("down_proj"), is_end).bits for is_end in (False, True))
+        return (1 - ends) * inner + ends * end + scale_bits / preset.experts.group_size
+
+    group_size = preset.experts.group_size
     return replace(make_shape(shape.name, shape.config, bits_of, shape.context_tokens), expert_group_size=group_size)

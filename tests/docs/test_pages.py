@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kimi_mlx.planner.backtest import backtest
+
 ROOT = Path(__file__).parents[2]
 OTHERS = ("README.md", "CONTRIBUTING.md", "hostfiles/README.md")
 PAGES = [*(ROOT / name for name in OTHERS), *sorted(ROOT.glob("docs/*.md"))]
@@ -40,6 +42,17 @@ def test_the_index_lists_every_page() -> None:
 
 def test_the_readme_has_at_most_180_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+
+
+def test_the_table_of_streaming_is_the_planners() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "make_streaming_docs.py"))
+    text = (ROOT / "docs" / "streaming.md").read_text(encoding="utf-8")
+    assert text == script["page"](text), "run scripts/make_streaming_docs.py"
+    assert {"64", "128", "256"} <= {machines.rpartition("-")[2] for machines in script["MACHINES"]}
+    for comparison in backtest():
+        if comparison.is_streamed:
+            numbers = f"{comparison.published:.1f} | {comparison.predicted:.1f} | {100 * comparison.error:+.0f} %"
+            assert f"| {comparison.metric} | {numbers} |" in text
 
 
 def test_cli_page_is_the_help() -> None:
