@@ -44,10 +44,17 @@ def test_the_readme_has_at_most_180_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
 
 
+@pytest.mark.slow
 def test_the_table_of_streaming_is_the_planners() -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "make_streaming_docs.py"))
     text = (ROOT / "docs" / "streaming.md").read_text(encoding="utf-8")
     assert text == script["page"](text), "run scripts/make_streaming_docs.py"
+
+
+def test_the_page_of_streaming_has_all_sizes_and_errors() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "make_streaming_docs.py"))
+    text = (ROOT / "docs" / "streaming.md").read_text(encoding="utf-8")
+    assert script["row"]("m5-max-128", "2bit") in text, "run scripts/make_streaming_docs.py"
     assert {"64", "128", "256"} <= {machines.rpartition("-")[2] for machines in script["MACHINES"]}
     for comparison in backtest():
         if comparison.is_streamed:
