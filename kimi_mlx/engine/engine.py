@@ -280,6 +280,14 @@ class Engine:
         self._waiting.clear()
         self._pool.discard_all()
 
+    def interrupt(self) -> None:
+        """Let a step that reads experts from the disk fail. Safe from any thread."""
+        self._model.interrupt()
+
+    def close(self) -> None:
+        """End all reads of experts; with streamed experts the engine is unusable then."""
+        self._model.close()
+
     def clear(self) -> None:
         """Drop the caches that are kept for later requests."""
         self._pool.clear()

@@ -12,8 +12,10 @@ OUT_OF_MEMORY = re.compile(
 """Messages of MLX's allocators (CPU, Metal, CUDA) and of Metal's command buffers when memory runs out."""
 
 
-def step_error(error: Exception) -> StepError:
-    """Return the error for the requests of a failed step; only a lack of memory is explained as such."""
+def step_error(error: Exception) -> KimiMlxError:
+    """Return the error for the requests of a failed step; our own errors, as of unreadable experts, are unchanged."""
+    if isinstance(error, KimiMlxError):
+        return error
     return _explain("a step of the model failed", error, "a shorter prompt needs less memory")
 
 

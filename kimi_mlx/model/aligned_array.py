@@ -10,17 +10,24 @@ import numpy as np
 ARRAY_ALIGNMENT = 1 << 14
 """Alignment in bytes of an array's memory: the page size of a Mac."""
 
+MAX_DIMENSION = 2**31 - 1
+
 
 def aligned_array(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """Return an array of zeros whose memory begins at a multiple of ARRAY_ALIGNMENT.
 
-    It is a part of a larger buffer, and is evaluated. Operations on it read it in place.
+    It is a part of a larger buffer, and is evaluated. Operations on it read it in place. An array of 2**31 elements or
+    more is not aligned: MLX's dimensions are int32.
     """
-    num_bytes = math.prod(shape) * dtype.size
-    flat = mx.zeros(num_bytes + ARRAY_ALIGNMENT, mx.uint8)
+    stored, size = mx.uint16 if dtype == mx.bfloat16 else dtype, math.prod(shape)
+    if size + ARRAY_ALIGNMENT // stored.size > MAX_DIMENSION:
+        array = mx.zeros(shape, dtype)
+        mx.eval(array)
+        return array
+    flat = mx.zeros((size + ARRAY_ALIGNMENT // stored.size,), stored)
     mx.eval(flat)
-    start = -_address(np.asarray(flat)) % ARRAY_ALIGNMENT
-    array = flat[start : start + num_bytes].view(dtype).reshape(shape)
+    start = -_address(np.asarray(flat)) % ARRAY_ALIGNMENT // stored.size
+    array = flat[start : start + size].view(dtype).reshape(shape)
     mx.eval(array)
     return array
 

@@ -289,6 +289,16 @@ class Model(nn.Module):
         """Counters of the experts that are read from the disk; None if all are in memory. Safe from any thread."""
         return None if self.streamer is None else self.streamer.stats
 
+    def interrupt(self) -> None:
+        """Let a step that reads experts fail, and all later ones. Safe from any thread."""
+        if self.streamer is not None:
+            self.streamer.interrupt()
+
+    def close(self) -> None:
+        """End all reads of experts, and keep what was learned about their use. Such a model is unusable then."""
+        if self.streamer is not None:
+            self.streamer.close()
+
     @property
     def has_head(self) -> bool:
         """Whether this rank computes logits. In a pipeline only one rank does."""
@@ -363,6 +373,8 @@ class Model(nn.Module):
             x = replace_rows(self.embed_tokens(tokens), features)
         else:
             x = self.communicator.recv_from_previous_stage(tokens)
+            if self.streamer is not None:
+                mx.eval(x)  # the sender may be late by its reads, and no GPU operation may wait for it
         layout = BatchLayout(
             self._rope,
             [(slice_.cache[0].offset, slice_.length) for slice_ in slices],

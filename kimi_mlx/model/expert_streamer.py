@@ -210,7 +210,8 @@ class ExpertStreamer:
     def close(self) -> None:
         """End all reads, close the files and keep what was learned. The model cannot compute any more."""
         self.interrupt()
-        self._save_use(self.use)
+        if self.use.has_changed:
+            self._save_use(self.use)
 
     def _begin(self, experts: LayerExperts) -> None:
         """Begin a layer in a step, whose predecessors have been computed."""

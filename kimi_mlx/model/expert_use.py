@@ -50,6 +50,8 @@ class ExpertUse:
         self._weights = [PRIOR_TOKENS] * len(self.layers)
         self._recent = [np.zeros(count) for count in self.num_experts]
         self.repeat_chance = REPEAT_CHANCE
+        self.has_changed = False
+        """Whether something was counted here."""
 
     def observe(self, index: int, experts: np.ndarray, counts: np.ndarray, num_tokens: int) -> None:
         """Count the experts of a step.
@@ -60,6 +62,7 @@ class ExpertUse:
             counts: number of tokens that chose each of them.
             num_tokens: number of tokens of the step.
         """
+        self.has_changed = True
         decay = self._decay**num_tokens
         used = self._counts[index]
         used *= decay

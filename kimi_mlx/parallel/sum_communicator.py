@@ -22,6 +22,9 @@ from kimi_mlx.parallel.communicator import (
 from kimi_mlx.parallel.group import Group, barrier, gather_on_host
 from kimi_mlx.parallel.placement import Placement
 
+FEW_TOKENS = 16
+"""A rank reads the experts of so few tokens in much less than 5 s, after which macOS ends the work of a GPU."""
+
 
 class SumCommunicator(RankCommunicator):
     """Communicator for `hybrid`, `tensor` and `expert`. The header is sent with the gather of the logits."""
@@ -35,6 +38,8 @@ class SumCommunicator(RankCommunicator):
         self._num_broadcasts = 0
         self.query_split: QuerySplit | None = None
         """Decides on the division of queries, from kimi_mlx.parallel.tune_split; None for no division."""
+        self.is_any_streaming = False
+        """Whether a rank reads experts from its disk, so that it may be late in the sums of prompts."""
 
     @property
     def can_divide_queries(self) -> bool:
@@ -62,8 +67,11 @@ class SumCommunicator(RankCommunicator):
         return self.group.sum(x + partial if self.is_leader else partial)
 
     def sum_experts(self, partial: mx.array) -> mx.array:
-        """Sum the experts: one collective."""
-        return self.group.sum(partial)
+        """Sum the experts: one collective. For a late rank, wait on the CPU: no GPU operation may wait for it."""
+        summed = self.group.sum(partial)
+        if self.is_any_streaming and partial.shape[1] > FEW_TOKENS:
+            mx.eval(summed)
+        return summed
 
     def check_same(self, name: str, x: mx.array, is_set: bool = False) -> None:
         """Keep a digest of x for the comparison at the end of the step, if this step is checked."""

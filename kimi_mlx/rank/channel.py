@@ -47,6 +47,7 @@ class Channel:
         links: watch over the links to the neighbours, for the heartbeats; None on a single host.
         patches: patches of images that requests need, on rank 0.
         cleanup: functions to call before the memory is released.
+        interrupt: function that lets a step fail that waits for something else than other ranks; called by any thread.
         sockets: file descriptors of the connections of MLX's ring; empty before `enable_graceful_exit`.
     """
 
@@ -63,6 +64,7 @@ class Channel:
         self.links: LinkWatch | None = None
         self.patches = ReceivedPatches()
         self.cleanup = contextlib.ExitStack()
+        self.interrupt: Callable[[], None] = lambda: None
         self._guard = GuardSocket()
         self._end_limit_s = 0.0
         self.sockets: Sequence[int] = ()
@@ -203,6 +205,7 @@ class Channel:
             if not self._has_aborted:
                 self._has_aborted = True
                 abort_collectives(self.sockets)
+                self.interrupt()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._end(number, 0)
@@ -267,6 +270,7 @@ def run_rank(serve: Callable[[Channel, Message], None]) -> NoReturn:
         code = channel.begin_unload(error, rank)
     with contextlib.suppress(RuntimeError):  # MLX's, from a collective that failed
         channel.cleanup.close()
+    channel.interrupt = lambda: None  # it would keep the model in memory
     channel.end_unload(release_memory())
     with contextlib.suppress(OSError):
         sys.stderr.flush()

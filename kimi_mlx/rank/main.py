@@ -89,6 +89,8 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
     model = load_share(
         folder, config, start["dtype"], group, report_layers, start["strategy"], expert_memory=expert_memory
     )
+    channel.interrupt = model.interrupt
+    channel.cleanup.callback(model.close)
     channel.report_progress("load")
     choice = None
     if isinstance(model.communicator, RankCommunicator):

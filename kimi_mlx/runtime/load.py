@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from kimi_mlx.errors import UsageError
 from kimi_mlx.hub.catalogue import find_entry
@@ -20,16 +21,19 @@ from kimi_mlx.model.draft_model import DraftModel
 from kimi_mlx.model.draft_quantization import load_quantization
 from kimi_mlx.parallel.all_ranks import check_same_on_all_ranks
 from kimi_mlx.parallel.communicator import RankCommunicator
-from kimi_mlx.parallel.group import Group, MlxGroup, barrier
+from kimi_mlx.parallel.group import Group, MlxGroup, gather_on_host
 from kimi_mlx.parallel.pipeline_communicator import PipelineCommunicator
 from kimi_mlx.parallel.placement import Placement, normalize_strategy, place
 from kimi_mlx.parallel.sum_communicator import SumCommunicator
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.runtime.expert_streaming import ExpertUseFile, open_streaming
+from kimi_mlx.store.experts import expert_sources
 from kimi_mlx.store.locate import ensure_downloaded
-from kimi_mlx.store.store_folders import stored_ranks
+from kimi_mlx.store.store_folders import download_command, rank_folder, stored_ranks
 from kimi_mlx.store.stores import load_store, open_manifest
 from kimi_mlx.weights.assemble import ProgressCallback, load_model
 from kimi_mlx.weights.draft import load_draft
+from kimi_mlx.weights.expert_source import checkpoint_sources
 from kimi_mlx.weights.index import INDEX_NAME, read_weight_map, vision_only_files
 from kimi_mlx.weights.layer_plan import split_granularity_of
 from kimi_mlx.weights.reader import open_checkpoint
@@ -96,43 +100,84 @@ def load_share(
         group: ranks that share the model.
         progress: callback with the layers loaded and the number of layers.
         strategy: split of the model.
-        expert_memory: bytes for this rank's routed experts, the others are read from the SSD; None keeps all in memory.
+        expert_memory: bytes for this rank's routed experts, of which the others are read from the disk when a token
+            needs them: slots and the staging area (kimi_mlx.model.expert_budget). None keeps all in memory, and so does
+            a number of bytes that all fit in. Ranks may differ.
 
     Raises:
         KimiMlxError: files are missing or broken, or differ between the ranks.
+        WeightsError: with `expert_memory`, also that this rank's share of an expert cannot be read from a checkpoint in
+            one piece; build a store then.
     """
-    if expert_memory is not None:
-        raise UsageError("experts cannot be read from the SSD yet", hint="use `--expert-memory all`")
     resolved_dtype = compute_dtype(dtype, config)
+    strategy = normalize_strategy(strategy, 1 if group is None else group.size)
+    load = _load_from_store if stored_ranks(folder) else _load_from_checkpoint
+    model = load(folder, config, resolved_dtype, group, progress, strategy, expert_memory)
+    if group is not None:
+        streams = gather_on_host(group, np.array([model.streamer is not None]))  # also a barrier
+        if isinstance(model.communicator, SumCommunicator):
+            model.communicator.is_any_streaming = bool(streams.any())
+    return model
+
+
+def _load_from_store(
+    folder: Path,
+    config: ModelConfig,
+    dtype: mx.Dtype,
+    group: Group | None,
+    progress: ProgressCallback,
+    strategy: str,
+    expert_memory: int | None,
+) -> Model:
     rank, world_size = (0, 1) if group is None else (group.rank, group.size)
-    strategy = normalize_strategy(strategy, world_size)
-    if stored_ranks(folder):
-        manifest = open_manifest(folder, rank, world_size, strategy)
-        if group is None or world_size == 1:
-            return load_store(folder, manifest, config, resolved_dtype, progress=progress)
+    manifest = open_manifest(folder, rank, world_size, strategy)
+    identity = f"{manifest.origin.commit} {manifest.placement.digest}"
+    communicator = None
+    if group is not None and world_size > 1:
         check_same_on_all_ranks(
             group,
-            f"{manifest.origin.commit} {manifest.placement.digest}",
+            identity,
             "revision or placement of the model",
             f"run `kimi-mlx download {manifest.origin.repository} --ranks {world_size}` on all hosts",
         )
-        communicator = _communicator(group, manifest.placement, config, resolved_dtype)
-        model = load_store(folder, manifest, config, resolved_dtype, communicator, progress)
-        barrier(group)
-        return model
-    if group is None or world_size == 1:
-        return load_model(folder, config, resolved_dtype, progress=progress)
-    placement = place_checkpoint(folder, config, world_size, strategy)
-    check_same_on_all_ranks(
-        group,
-        _checkpoint_identity(folder, placement),
-        "checkpoint",
-        "copy the same files to all hosts, or download them: `kimi-mlx launch --hosts ... download MODEL`",
-    )
-    communicator = _communicator(group, placement, config, resolved_dtype)
-    model = load_model(folder, config, resolved_dtype, placement.shares[rank], communicator, progress)
-    barrier(group)
-    return model
+        communicator = _communicator(group, manifest.placement, config, dtype)
+    streaming = None
+    if expert_memory is not None:
+        use_file = ExpertUseFile(rank_folder(folder, rank), f"{identity} {rank}")
+        streaming = open_streaming(expert_sources(folder, manifest), dtype, expert_memory, use_file)
+    return load_store(folder, manifest, config, dtype, communicator, progress, streaming)
+
+
+def _load_from_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    dtype: mx.Dtype,
+    group: Group | None,
+    progress: ProgressCallback,
+    strategy: str,
+    expert_memory: int | None,
+) -> Model:
+    share = communicator = None
+    rank, world_size, identity = 0, 1, str(folder.resolve())
+    if group is not None and group.size > 1:
+        rank, world_size = group.rank, group.size
+        placement = place_checkpoint(folder, config, world_size, strategy)
+        identity = _checkpoint_identity(folder, placement)
+        check_same_on_all_ranks(
+            group,
+            identity,
+            "checkpoint",
+            "copy the same files to all hosts, or download them: `kimi-mlx launch --hosts ... download MODEL`",
+        )
+        share, communicator = placement.shares[rank], _communicator(group, placement, config, dtype)
+    streaming = None
+    if expert_memory is not None:
+        checkpoint = open_checkpoint(folder, config).checkpoint
+        command = download_command(str(folder.resolve()), world_size, strategy)
+        hint = f"build a store, from which each rank reads its part: `{command}`"
+        sources = checkpoint_sources(checkpoint, share, hint)
+        streaming = open_streaming(sources, dtype, expert_memory, ExpertUseFile(None, f"{identity} {rank}"))
+    return load_model(folder, config, dtype, share, communicator, progress, streaming)
 
 
 def load_draft_model(folder: Path, model: Model, dtype: mx.Dtype | None = None) -> DraftModel:

@@ -159,6 +159,9 @@ class LocalSession:
             self._thread.join(SHOW_AFTER_S)
             if not self._thread.is_alive():
                 return
+            if (engine := self._engine) is not None:
+                engine.interrupt()
+            del engine  # it would keep the model in memory
             size_bytes = mx.get_active_memory()
             limit_s = OTHER_END_LIMIT_S + unload_limit_s(size_bytes)
             LOG.warning(f"releasing {format_bytes(size_bytes)} of memory (up to {limit_s:.0f} s)")
@@ -203,12 +206,14 @@ class LocalSession:
         return report
 
     def _release(self, error: BaseException) -> None:
-        """Write the prompt cache, and release the memory of the model.
+        """Write the prompt cache, end reads of experts, and release the memory of the model.
 
         Args:
             error: error whose frames may hold the model.
         """
         try:
+            if self._engine is not None:
+                self._engine.close()
             if self._blocks is not None:
                 self._blocks.close()
         finally:

@@ -29,6 +29,7 @@ from kimi_mlx.weights.assemble import ProgressCallback, build_model
 from kimi_mlx.weights.dequantize import FLOAT_NAMES
 from kimi_mlx.weights.expert_reader import ExpertReader
 from kimi_mlx.weights.expert_stack import with_expert_stacks
+from kimi_mlx.weights.streamed_experts import Streaming
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def load_store(
     dtype: mx.Dtype,
     communicator: Communicator | None = None,
     progress: ProgressCallback = lambda done, total: None,
-    with_experts: bool = True,
+    streaming: Streaming | None = None,
 ) -> Model:
     """Load a rank's store layer by layer, without slicing or copying.
 
@@ -104,25 +105,26 @@ def load_store(
         dtype: compute dtype.
         communicator: the rank's link to the others; None without others.
         progress: callback after each layer.
-        with_experts: whether to load routed experts, as in kimi_mlx.weights.assemble.load_model.
+        streaming: how routed experts are streamed; None to load all of them.
 
     Raises:
         WeightsError: a file differs from the manifest.
     """
     path, hint = rank_folder(folder, manifest.rank), repair_hint(manifest)
-    sources = [source for source in expert_sources(folder, manifest) if source.tag is not None] if with_experts else []
-    reader = ExpertReader(sources, FLOAT_NAMES[dtype], uses_page_cache=True)
+    sources = expert_sources(folder, manifest) if streaming is None else []
+    records = [source for source in sources if source.tag is not None]
+    reader = ExpertReader(records, FLOAT_NAMES[dtype], uses_page_cache=True)
 
     def layers() -> Iterator[LayerWeights]:
         for layer, file in enumerate(manifest.files):
-            weights = open_layer_file(path / file.name, file, dtype, hint, with_experts)
+            weights = open_layer_file(path / file.name, file, dtype, hint, streaming is None)
             yield with_expert_stacks(reader, layer, weights, dtype) if layer in reader.sources else weights
 
     vision = LayerWeights({})
     if manifest.vision is not None:
-        vision = open_layer_file(path / manifest.vision.name, manifest.vision, dtype, hint, with_experts)
+        vision = open_layer_file(path / manifest.vision.name, manifest.vision, dtype, hint, streaming is None)
     try:
-        return build_model(config, layers(), vision, communicator, progress)
+        return build_model(config, layers(), vision, communicator, progress, streaming)
     finally:
         reader.close()
 

@@ -23,6 +23,7 @@ from kimi_mlx.weights.expert_plan import split_experts
 from kimi_mlx.weights.layer_plan import plan_layer, plan_top, plan_vision
 from kimi_mlx.weights.plan import ArrayPlan, LayerPlan
 from kimi_mlx.weights.reader import C, CheckpointReader, open_checkpoint
+from kimi_mlx.weights.streamed_experts import Streaming
 
 ProgressCallback = Callable[[int, int], None]
 """Called with the number of layers loaded and the total."""
@@ -35,7 +36,7 @@ def load_model(
     share: RankShare | None = None,
     communicator: Communicator | None = None,
     progress: ProgressCallback = lambda done, total: None,
-    with_experts: bool = True,
+    streaming: Streaming | None = None,
 ) -> Model:
     """Build the model, or one rank's share of it, layer by layer.
 
@@ -48,8 +49,8 @@ def load_model(
         share: share of this rank; None for the whole model.
         communicator: communication with the other ranks; None for a single rank.
         progress: callback after each layer.
-        with_experts: whether to load routed experts; without them, a stack of experts has only the shared ones, or does
-            not exist (kimi_mlx.weights.expert_plan.split_experts).
+        streaming: how routed experts are streamed; None to load all of them. A stack of experts has only the shared
+            ones then, or does not exist (kimi_mlx.weights.expert_plan.split_experts).
 
     Raises:
         WeightsError: missing, unknown or wrongly stored tensors.
@@ -59,12 +60,12 @@ def load_model(
     def layers() -> Iterator[LayerWeights]:
         for layer in range(config.num_hidden_layers):
             plan = plan_layer(reader.checkpoint, layer, share)
-            yield load_layer(reader, plan if with_experts else split_experts(plan)[0], dtype)
+            yield load_layer(reader, plan if streaming is None else split_experts(plan)[0], dtype)
             reader.close()  # pages of memory maps count as used memory
         yield load_layer(reader, plan_top(reader.checkpoint, share), dtype)
 
     vision = load_layer(reader, plan_vision(reader.checkpoint, share), dtype)
-    return build_model(config, layers(), vision, communicator, progress)
+    return build_model(config, layers(), vision, communicator, progress, streaming)
 
 
 def build_model(
@@ -73,6 +74,7 @@ def build_model(
     vision: LayerWeights,
     communicator: Communicator | None,
     progress: ProgressCallback,
+    streaming: Streaming | None = None,
 ) -> Model:
     """Evaluate layers one after the other and build the model from them.
 
@@ -81,18 +83,25 @@ def build_model(
         layers: weights of the layers, then of the top; lazy arrays are read here.
         vision: weights of the vision tower; without entries on a rank without it.
         communicator: communication with the other ranks; None for a single rank.
-        progress: callback after each layer.
+        progress: callback after each layer, and after each layer whose slots for experts are filled.
+        streaming: how routed experts are streamed, which the layers lack; None if they have all.
     """
     mx.eval(vision.arrays)
     tower = VisionTower(config.vision, vision) if config.vision is not None and vision.entries else None
     total = config.num_hidden_layers + 1
     done: list[LayerWeights] = []
+    if streaming is not None:
+        layers, total = streaming.with_routed(layers), total + len(streaming.reader.sources)
     for weights in layers:
         mx.eval(weights.arrays)  # one layer at a time: a single huge evaluation trips macOS's GPU watchdog
         done.append(weights)
         progress(len(done), total)
     *hidden, top = done
-    return Model(config, top, hidden, communicator, tower)
+    streamer = None if streaming is None else streaming.streamer(config)
+    model = Model(config, top, hidden, communicator, tower, streamer)
+    for number, _ in enumerate([] if streamer is None else streamer.fill(), len(done) + 1):
+        progress(number, total)
+    return model
 
 
 def make_weight(arrays: list[mx.array], quantization: Quantization | None, entry: str, dtype: mx.Dtype) -> Weight:

@@ -1,0 +1,86 @@
+"""Open the routed experts of a rank for streaming, with what was learned about their use."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from kimi_mlx.errors import WeightsError
+from kimi_mlx.files import write_atomically
+from kimi_mlx.folders import cache_folder
+from kimi_mlx.model.expert_use import ExpertUse
+from kimi_mlx.weights.dequantize import FLOAT_NAMES
+from kimi_mlx.weights.expert_reader import ExpertReader
+from kimi_mlx.weights.expert_source import ExpertSource
+from kimi_mlx.weights.streamed_experts import Streaming
+
+LOG = logging.getLogger(__name__)
+
+USE_NAME = "expert_use.npz"
+"""Name of the file beside a store that has the use of its experts."""
+
+
+def open_streaming(
+    sources: Sequence[ExpertSource], dtype: mx.Dtype, num_bytes: int | None, files: ExpertUseFile
+) -> Streaming | None:
+    """Open the experts of a rank; return None if all are to stay in memory.
+
+    Args:
+        sources: routed experts of all layers of the rank.
+        dtype: compute dtype.
+        num_bytes: memory for experts; None for all.
+        files: file of their use.
+
+    Raises:
+        WeightsError: a file cannot be opened.
+    """
+    if num_bytes is None or not sources:
+        return None
+    reader = ExpertReader(sources, FLOAT_NAMES[dtype])
+    streaming = Streaming(reader, num_bytes, dtype, files.load, files.save)
+    if num_bytes < streaming.all_bytes:
+        return streaming
+    reader.close()
+    return None
+
+
+class ExpertUseFile:
+    """File of the use of a rank's experts: beside the store, or in the cache folder if it cannot be written there.
+
+    Args:
+        folder: folder of the rank's store; None if there is no store.
+        key: name that differs between models and shares, for the cache folder.
+    """
+
+    def __init__(self, folder: Path | None, key: str):
+        cache = cache_folder()
+        self._paths: list[Path] = []
+        if folder is not None:
+            self._paths.append(folder / USE_NAME)
+        if cache is not None:
+            self._paths.append(cache / "expert-use" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz")
+
+    def load(self, use: ExpertUse) -> None:
+        """Continue with what was learned before; without a usable file nothing is known."""
+        dated = [(path.stat().st_mtime, path) for path in self._paths if path.is_file()]
+        for _, path in sorted(dated, reverse=True):
+            try:
+                use.update_from_bytes(path.read_bytes())
+            except (OSError, WeightsError) as error:
+                LOG.info(f"`{path}` is not used: {error}")
+                continue
+            return
+
+    def save(self, use: ExpertUse) -> None:
+        """Write what was learned. If that fails, it is learned again after the next start."""
+        for path in self._paths:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, use.to_bytes())
+                return
+            except OSError as error:
+                LOG.info(f"`{path}` cannot be written: {error.strerror}")
