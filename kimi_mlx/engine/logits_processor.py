@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from kimi_mlx.engine.request import Request, Sampling
 
-MIN_CAPACITY = 64
+MIN_CAPACITY = 16
 """Number of tokens for which memory is allocated first."""
 
 NEUTRAL = (0.0, 1.0, 0.0)
@@ -63,9 +63,11 @@ class LogitsProcessor:
         if self._repetition != 1:
             self._prompt = frozenset(request.prompt[: len(request.prompt) - request.answered])
         for token in sorted(self._prompt):
-            self._values[1, self._slot(token)] = self._repetition
+            slot = self._slot(token)  # may replace the array
+            self._values[1, slot] = self._repetition
         for token, bias in request.logit_bias:
-            self._values[0, self._slot(token)] += bias
+            slot = self._slot(token)
+            self._values[0, slot] += bias
         self._stop_slots = [self._slot(token) for token in sorted(request.stop_ids)] if self._min_tokens else []
 
     @classmethod
