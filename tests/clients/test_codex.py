@@ -49,15 +49,23 @@ PATCHING = (
     Answer("The note is written."),
 )
 
+GROWING = (
+    Answer("I count.", calls=(Call("exec_command", {"cmd": "seq 1 400"}),)),
+    Answer("I count again.", calls=(Call("exec_command", {"cmd": "echo done"}),)),
+    Answer("Summary: the numbers were shown.", after="CONTEXT CHECKPOINT COMPACTION"),
+    Answer("All numbers were shown.", after="Summary: the numbers were shown."),
+)
+WINDOW = "model_context_window = 20000"
 
-def run_codex(tmp_path: Path, url: str, task: str, model: str = "default") -> list[dict[str, Any]]:
+
+def run_codex(tmp_path: Path, url: str, task: str, model: str = "default", setting: str = "") -> list[dict[str, Any]]:
     """Run `codex exec` in a folder with a file; return its events."""
     home, work = tmp_path / "home", tmp_path / "work"
     for folder in (home, work):
         folder.mkdir()
     (work / "numbers.txt").write_text("12\n34\n")
     (home / "config.toml").write_text(
-        f'model = "{model}"\nmodel_provider = "kimi"\n'
+        f'model = "{model}"\nmodel_provider = "kimi"\n{setting}\n'
         f'[model_providers.kimi]\nname = "kimi"\nbase_url = "{url}/v1"\nwire_api = "responses"\n'
     )
     codex = npm_folder(CODEX) / ".bin" / "codex"
@@ -106,3 +114,13 @@ def test_codex_applies_a_patch_and_finds_a_tool(tmp_path: Path) -> None:
     assert (tmp_path / "work" / "note.txt").read_text() == "The sum is 46.\n"
     assert messages_of(events) == ["I write the note.", "I look for another agent.", "The note is written."]
     assert agents_of(events) == [("close_agent", "failed")]
+
+
+def test_codex_compacts_a_conversation_that_grows(tmp_path: Path) -> None:
+    """Its first prompt has 17,000 tokens; it compacts at 90 % of the window."""
+    folder = write_scripted_model(tmp_path / "model", GROWING, context_tokens=24_000)
+    with closing(open_session(SessionOptions(folder))) as session, serving(session, folder=folder) as server:
+        events = run_codex(tmp_path, server.url, "Show numbers", setting=WINDOW)
+        tokens = server.metric('kimi_mlx_tokens_total{kind="prompt"}')
+    assert messages_of(events) == ["I count.", "I count again.", "All numbers were shown."]
+    assert tokens > 60_000  # four requests: two steps, the summary, and the one that continues from it
