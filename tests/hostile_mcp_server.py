@@ -47,7 +47,7 @@ TOOLS: list[dict[str, Any]] = [
     )
 ]
 TOOLS += [
-    {"name": "no_schema", "description": "", "inputSchema": {"type": "object", "not": {"required": ["x"]}}},
+    {"name": "no_schema", "description": "", "inputSchema": {"type": "object", "not": {"minProperties": 9}}},
     {"name": "titles", "inputSchema": {"title": "T", "type": "object", "properties": {"title": {"type": "string"}}}},
 ]
 MODERN = {"resultType": "complete", "ttlMs": 0, "cacheScope": "public"}

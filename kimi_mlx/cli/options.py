@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -83,6 +83,14 @@ StrategyOption = Annotated[
         "`pipeline:3:1`. Default: as stored on disk, else the planner's choice.",
         show_default=False,
         rich_help_panel=MODEL,
+    ),
+]
+ToolArgumentsOption = Annotated[
+    Literal["schema", "as-written"],
+    typer.Option(
+        "--tool-arguments",
+        help="Hold the arguments of tool calls to the schemas of their tools, or leave them as the model writes them.",
+        rich_help_panel=TOOLS,
     ),
 ]
 SpeculateOption = Annotated[

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kimi_mlx.cli.option_groups import with_option_groups
-from kimi_mlx.cli.options import SERVER, DiskCacheOptions, RunOptions, refuse_mlx_launch
+from kimi_mlx.cli.options import SERVER, DiskCacheOptions, RunOptions, ToolArgumentsOption, refuse_mlx_launch
 from kimi_mlx.errors import UsageError
 from kimi_mlx.units import MB
 
@@ -130,6 +130,7 @@ class ServerOptions:
             rich_help_panel=SERVER,
         ),
     ] = None
+    tool_arguments: ToolArgumentsOption = "schema"
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Log the request bodies.", rich_help_panel=SERVER)
     ] = False
@@ -164,6 +165,7 @@ class ServerOptions:
             keep_responses=self.keep_responses,
             has_page=not self.no_page,
             starts_worker=True,
+            constrains_arguments=self.tool_arguments == "schema",
         )
 
 

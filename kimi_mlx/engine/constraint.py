@@ -1,19 +1,31 @@
-"""Constrained decoding: bit masks of the tokens that a grammar allows next.
+"""Constrained decoding: bit masks of the tokens that may come next in an answer.
+
+An answer consists of parts, and control tokens lead from one to the next:
+
+    START --<think>--> REASONING --</think>--> CONTENT
+    CONTENT, FREE --section begin--> SECTION --call begin--> CALL_ID --argument begin--> ARGUMENTS
+    ARGUMENTS --call end--> AFTER_CALL --section end--> END, or FREE again
+
+Only the JSON of a response and the arguments of each tool are grammars, compiled by llguidance. In the other parts the
+masks follow from the vocabulary and from the names of the tools. In FREE there is no mask at all.
 
 A mask has a bit for each token, 32 per word, lowest bit first: (ceil(vocab_size / 32),) uint32. It depends only on the
-grammar and the tokens so far, so all ranks compute the same masks.
+rules of the answer and the tokens so far, so all ranks compute the same masks.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from kimi_mlx.engine.call_id_tokens import CallIdTokens
 from kimi_mlx.engine.grammar_compiler import WORD_BITS, GrammarCompiler, TokenVocabulary, first_line
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.device import compile_on_gpu
@@ -23,63 +35,156 @@ if TYPE_CHECKING:
 
 Mask: TypeAlias = npt.NDArray[np.uint32]
 
+EVERYTHING = 0xFFFFFFFF
+"""Word of a mask that allows all its tokens."""
+
+
+class Part(Enum):
+    """Part of an answer that the next token belongs to."""
+
+    FREE = auto()
+    """Anything; calls begin with their control tokens."""
+    START = auto()
+    """`<think>`, or the content."""
+    REASONING = auto()
+    CONTENT = auto()
+    """Text, a response, or the beginning of a section."""
+    RESPONSE = auto()
+    """The rest of a response."""
+    SECTION = auto()
+    """The beginning of the first call."""
+    CALL_ID = auto()
+    ARGUMENTS = auto()
+    AFTER_CALL = auto()
+    """The next call, or the end of the section."""
+    END = auto()
+    """An end token."""
+
+
+@dataclass(frozen=True)
+class AnswerRules:
+    """Rules of an answer, as kimi_mlx.text.grammar writes them in JSON.
+
+    Args:
+        start: name of the part that the answer begins with.
+        has_text: whether the content may be text.
+        response: grammar of a response; None if the content cannot be one.
+        arguments: grammar of each tool's arguments, by the id of its calls without the index: `functions.NAME`.
+        any_object: grammar of any JSON object, for arguments whose grammar exceeds the limits.
+        first_index: index of the first call.
+        max_calls: maximum number of calls; None for no limit.
+        tokens: ids of control tokens.
+    """
+
+    start: str
+    has_text: bool
+    response: str | None
+    arguments: Mapping[str, str]
+    any_object: str
+    first_index: int
+    max_calls: int | None
+    tokens: Mapping[str, int]
+
+    @classmethod
+    def from_json(cls, grammar: str) -> AnswerRules:
+        """Read rules.
+
+        Raises:
+            EngineError: they are not in the form that kimi_mlx.text.grammar writes.
+        """
+        try:
+            values: dict[str, Any] = json.loads(grammar)
+            return cls(**{field.name: values[field.name] for field in fields(cls)})
+        except (ValueError, TypeError, KeyError) as error:
+            raise EngineError(f"the grammar cannot be compiled: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class _State:
+    """State of an answer.
+
+    Args:
+        part: part of the next token.
+        num_calls: number of calls that have begun.
+        call_id: id of the call so far.
+        matcher: matcher of its arguments; it changes with each token.
+        grammar: grammar of the matcher.
+    """
+
+    part: Part
+    num_calls: int = 0
+    call_id: bytes = b""
+    matcher: llguidance.LLMatcher | None = None
+    grammar: str = ""
+
+
+class _LimitError(Exception):
+    """A grammar exceeds the limits, or cannot be compiled."""
+
+    def __init__(self, grammar: str, error: EngineError):
+        super().__init__(grammar)
+        self.grammar, self.error = grammar, error
+
 
 class Constraint:
-    """The state of a sequence in its grammar.
+    """The state of a sequence in the rules of its answer.
 
-    There are two matchers. Between argument-begin and call-end, the one for the called tool's arguments is used;
-    elsewhere, the one for the answer. Each is created when it is first needed, which waits until it is compiled.
+    Each matcher is created when it is first needed, which waits until its grammar is compiled.
 
     Args:
         compiler: compiler for the model's vocabulary.
-        grammar: grammar of the answer, as written by kimi_mlx.text.grammar.
+        grammar: rules of the answer, as written by kimi_mlx.text.grammar.
 
     Raises:
-        EngineError: the grammar is not in the form that kimi_mlx.text.grammar writes.
+        EngineError: the rules are not in the form that kimi_mlx.text.grammar writes.
     """
 
     def __init__(self, compiler: GrammarCompiler, grammar: str):
         self._compiler = compiler
+        self._rules = rules = AnswerRules.from_json(grammar)
         try:
-            parts: dict[str, Any] = json.loads(grammar)
-            self._answer_grammar: str = parts["answer"]
-            self._arguments_grammars: dict[str, str] = parts.get("arguments", {})
-            self._call_begin, self._argument_begin, self._call_end = parts.get("call_tokens", (None, None, None))
-        except (ValueError, TypeError, KeyError) as error:
-            raise EngineError(f"the grammar cannot be compiled: {error!r}") from error
-        self._answer_matcher: llguidance.LLMatcher | None = None
-        self._arguments_matcher: llguidance.LLMatcher | None = None
-        self._arguments_grammar = ""
-        self._call_id: bytes | None = None  # text between call-begin and argument-begin
+            self._state = _State(Part[rules.start])
+        except KeyError as error:
+            raise EngineError(f"the grammar cannot be compiled: no part `{rules.start}`") from error
+        token = rules.tokens.get
+        self._think_begin, self._think_end = token("think_begin"), token("think_end")
+        self._section_begin, self._section_end = token("section_begin"), token("section_end")
+        self._call_begin, self._call_end = token("call_begin"), token("call_end")
+        self._argument_begin = token("argument_begin")
+        self._triggers = frozenset((self._section_begin, self._call_begin) if rules.arguments else ())
+        self._grammars = {name.encode(errors="replace"): grammar for name, grammar in rules.arguments.items()}
+        self._response_matcher: llguidance.LLMatcher | None = None
+        self._arguments: list[int] = []
+        """Tokens of the arguments that have begun."""
+        self._too_complex: set[str] = set()
+        """Grammars that have exceeded the limits, and are replaced by any object."""
         self.is_finished = False
-        """Whether an end token was appended."""
+        """Whether an end token was appended; not known in an answer without masks."""
 
     def start_compiling(self) -> None:
-        """Compile all parts of the grammar in the background."""
-        self._compiler.start(self._answer_grammar, *self._arguments_grammars.values())
+        """Compile all grammars in the background."""
+        response = self._rules.response
+        self._compiler.start(*([] if response is None else [response]), *self._rules.arguments.values())
 
     @property
     def is_compiled(self) -> bool:
         """Whether the first mask can be computed without waiting for the compiler."""
-        return self._compiler.is_compiled(self._answer_grammar)
+        response = self._rules.response
+        if self._state.part is Part.FREE:
+            return True
+        return self._compiler.has_vocabulary and (response is None or self._compiler.is_compiled(response))
+
+    def is_free(self, draft: Sequence[int] = ()) -> bool:
+        """Return whether all tokens are allowed, after the sequence and after each token of a draft."""
+        return self._state.part is Part.FREE and self._triggers.isdisjoint(draft)
 
     def allowed(self) -> Mask:
-        """Return the mask of the next token. Once the grammar is complete, it allows only end tokens.
+        """Return the mask of the next token. Once the answer is complete, it allows only end tokens.
 
         Raises:
-            EngineError: the grammar cannot be compiled, or exceeds the limits.
+            EngineError: a grammar cannot be compiled, or exceeds the limits.
         """
-        matcher = self._arguments_matcher or self._answer
-        vocabulary = self._vocabulary
-        mask = np.empty(vocabulary.num_words, np.uint32)
-        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        self._check(matcher)
-        if matcher is self._arguments_matcher:
-            for token in vocabulary.end_ids:  # the answer cannot end inside a call
-                mask[token // WORD_BITS] &= ~np.uint32(1 << token % WORD_BITS)
-            if matcher.is_accepting():
-                mask[self._call_end // WORD_BITS] |= np.uint32(1 << self._call_end % WORD_BITS)
-        return mask
+        return self.allowed_for_draft(())[0]
 
     def allowed_for_draft(self, draft: Sequence[int]) -> Mask:
         """Return the masks before each token of a draft and after the last: (len(draft) + 1, words) uint32.
@@ -88,33 +193,22 @@ class Constraint:
         state of the constraint does not change.
 
         Raises:
-            EngineError: the grammar exceeds the limits.
+            EngineError: a grammar cannot be compiled, or exceeds the limits.
         """
-        first = self.allowed()
-        masks = np.full((len(draft) + 1, first.size), 0xFFFFFFFF, np.uint32)
-        masks[0] = first
-        states: list[tuple[Any, ...]] = []
-        matchers: list[llguidance.LLMatcher] = []
-        for token in draft:
-            states.append((self._arguments_matcher, self._arguments_grammar, self._call_id))
-            matcher = None if token in self._vocabulary.end_ids else self._accept(token)
-            if matcher is None:
-                break
-            matchers.append(matcher)
-            masks[len(matchers)] = self.allowed()
-        for matcher in reversed(matchers):
-            matcher.rollback(1)
-            self._check(matcher)
-        if states:
-            self._arguments_matcher, self._arguments_grammar, self._call_id = states[0]
-        return masks
+        while True:
+            try:
+                return self._masks(draft)
+            except _LimitError as limit:
+                self._fall_back(limit)
 
     def num_allowed(self, draft: Sequence[int]) -> int:
-        """Return the number of leading draft tokens that the grammar allows.
+        """Return the number of leading draft tokens that are allowed.
 
         Raises:
-            EngineError: the grammar cannot be compiled, or exceeds the limits.
+            EngineError: a grammar cannot be compiled, or exceeds the limits.
         """
+        if self.is_free(draft):
+            return len(draft)
         masks = self.allowed_for_draft(draft)
         bits = ((int(masks[at, token // WORD_BITS]) >> token % WORD_BITS) & 1 for at, token in enumerate(draft))
         return next((at for at, is_allowed in enumerate(bits) if not is_allowed), len(draft))
@@ -123,72 +217,249 @@ class Constraint:
         """Append a token.
 
         Raises:
-            EngineError: the token is not allowed, or the grammar cannot be compiled or exceeds the limits.
+            EngineError: the token is not allowed, or a grammar cannot be compiled or exceeds the limits.
         """
-        answer = self._answer
+        if self.is_free([token]):
+            return
         is_end = token in self._vocabulary.end_ids
-        can_end = self._arguments_matcher is None and answer.is_accepting()
-        is_allowed = can_end if is_end else self._accept(token) is not None
-        self._check(self._arguments_matcher or answer)
-        if self.is_finished or not is_allowed:
+        while True:
+            try:
+                is_allowed = not self.is_finished and (self._can_end() if is_end else self._accept(token, []))
+                break
+            except _LimitError as limit:
+                self._fall_back(limit)
+        if not is_allowed:
             raise EngineError(f"the grammar does not allow token id {token}")
         self.is_finished = is_end
+        if self._state.part is not Part.ARGUMENTS:
+            self._arguments.clear()
+        elif token != self._argument_begin:
+            self._arguments.append(token)
 
     @property
     def _vocabulary(self) -> TokenVocabulary:
         return self._compiler.vocabulary
 
     @property
-    def _answer(self) -> llguidance.LLMatcher:
-        if self._answer_matcher is None:
-            self._answer_matcher = self._matcher(self._answer_grammar)
-        return self._answer_matcher
+    def _may_call(self) -> bool:
+        """Whether another call may begin."""
+        max_calls = self._rules.max_calls
+        return bool(self._rules.arguments) and (max_calls is None or self._state.num_calls < max_calls)
 
-    def _accept(self, token: int) -> llguidance.LLMatcher | None:
-        """Append a token that is not an end token; return the matcher that accepted it, or None if it is forbidden."""
-        if not 0 <= token < self._vocabulary.vocab_size:
-            return None
-        if self._arguments_matcher is not None:
-            if token != self._call_end:
-                return self._arguments_matcher if self._arguments_matcher.try_consume_tokens([token]) == 1 else None
-            if not self._arguments_matcher.is_accepting():
-                return None
-        if self._answer.try_consume_tokens([token]) != 1:
-            return None
-        if token == self._call_begin:
-            self._call_id = b""
-        elif token == self._argument_begin:
-            name = (self._call_id or b"").decode().rpartition(":")[0]  # without the index of the call
-            self._arguments_grammar, self._call_id = self._arguments_grammars[name], None
-            self._arguments_matcher = self._matcher(self._arguments_grammar)
-        elif token == self._call_end:
-            self._arguments_matcher = None
-        elif self._call_id is not None:
-            self._call_id += self._vocabulary.tokens[token]
-        return self._answer
+    @property
+    def _call_index(self) -> int:
+        """Index of the call that has begun."""
+        return self._rules.first_index + self._state.num_calls - 1
+
+    def _masks(self, draft: Sequence[int]) -> Mask:
+        masks = np.full((len(draft) + 1, self._vocabulary.num_words), EVERYTHING, np.uint32)
+        begin = self._state
+        matchers: list[llguidance.LLMatcher] = []
+        try:
+            self._write_mask(masks[0])
+            for row, token in enumerate(draft, 1):
+                if token in self._vocabulary.end_ids or not self._accept(token, matchers):
+                    break
+                self._write_mask(masks[row])
+        finally:
+            self._state = begin
+            for matcher in reversed(matchers):
+                matcher.rollback(1)
+        return masks
+
+    def _write_mask(self, mask: Mask) -> None:
+        """Write the mask of the next token. It allows everything when it is called."""
+        state, vocabulary = self._state, self._vocabulary
+        match state.part:
+            case Part.FREE:
+                return
+            case Part.ARGUMENTS:
+                self._write_matcher_mask(state.matcher, state.grammar, mask)
+                _set_tokens(mask, vocabulary.end_ids, False)  # the answer cannot end inside a call
+                if state.matcher is not None and state.matcher.is_accepting():
+                    self._allow(mask, self._call_end)
+                return
+            case Part.RESPONSE:
+                self._write_matcher_mask(self._response(), self._rules.response or "", mask)
+                return
+            case Part.START | Part.CONTENT:
+                self._write_content_mask(mask)
+            case Part.REASONING:
+                mask[:] = vocabulary.text_mask
+                self._allow(mask, self._think_end)
+            case Part.SECTION:
+                mask[:] = 0
+                self._allow(mask, self._call_begin)
+            case Part.CALL_ID:
+                mask[:] = 0
+                _set_tokens(mask, self._call_ids.next_tokens(state.call_id, self._call_index))
+                if self._call_ids.is_complete(state.call_id, self._call_index):
+                    self._allow(mask, self._argument_begin)
+            case Part.AFTER_CALL:
+                mask[:] = 0
+                self._allow(mask, self._section_end, *([self._call_begin] if self._may_call else []))
+            case Part.END:
+                mask[:] = 0
+                _set_tokens(mask, vocabulary.end_ids)
+
+    def _write_content_mask(self, mask: Mask) -> None:
+        vocabulary = self._vocabulary
+        if self._rules.response is not None:
+            self._write_matcher_mask(self._response(), self._rules.response, mask)
+        elif self._rules.has_text:
+            mask[:] = vocabulary.text_mask
+            _set_tokens(mask, vocabulary.end_ids)
+        else:
+            mask[:] = 0
+        if self._may_call:
+            self._allow(mask, self._section_begin)
+        if self._state.part is Part.START:
+            self._allow(mask, self._think_begin)
+
+    def _write_matcher_mask(self, matcher: llguidance.LLMatcher | None, grammar: str, mask: Mask) -> None:
+        assert matcher is not None
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._check(matcher, grammar)
+
+    def _allow(self, mask: Mask, *tokens: int | None) -> None:
+        _set_tokens(mask, [token for token in tokens if token is not None])
+
+    def _can_end(self) -> bool:
+        """Return whether the answer may end."""
+        match self._state.part:
+            case Part.FREE | Part.END:
+                return True
+            case Part.START | Part.CONTENT | Part.RESPONSE if self._rules.response is not None:
+                return self._response().is_accepting()
+            case Part.START | Part.CONTENT:
+                return self._rules.has_text
+            case _:
+                return False
+
+    def _accept(self, token: int, matchers: list[llguidance.LLMatcher]) -> bool:
+        """Append a token that is not an end token; return whether it is allowed.
+
+        Args:
+            token: token.
+            matchers: list to which the matcher is appended that has accepted the token, if one has.
+        """
+        state = self._state
+        part = state.part
+        if part is Part.START and token == self._think_begin:
+            part = Part.REASONING
+        elif part in (Part.FREE, Part.START, Part.CONTENT) and token == self._section_begin and self._may_call:
+            part = Part.SECTION
+        elif part in (Part.FREE, Part.SECTION, Part.AFTER_CALL) and token == self._call_begin and self._may_call:
+            self._state = _State(Part.CALL_ID, state.num_calls + 1)
+            return True
+        elif part is Part.AFTER_CALL and token == self._section_end:
+            part = Part.FREE if self._rules.start == Part.FREE.name and self._may_call else Part.END
+        elif part is Part.REASONING and token == self._think_end:
+            part = Part.CONTENT
+        elif part is Part.CALL_ID:
+            return self._accept_in_call_id(token)
+        elif part is Part.ARGUMENTS:
+            return self._accept_in_arguments(token, matchers)
+        elif part in (Part.START, Part.CONTENT, Part.RESPONSE) and self._rules.response is not None:
+            part = Part.RESPONSE
+            if not self._consume(self._response(), self._rules.response, token, matchers):
+                return False
+        elif part is Part.REASONING or (part in (Part.START, Part.CONTENT) and self._rules.has_text):
+            part = Part.CONTENT if part is Part.START else part
+            if not self._vocabulary.is_text(token):
+                return False
+        elif part is not Part.FREE:
+            return False
+        self._state = replace(state, part=part)
+        return True
+
+    def _accept_in_call_id(self, token: int) -> bool:
+        state = self._state
+        if token == self._argument_begin:
+            if not self._call_ids.is_complete(state.call_id, self._call_index):
+                return False
+            grammar = self._grammars[state.call_id.rpartition(b":")[0]]
+            grammar = self._rules.any_object if grammar in self._too_complex else grammar
+            self._state = replace(state, part=Part.ARGUMENTS, matcher=self._matcher(grammar), grammar=grammar)
+            return True
+        if not self._vocabulary.is_text(token):
+            return False
+        call_id = state.call_id + self._vocabulary.tokens[token]
+        self._state = replace(state, call_id=call_id)
+        return self._call_ids.is_beginning(call_id, self._call_index)
+
+    def _accept_in_arguments(self, token: int, matchers: list[llguidance.LLMatcher]) -> bool:
+        state = self._state
+        assert state.matcher is not None
+        if token != self._call_end:
+            return self._consume(state.matcher, state.grammar, token, matchers)
+        if not state.matcher.is_accepting():
+            return False
+        self._state = _State(Part.AFTER_CALL, state.num_calls)
+        return True
+
+    def _consume(
+        self, matcher: llguidance.LLMatcher, grammar: str, token: int, matchers: list[llguidance.LLMatcher]
+    ) -> bool:
+        """Append a token to a matcher, if it is allowed."""
+        is_allowed = 0 <= token < self._vocabulary.vocab_size and matcher.try_consume_tokens([token]) == 1
+        self._check(matcher, grammar)
+        if is_allowed:
+            matchers.append(matcher)
+        return is_allowed
+
+    @property
+    def _call_ids(self) -> CallIdTokens:
+        return self._compiler.call_ids(tuple(self._rules.arguments))
+
+    def _response(self) -> llguidance.LLMatcher:
+        """Return the matcher of the response."""
+        if self._response_matcher is None:
+            assert self._rules.response is not None
+            self._response_matcher = self._matcher(self._rules.response)
+        return self._response_matcher
 
     def _matcher(self, grammar: str) -> llguidance.LLMatcher:
         _ = self._vocabulary  # an error of the tokenizer is not one of the schema
         try:
             return self._compiler.matcher(grammar)
         except EngineError as error:
-            raise EngineError(f"the schema of {self._subject(grammar)}: {error.message}", error.hint) from error
+            raise _LimitError(grammar, EngineError(f"the schema of the answer: {error.message}", error.hint)) from error
 
-    def _check(self, matcher: llguidance.LLMatcher) -> None:
+    def _check(self, matcher: llguidance.LLMatcher, grammar: str) -> None:
         if matcher.is_error():
-            grammar = self._answer_grammar if matcher is self._answer_matcher else self._arguments_grammar
             self._compiler.drop(grammar)
-            raise EngineError(
-                f"the schema of {self._subject(grammar)} is too complex ({first_line(matcher)}): "
+            error = EngineError(
+                f"the schema of the answer is too complex ({first_line(matcher)}): "
                 "use fewer or shorter patterns, enums and limits of lengths"
             )
+            raise _LimitError(grammar, error)
 
-    def _subject(self, grammar: str) -> str:
-        """Return whose grammar this is, for an error message: the answer's, or that of tools by name."""
-        names = [name.partition(".")[2] for name, other in self._arguments_grammars.items() if other == grammar]
-        if grammar == self._answer_grammar or not names:
-            return "the answer"
-        return ("the tool " if len(names) == 1 else "the tools ") + ", ".join(f"`{name}`" for name in names[:3])
+    def _fall_back(self, limit: _LimitError) -> None:
+        """Allow any object as the arguments of a tool. All ranks meet the limits at the same token.
+
+        Raises:
+            EngineError: the grammar is not that of arguments.
+        """
+        grammar, rules = limit.grammar, self._rules
+        if grammar in (rules.any_object, rules.response):
+            raise limit.error
+        self._too_complex.add(grammar)
+        if self._state.grammar == grammar and self._state.part is Part.ARGUMENTS:
+            matcher = self._matcher(rules.any_object)
+            if matcher.try_consume_tokens(self._arguments) != len(self._arguments):
+                raise limit.error
+            self._state = replace(self._state, matcher=matcher, grammar=rules.any_object)
+
+
+def _set_tokens(mask: Mask, tokens: Iterable[int], is_allowed: bool = True) -> None:
+    """Allow or forbid some tokens."""
+    for token in tokens:
+        bit = np.uint32(1 << token % WORD_BITS)
+        if is_allowed:
+            mask[token // WORD_BITS] |= bit
+        else:
+            mask[token // WORD_BITS] &= ~bit
 
 
 @compile_on_gpu

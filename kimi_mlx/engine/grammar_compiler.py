@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
+from kimi_mlx.engine.call_id_tokens import CallIdTokens
 from kimi_mlx.errors import EngineError, KimiMlxError
 
 if TYPE_CHECKING:  # importing it takes 0.1 s, and most requests have no grammar
@@ -19,6 +25,9 @@ WORD_BITS = 32
 MAX_GRAMMARS = 1024
 """Maximum number of grammars in the cache: agents send the same tools with every request."""
 
+MAX_TOOL_SETS = 64
+"""Maximum number of sets of tools whose call ids are cached."""
+
 
 class TokenVocabulary:
     """The vocabulary in llguidance's form. For Kimi this takes half a second, so create it once per process.
@@ -28,6 +37,10 @@ class TokenVocabulary:
         special_ids: ids of control tokens, which never match text.
         end_ids: ids of tokens that end an answer.
         vocab_size: size of the logits, which may be larger than the number of tokens.
+
+    Attributes:
+        text_mask: (num_words,) uint32, mask of the tokens of text: all but control tokens.
+        token_ids: ids of the tokens of text, by their bytes.
     """
 
     def __init__(
@@ -38,6 +51,14 @@ class TokenVocabulary:
         self.vocab_size = vocab_size
         self.end_ids = frozenset(end_ids)
         self.tokens = [*tokens[:vocab_size], *[b""] * (vocab_size - len(tokens))]
+        control = {*special_ids, *self.end_ids}
+        self.token_ids: dict[bytes, list[int]] = defaultdict(list)
+        for id, text in enumerate(self.tokens):
+            if text and id not in control:
+                self.token_ids[text].append(id)
+        is_text = np.zeros(self.num_words * WORD_BITS, np.uint8)
+        is_text[[id for ids in self.token_ids.values() for id in ids]] = 1
+        self.text_mask: npt.NDArray[np.uint32] = np.packbits(is_text, bitorder="little").view(np.uint32)
         ends = sorted(self.end_ids)
         wrapped = llguidance.TokenizerWrapper(_Tokens(self.tokens, [i for i in special_ids if i < vocab_size], ends[0]))
         self._tokenizer = llguidance.LLTokenizer(wrapped, eos_token=ends)
@@ -52,6 +73,10 @@ class TokenVocabulary:
     def num_words(self) -> int:
         """Number of words in a mask."""
         return -(-self.vocab_size // WORD_BITS)
+
+    def is_text(self, token: int) -> bool:
+        """Return whether a token is text, not a control token."""
+        return 0 <= token < self.vocab_size and token in self.token_ids.get(self.tokens[token], ())
 
     def compile(self, grammar: str) -> llguidance.LLMatcher:
         """Return a matcher at the beginning of a grammar. Other threads run meanwhile.
@@ -83,7 +108,7 @@ class _Compilation:
     """One grammar. The first thread that needs it compiles it; others wait."""
 
     def __init__(self, compile: Callable[[], llguidance.LLMatcher]):
-        self._compile = compile
+        self._compile: Callable[[], llguidance.LLMatcher] | None = compile
         self._lock = threading.Lock()
         self._matcher: llguidance.LLMatcher | None = None
         self._error: EngineError | None = None
@@ -100,11 +125,12 @@ class _Compilation:
             EngineError: the grammar cannot be compiled.
         """
         with self._lock:
-            if not self.is_done:
+            if self._compile is not None:
                 try:
                     self._matcher = self._compile()
                 except KimiMlxError as error:
                     self._error = EngineError(error.message, error.hint)
+                self._compile = None  # it holds the text of the grammar
         if self._matcher is None:
             assert self._error is not None
             raise EngineError(self._error.message, self._error.hint)
@@ -122,10 +148,16 @@ class GrammarCompiler:
         self._load_vocabulary = load_vocabulary
         self._vocabulary: TokenVocabulary | None = None
         self._vocabulary_lock = threading.Lock()
-        self._compilations: OrderedDict[str, _Compilation] = OrderedDict()
+        self._compilations: OrderedDict[bytes, _Compilation] = OrderedDict()
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._cached_call_ids = lru_cache(MAX_TOOL_SETS)(lambda names: CallIdTokens(names, self.vocabulary.token_ids))
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the vocabulary has been read."""
+        return self._vocabulary is not None
 
     @property
     def vocabulary(self) -> TokenVocabulary:
@@ -163,17 +195,26 @@ class GrammarCompiler:
         """
         return self._compilation(grammar).result().deep_copy()
 
+    def call_ids(self, names: tuple[str, ...]) -> CallIdTokens:
+        """Return the tokens of the ids of calls.
+
+        Args:
+            names: ids without their index.
+        """
+        return self._cached_call_ids(names)
+
     def drop(self, grammar: str) -> None:
         """Drop a compiled grammar whose lexer has grown too large."""
         with self._lock:
-            self._compilations.pop(grammar, None)
+            self._compilations.pop(_digest(grammar), None)
 
     def _compilation(self, grammar: str) -> _Compilation:
+        digest = _digest(grammar)
         with self._lock:
-            compilation = self._compilations.pop(grammar, None)
+            compilation = self._compilations.pop(digest, None)
             if compilation is None:
                 compilation = _Compilation(lambda: self.vocabulary.compile(grammar))
-            self._compilations[grammar] = compilation
+            self._compilations[digest] = compilation
             if len(self._compilations) > MAX_GRAMMARS:
                 self._compilations.popitem(last=False)
             return compilation
@@ -185,6 +226,10 @@ class GrammarCompiler:
                 job()
             except KimiMlxError:  # raised again when the grammar is used
                 continue
+
+
+def _digest(grammar: str) -> bytes:
+    return hashlib.blake2b(grammar.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def first_line(matcher: llguidance.LLMatcher) -> str:

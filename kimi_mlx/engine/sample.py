@@ -117,7 +117,7 @@ def sample_tokens(logits: mx.array, entries: Sequence[BatchEntry]) -> SampledTok
         entries: entries of the step.
     """
     with_logits = [entry for entry in entries if entry.num_logits]
-    if all(entry.sequence.sampler.is_greedy for entry in with_logits):
+    if all(entry.sequence.sampler.is_greedy(entry.draft) for entry in with_logits):
         tokens = mx.argmax(logits, axis=-1)
     else:
         tokens = _sample_together(logits, with_logits)

@@ -36,8 +36,7 @@ class TokenSampler:
         self.sample = Sampler(sampling, seed)
         self.processor = LogitsProcessor.of(request, has_min_tokens=constraint is None)
         """Changes to the logits; None if there are none."""
-        self.is_greedy = sampling.temperature < GREEDY_BELOW and self.processor is None and constraint is None
-        """Whether the most likely token is taken, without changes to the logits and without a grammar."""
+        self._is_greedy = sampling.temperature < GREEDY_BELOW and self.processor is None
         self.failure: EngineError | None = None
         """Error of the grammar, if it failed."""
         if request.answered:
@@ -48,6 +47,13 @@ class TokenSampler:
         """Whether a token can be sampled without waiting for the grammar to be compiled."""
         return self._constraint is None or self._constraint.is_compiled
 
+    def is_greedy(self, draft: Sequence[int] = ()) -> bool:
+        """Return whether the most likely token is taken, after the sequence and after each token of a draft.
+
+        That is without changes to the logits and without a mask.
+        """
+        return self._is_greedy and self._is_free(draft)
+
     def mask(self, logits: mx.array, draft: Sequence[int]) -> mx.array:
         """Return logits with -inf for the tokens that the grammar forbids.
 
@@ -55,7 +61,7 @@ class TokenSampler:
             logits: (n, vocab_size), after the sequence and after each token of the draft.
             draft: n - 1 draft tokens.
         """
-        if self._constraint is None:
+        if self._constraint is None or self._is_free(draft):
             return logits
         if self.failure is None:
             try:
@@ -72,22 +78,24 @@ class TokenSampler:
         Args:
             logits: (1, vocab_size), of the draft model.
             length: number of known tokens.
-            draft: the draft so far, (1,) each. Penalties, a minimum length and a grammar wait for it.
+            draft: the draft so far, (1,) each. Penalties, a minimum length and a grammar wait for it, but a grammar
+                that allows every token after the sequence does not.
 
         Returns:
             (1,), the token; None if the grammar fails or has failed.
         """
-        needs_draft = self._constraint is not None or (self.processor is not None and self.processor.depends_on_answer)
+        is_masked = self._constraint is not None and not self._is_free()
+        needs_draft = is_masked or (self.processor is not None and self.processor.depends_on_answer)
         ids = [cast(int, token.item()) for token in draft] if needs_draft else []
         if self.processor is not None:
             logits = change_logits(logits, [(0, self.processor.changes(ids)[-1])])
-        if self._constraint is not None:
+        if self._constraint is not None and is_masked:
             try:
                 masks = self._masks(self._constraint, ids)
             except EngineError:  # all ranks meet the error when they verify the draft so far
                 return None
             logits = masked(logits, mx.array(masks[-1:]))
-        return mx.argmax(logits, axis=-1) if self.is_greedy else self.sample(logits, length + len(draft))
+        return mx.argmax(logits, axis=-1) if self._is_greedy else self.sample(logits, length + len(draft))
 
     def allowed_prefix(self, draft: Sequence[int]) -> tuple[int, ...]:
         """Return the draft tokens up to the first one that the grammar forbids."""
@@ -110,6 +118,13 @@ class TokenSampler:
                 self._constraint.advance(token)
         except EngineError as error:
             self.failure = error
+
+    def _is_free(self, draft: Sequence[int] = ()) -> bool:
+        """Return whether no mask forbids a token, after the sequence and after each token of a draft."""
+        if self._constraint is None:
+            return True
+        is_long_enough = self._num_answered >= self._min_tokens
+        return self.failure is None and is_long_enough and self._constraint.is_free(draft)
 
     def _masks(self, constraint: Constraint, draft: Sequence[int]) -> Mask:
         """Return the grammar's masks, without stop tokens before the minimum length if other tokens are allowed.

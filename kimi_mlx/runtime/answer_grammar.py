@@ -10,6 +10,19 @@ from kimi_mlx.text.grammar import build_grammar, detect_thinking
 from kimi_mlx.text.schema_bounds import check_bounds
 
 
+@dataclass(frozen=True)
+class AnswerGrammar:
+    """The grammar of an answer.
+
+    Args:
+        rules: the grammar, for the engine; None if the answer is unconstrained.
+        notes: parts of the tools' schemas that are not enforced, with reasons, each a sentence.
+    """
+
+    rules: str | None
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnswerFormat:
     """Tools and schema of an answer.
@@ -18,6 +31,8 @@ class AnswerFormat:
         tools: tools in OpenAI's format, `{"type": "function", "function": {...}}`.
         tool_choice: `auto`, `none`, `required`, or `{"name": ...}` of the tool that must be called.
         parallel_tool_calls: whether one answer may call several tools.
+        constrains_arguments: whether the arguments of calls keep to the schemas of their tools. If not, they are as the
+            model writes them, unless a call is required or a tool is `strict`.
         response_schema: JSON schema of the answer; True for any JSON object, None for any text.
         input_rules: bodies of grammar rules for the calls of tools whose input is free text, by the name of the tool.
         response_rule: body of a grammar rule that the answer matches, instead of a schema (kimi_mlx.text.answer_rules).
@@ -27,6 +42,7 @@ class AnswerFormat:
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str | Mapping[str, str] = "auto"
     parallel_tool_calls: bool = True
+    constrains_arguments: bool = True
     response_schema: Mapping[str, Any] | bool | None = None
     input_rules: Mapping[str, str] = field(default_factory=dict[str, str])
     response_rule: str | None = None
@@ -45,8 +61,8 @@ class AnswerFormat:
         """
         check_bounds(self.tools, self.response_schema, self.response_schema_name)
 
-    def grammar(self, special_tokens: Mapping[str, int], prompt: Sequence[int], num_calls: int) -> str | None:
-        """Return the grammar of an answer, or None if the answer is unconstrained. Call check_schemas() first.
+    def grammar(self, special_tokens: Mapping[str, int], prompt: Sequence[int], num_calls: int) -> AnswerGrammar:
+        """Return the grammar of an answer. Call check_schemas() first.
 
         Args:
             special_tokens: special tokens of the tokenizer.
@@ -54,9 +70,11 @@ class AnswerFormat:
             num_calls: number of tool calls in the conversation so far.
 
         Raises:
-            GrammarError: a schema or a tool is invalid; the message begins with the location.
+            GrammarError: the schema of the answer or the choice of a tool is invalid; the message begins with the
+                location.
         """
-        return build_grammar(
+        notes: list[str] = []
+        rules = build_grammar(
             special_tokens,
             detect_thinking(special_tokens, prompt),
             self.response_schema,
@@ -66,4 +84,8 @@ class AnswerFormat:
             num_calls,
             self.response_schema_name,
             self.response_rule,
+            self.input_rules,
+            constrains_arguments=self.constrains_arguments,
+            notes=notes,
         )
+        return AnswerGrammar(rules, tuple(notes))

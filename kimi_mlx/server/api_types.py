@@ -29,6 +29,7 @@ class GenerationParams:
         logit_bias: pairs of a token id and a number to add to its logit.
         min_tokens: number of tokens of the answer before a stop token or a stop text may end it.
         return_progress: whether the events of the answer include ProgressEvents.
+        notes: what of the body is not done, each a sentence; the response has them as `kimi_mlx_notes`.
     """
 
     max_tokens: int | None = None
@@ -40,6 +41,7 @@ class GenerationParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
     return_progress: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

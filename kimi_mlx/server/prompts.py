@@ -11,7 +11,7 @@ from typing import Any
 
 from kimi_mlx.engine.request import ImageInput, Request, Sampling
 from kimi_mlx.errors import CallIdError, GrammarError, ImageError, TextError, UsageError
-from kimi_mlx.runtime.answer_grammar import AnswerFormat
+from kimi_mlx.runtime.answer_grammar import AnswerFormat, AnswerGrammar
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.prompt import Prompt
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest, GenerationParams
@@ -74,6 +74,7 @@ class PreparedRequest:
         return_progress: whether the events of the answers include ProgressEvents.
         place: location of the prompt in the body, for error messages.
         stop_token_ids: tokens that end an answer, and are not control tokens.
+        notes: what of the request is not done, for the response.
     """
 
     request: Request
@@ -85,6 +86,7 @@ class PreparedRequest:
     return_progress: bool = False
     place: str = "messages"
     stop_token_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def new_reader(self, tokenizer: Tokenizer) -> TokenReader:
         """Return a reader for the tokens of one answer."""
@@ -105,6 +107,7 @@ class PromptBuilder:
         context_tokens: size of the context.
         instant_sampling: recommended sampling values, by name of the field, for answers without thinking.
         text_only_reason: reason why the model sees no images, for the log; None if it does.
+        constrains_arguments: whether the arguments of calls keep to the schemas of their tools.
         fetched: contents of the URLs of images that have been fetched.
     """
 
@@ -112,12 +115,14 @@ class PromptBuilder:
     context_tokens: int
     instant_sampling: Mapping[str, float]
     text_only_reason: str | None = None
+    constrains_arguments: bool = True
     fetched: Mapping[str, bytes] = field(default_factory=dict[str, bytes], repr=False)
 
     def __reduce__(self) -> tuple[Callable[..., PromptBuilder], tuple[Any, ...]]:
         """Pickle the builder as the folder of its tokenizer, and the values that may differ from the folder's."""
         tokenizer = self.tokenizer
-        values = (self.context_tokens, tuple(self.instant_sampling.items()), self.text_only_reason)
+        sampling = tuple(self.instant_sampling.items())
+        values = (self.context_tokens, sampling, self.text_only_reason, self.constrains_arguments)
         return _restore_builder, ((tokenizer.folder, tokenizer.sampling, tokenizer.max_tokens, *values), self.fetched)
 
     def prepare(self, request: ChatRequest | CompletionRequest) -> PreparedRequest:
@@ -141,9 +146,10 @@ class PromptBuilder:
         limit = self.tokenizer.max_tokens if request.max_tokens is None else request.max_tokens
         if remaining < (0 if limit == 0 else 1):
             raise self._too_long(request, len(prompt), is_exact=True)
-        grammar, tool_names, free_text_tools = None, (), ()
+        grammar, tool_names, free_text_tools = AnswerGrammar(None), (), ()
         if isinstance(request, ChatRequest) and ids is not None:
             special_tokens = self.tokenizer.tokenizer.special_tokens
+            request = replace(request, constrains_arguments=self.constrains_arguments)
             grammar = request_grammar(request, special_tokens, prompt, len(ids.client_ids))
             tool_names, free_text_tools = names_of(request.tools), tuple(request.input_rules)
         elif isinstance(request, CompletionRequest) and request.answer_format is not None:
@@ -161,7 +167,7 @@ class PromptBuilder:
             stop_ids=self.tokenizer.stop_ids.union(request.stop_token_ids),
             logit_bias=request.logit_bias,
             top_logprobs=request.top_logprobs,
-            grammar=grammar,
+            grammar=grammar.rules,
             images=images,
             min_tokens=request.min_tokens,
             prompt_logprobs=request.prompt_logprobs if isinstance(request, CompletionRequest) else None,
@@ -176,6 +182,7 @@ class PromptBuilder:
             request.return_progress,
             _place(request),
             request.stop_token_ids,
+            (*request.notes, *grammar.notes),
         )
 
     def count_tokens(self, request: ChatRequest) -> int:
@@ -386,16 +393,17 @@ def _load_builder(
     context_tokens: int,
     instant_sampling: tuple[tuple[str, float], ...],
     text_only_reason: str | None,
+    constrains_arguments: bool,
 ) -> PromptBuilder:
     """Load a pickled builder in another process. The last one is cached, so each process loads it once."""
     tokenizer = replace(ChatTokenizer.load(folder), sampling=sampling, max_tokens=max_tokens)
-    return PromptBuilder(tokenizer, context_tokens, dict(instant_sampling), text_only_reason)
+    return PromptBuilder(tokenizer, context_tokens, dict(instant_sampling), text_only_reason, constrains_arguments)
 
 
 def request_grammar(
     request: ChatRequest, special_tokens: Mapping[str, int], prompt: Sequence[int], num_calls: int
-) -> str | None:
-    """Return the grammar of an answer, or None if the answer is unconstrained.
+) -> AnswerGrammar:
+    """Return the grammar of an answer.
 
     Args:
         request: chat request.
@@ -415,8 +423,8 @@ def request_grammar(
         raise schema_error(error) from error
 
 
-def plain_grammar(answer_format: AnswerFormat) -> str | None:
-    """Return the grammar of an answer without reasoning and tool calls, or None if it is unconstrained.
+def plain_grammar(answer_format: AnswerFormat) -> AnswerGrammar:
+    """Return the grammar of an answer without reasoning and tool calls.
 
     Raises:
         ApiError: 400, the schema or the rule is invalid; `param` is its location.

@@ -49,6 +49,7 @@ class ServingOptions:
         has_page: whether the web page is served at `/`.
         keep_responses: maximum number of responses of the Responses API that are kept in memory.
         starts_worker: whether a worker process for long requests is started with the server, before one is needed.
+        constrains_arguments: whether the arguments of calls keep to the schemas of their tools.
     """
 
     security: Security = field(default_factory=Security)
@@ -60,6 +61,7 @@ class ServingOptions:
     has_page: bool = True
     keep_responses: int = 256
     starts_worker: bool = False
+    constrains_arguments: bool = True
 
 
 class Server(uvicorn.Server):
@@ -92,7 +94,9 @@ class Server(uvicorn.Server):
         model_info = replace(model_info, context_tokens=context_tokens, media=media)
         error = session.image_error
         reason = error and f"{error.message} ({error.hint})"
-        prompt_builder = PromptBuilder(tokenizer, model_info.context_tokens, instant_sampling, reason)
+        prompt_builder = PromptBuilder(
+            tokenizer, model_info.context_tokens, instant_sampling, reason, options.constrains_arguments
+        )
         fetcher = ImageFetcher(options.image_hosts, options.max_body_bytes)
         self.service = Service(session, prompt_builder, options.max_queue, Metrics(), fetcher, options.max_wait_s)
         app = build_app(

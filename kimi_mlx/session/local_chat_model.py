@@ -70,7 +70,7 @@ class LocalChatModel:
         """
         prompt, ids = self._prompt(messages, options)
         special_tokens = self._tokenizer.tokenizer.special_tokens
-        grammar = options.grammar(special_tokens, prompt.ids, len(ids.client_ids))
+        grammar = options.grammar(special_tokens, prompt.ids, len(ids.client_ids)).rules
         sampling = merge_sampling(self._tokenizer.sampling, self._instant_sampling, options)
         request = make_request(self._tokenizer, prompt, sampling, options.max_tokens, grammar)
         parser = self._tokenizer.output_parser(prompt.ids, options.tools)

@@ -36,7 +36,8 @@ def choice_rule(choices: Sequence[str], where: str) -> str:
     """
     if not 1 <= len(choices) <= MAX_CHOICES:
         raise GrammarError(f"`{where}` has {len(choices)} items, but 1 to {MAX_CHOICES} are allowed")
-    return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    texts = [json.dumps(choice, ensure_ascii=False) for choice in choices]
+    return " | ".join(text.replace("\x7f", r"\u007f") for text in texts)  # llguidance takes no plain DEL
 
 
 def regex_rule(pattern: str) -> str:

@@ -1,47 +1,51 @@
-"""Build the grammar of an answer that must match a JSON schema or a choice of tools.
+"""Write the rules of an answer that must match a JSON schema or a choice of tools.
 
-    answer:  reasoning? (JSON | text? section?)         then an end token, which is not part of the grammar
+    answer:  reasoning? (JSON | text? section?)         then an end token
     section: section-begin call+ section-end
     call:    call-begin functions.NAME:INDEX argument-begin JSON call-end
 
-The result is JSON, which kimi_mlx.engine.constraint reads:
+The rules are JSON, which kimi_mlx.engine.constraint reads (`AnswerRules`). If tools are offered and none must be
+called, only the calls have rules: what the model writes around them is as it would be without rules.
 
-    answer       grammar of the answer in llguidance's dialect of Lark, with control tokens by id; calls are without
-                 their arguments
-    arguments    grammar of each tool's arguments, by `functions.NAME`
-    call_tokens  ids of call-begin, argument-begin and call-end
-
-The arguments of each tool are a grammar of their own, because the time to compile one grammar of many tools grows with
-the product of tools and calls. They are compiled once, and only those of called tools are used.
+The arguments of each tool are a grammar of their own, in llguidance's dialect of Lark. They are compiled once, whatever
+the other tools of a request are.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from enum import Enum, auto
-from typing import Any, cast
+from typing import Any
 
 from kimi_mlx.errors import GrammarError
-from kimi_mlx.text.json_schema import Schema, check_schema, find_problem, to_lark
+from kimi_mlx.text.json_schema import ANY_OBJECT, check_schema, find_problem, rule_grammar, to_grammar
 from kimi_mlx.text.output import CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, THINK_BEGIN, THINK_END
+from kimi_mlx.text.tool_arguments import ANY_ARGUMENTS, arguments_grammar, is_known
 from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, PREFIX
 
 MAX_CALLS = 16
-"""Maximum number of tool calls in an answer with a grammar."""
-CHECK_S = 10.0
-"""Time limit for checking the schemas of all tools, which usually takes milliseconds each."""
-TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-ANY_OBJECT: Schema = {"type": "object"}
-NO_FORCING = '%llguidance {"no_forcing": true}'
-"""Directive: llguidance does not tokenize forced text. The model chooses among the tokens that begin it."""
+"""Maximum number of tool calls in an answer that consists of calls, or of a response or calls."""
+CHECK_S = 2.0
+"""Time for reading the schemas of all tools of a request that were not read before; usually it takes milliseconds each.
+
+The schemas that are left are not enforced in this request, and are read with the next ones."""
+ANY_TEXT = rule_grammar(r"/(.|\n)*/")
+"""Grammar of any text."""
 CHOICES = ("auto", "none", "required")
 
 Ids = Mapping[str, int]
 """Control tokens: text -> id."""
+
+THINK_TOKENS = {"think_begin": THINK_BEGIN, "think_end": THINK_END}
+CALL_TOKENS = {
+    "section_begin": SECTION_BEGIN,
+    "section_end": SECTION_END,
+    "call_begin": CALL_BEGIN,
+    "argument_begin": ARGUMENT_BEGIN,
+    "call_end": CALL_END,
+}
 
 
 class Thinking(Enum):
@@ -53,6 +57,10 @@ class Thinking(Enum):
     """Perhaps: the model decides, and writes `<think>` itself."""
     NONE = auto()
     """No: the model does not think, or the prompt has closed the reasoning."""
+
+
+STARTS = {Thinking.OPEN: "REASONING", Thinking.POSSIBLE: "START", Thinking.NONE: "CONTENT"}
+"""Part that an answer begins with, by its name in kimi_mlx.engine.constraint."""
 
 
 def detect_thinking(special_tokens: Ids, prompt: Sequence[int]) -> Thinking:
@@ -73,12 +81,14 @@ def build_grammar(
     first_index: int = 0,
     schema_name: str = "response_format",
     response_rule: str | None = None,
+    input_rules: Mapping[str, str] | None = None,
+    *,
+    constrains_arguments: bool = True,
+    notes: list[str] | None = None,
 ) -> str | None:
-    """Return the grammar of an answer as JSON; None if the answer is unconstrained.
+    """Return the rules of an answer as JSON; None if the answer is unconstrained.
 
     The sizes of the schemas must have been checked with kimi_mlx.text.schema_bounds.
-
-    The schema of a tool that is not `strict` is enforced only if a call is required, and only if it is supported.
 
     Args:
         special_tokens: special tokens of the tokenizer.
@@ -90,81 +100,62 @@ def build_grammar(
         first_index: index of the first call; a conversation counts its calls from 0.
         schema_name: name of the answer's schema or rule in error messages.
         response_rule: body of a rule in llguidance's dialect of Lark that the answer matches, instead of a schema.
+        input_rules: bodies of such rules for the calls of tools whose input is not JSON, by the name of the tool.
+        constrains_arguments: False to leave calls that the model may choose to make as it writes them, unless a tool is
+            `strict` or only one call is allowed.
+        notes: list to which the parts of the tools' schemas are appended that are not enforced, with reasons.
 
     Raises:
-        GrammarError: the schema or the choice cannot be enforced; the message begins with the location.
+        GrammarError: the answer's schema or the choice cannot be enforced; the message begins with the location.
     """
-    choice = _check_choice(tool_choice, tools)
-    is_call_required = choice not in ("auto", "none")
-    is_strict = any(_is_strict(tool["function"]) for tool in tools)
-    restricts_tools = tools and (choice == "none" or not parallel_tool_calls or is_strict)
-    if response_schema is None and response_rule is None and not is_call_required and not restricts_tools:
+    _check_choice(tool_choice, tools)
+    is_call_required = tool_choice not in ("auto", "none")
+    has_response = response_schema is not None or response_rule is not None
+    is_free = not has_response and tool_choice == "auto"
+    is_constrained = constrains_arguments or not parallel_tool_calls or input_rules or any(map(_is_strict, tools))
+    if is_free and not (tools and is_constrained):
         return None
+    if not has_response and tool_choice == "none" and not tools:
+        return None
+    tokens = {} if is_free or thinking is Thinking.NONE else dict(THINK_TOKENS)
+    arguments: dict[str, str] = {}
+    if tools and tool_choice != "none":
+        if is_free and parallel_tool_calls and not all(token in special_tokens for token in CALL_TOKENS.values()):
+            return None  # the model has no calls
+        tokens |= CALL_TOKENS
+        arguments = _arguments(tools, tool_choice, constrains_arguments or is_call_required, input_rules or {}, notes)
     response = None
     if response_schema is not None and not is_call_required:
-        schema = ANY_OBJECT if response_schema is True else response_schema
-        response = to_lark(check_schema(schema, schema_name))
+        schema = ANY_OBJECT if response_schema is True else check_schema(response_schema, schema_name)
+        response = to_grammar(schema)
     if response_rule is not None and not is_call_required:
-        if problem := find_problem(f"start: {response_rule}"):
+        response = rule_grammar(response_rule)
+        if problem := find_problem(response):
             raise GrammarError(f"`{schema_name}`: {problem}")
-        response = response_rule
-    answer = _Answer(
-        thinking,
-        response,
-        is_call_required,
-        [] if choice == "none" else _functions(tools, choice),
-        MAX_CALLS if parallel_tool_calls and choice in CHOICES else 1,
-        first_index,
-    )
-    grammar: dict[str, Any] = {"answer": _write(answer, lambda token: f"<[{_id(token, special_tokens)}]>")}
-    if answer.functions:
-        grammar["arguments"] = {
-            f"{PREFIX}{function.name}": f"{NO_FORCING}\nstart: {function.arguments}" for function in answer.functions
-        }
-        grammar["call_tokens"] = [_id(token, special_tokens) for token in (CALL_BEGIN, ARGUMENT_BEGIN, CALL_END)]
-    return json.dumps(grammar)
+    max_calls = 1 if not parallel_tool_calls or isinstance(tool_choice, Mapping) else None if is_free else MAX_CALLS
+    rules: dict[str, Any] = {
+        "start": "FREE" if is_free else STARTS[thinking],
+        "has_text": not is_call_required and response is None,
+        "response": response,
+        "arguments": arguments,
+        "any_object": ANY_ARGUMENTS,
+        "first_index": first_index,
+        "max_calls": max_calls,
+        "tokens": {name: _id(token, special_tokens) for name, token in tokens.items()},
+    }
+    return json.dumps(rules)
 
 
-@dataclass(frozen=True)
-class _Function:
-    """A tool that may be called.
-
-    Args:
-        name: name of the tool.
-        arguments: body of the rule for its arguments.
-    """
-
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """Allowed forms of an answer.
-
-    Args:
-        thinking: whether the answer begins with reasoning.
-        response: body of the rule for an answer without calls; None for any text.
-        is_call_required: True if the answer consists of calls only.
-        functions: tools that may be called.
-        max_calls: maximum number of calls.
-        first_index: index of the first call.
-    """
-
-    thinking: Thinking
-    response: str | None
-    is_call_required: bool
-    functions: Sequence[_Function]
-    max_calls: int
-    first_index: int
-
-
-def _check_choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> str | Mapping[str, Any]:
-    """Check that the tools are valid and that the choice names one of them; return the choice."""
+def _check_choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the tools are functions with names, and that the choice names one of them."""
     for i, tool in enumerate(tools):
-        if not isinstance(tool.get("function"), Mapping):
+        function = tool.get("function")
+        if not isinstance(function, Mapping):
             raise GrammarError(f"`tools[{i}].function` is missing")
-    names = [tool["function"].get("name") for tool in tools]
+        name = function.get("name")
+        if not isinstance(name, str) or not name.strip():
+            raise GrammarError(f"`tools[{i}].function.name`: `{name}` is not a name")
+    names = [tool["function"]["name"] for tool in tools]
     if isinstance(tool_choice, str):
         if tool_choice not in CHOICES:
             raise GrammarError(f"`tool_choice` is `{tool_choice}`", hint=f"use {', '.join(CHOICES)}, or name a tool")
@@ -172,51 +163,53 @@ def _check_choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[
             raise GrammarError("`tool_choice` is `required`, but there are no tools")
     elif tool_choice.get("name") not in names:
         raise GrammarError(f"`tool_choice` names `{tool_choice.get('name')}`, which is not one of the tools")
-    return tool_choice
 
 
-def _functions(tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any]) -> list[_Function]:
-    """Return the tools that the choice allows, with the rules of their arguments."""
-    functions: list[_Function] = []
+def _arguments(
+    tools: Sequence[Mapping[str, Any]],
+    tool_choice: str | Mapping[str, Any],
+    constrains_all: bool,
+    input_rules: Mapping[str, str],
+    notes: list[str] | None,
+) -> dict[str, str]:
+    """Return the grammar of the arguments of each tool that may be called, by the id of its calls without the index.
+
+    Args:
+        tools: OpenAI-style tools.
+        tool_choice: choice of the request.
+        constrains_all: False to enforce only the schemas of strict tools.
+        input_rules: bodies of rules for the calls of tools whose input is not JSON, by the name of the tool.
+        notes: list to which the parts of schemas are appended that are not enforced.
+    """
+    grammars: dict[str, str] = {}
     deadline = time.monotonic() + CHECK_S
     for i, tool in enumerate(tools):
-        if time.monotonic() > deadline:
-            raise GrammarError(f"`tools`: their schemas take more than {CHECK_S:.0f} s to check", hint="simplify them")
-        function, where = tool["function"], f"tools[{i}].function"
-        name, is_strict = function.get("name"), _is_strict(function)
-        if isinstance(choice, Mapping) and name != choice["name"]:
+        function = tool["function"]
+        name = function["name"]
+        if isinstance(tool_choice, Mapping) and name != tool_choice["name"]:
             continue
-        if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
-            raise GrammarError(
-                f"`{where}.name`: `{name}` is not a valid name", hint=f"a name matches `{TOOL_NAME.pattern}`"
-            )
-        schema = ANY_OBJECT
-        if is_strict or choice != "auto":
-            schema = _arguments(function, f"{where}.parameters", is_strict)
-        functions.append(_Function(name, to_lark(schema)))
-    return functions
+        if name in input_rules:
+            grammars[PREFIX + name] = rule_grammar(input_rules[name])
+            if problem := find_problem(grammars[PREFIX + name]):
+                grammars[PREFIX + name] = ANY_TEXT
+                if notes is not None:
+                    notes.append(f"the grammar of the tool `{name}` is not enforced: {problem}")
+            continue
+        grammars[PREFIX + name] = ANY_ARGUMENTS
+        if not constrains_all and not _is_strict(tool):
+            continue
+        where = f"tools[{i}].function.parameters"
+        if time.monotonic() > deadline and not is_known(function.get("parameters")):
+            problems = [("", f"the schemas of all tools take more than {CHECK_S:.0f} s to read")]
+        else:
+            grammars[PREFIX + name], problems = arguments_grammar(function.get("parameters"))
+        if notes is not None:
+            notes += [f"`{where}{path}` is not enforced: {problem}" for path, problem in problems]
+    return grammars
 
 
-def _is_strict(function: Mapping[str, Any]) -> bool:
-    return function.get("strict") is True
-
-
-def _arguments(function: Mapping[str, Any], where: str, is_strict: bool) -> Schema:
-    """Return the schema of a tool's arguments. Without `strict`, an unsupported schema is replaced by any object."""
-    parameters = function.get("parameters")
-    if parameters is None:
-        return {**ANY_OBJECT, "additionalProperties": False}
-    try:
-        if not isinstance(parameters, dict):
-            raise GrammarError(f"`{where}` is not the schema of an object")
-        schema = {**ANY_OBJECT, **cast("Schema", parameters)}
-        if schema["type"] != "object":
-            raise GrammarError(f"`{where}: $.type`: arguments must be an object, not `{schema['type']}`")
-        return check_schema(schema, where, locates_problem=is_strict)
-    except GrammarError:
-        if is_strict:
-            raise
-        return ANY_OBJECT
+def _is_strict(tool: Mapping[str, Any]) -> bool:
+    return tool["function"].get("strict") is True
 
 
 def _id(token: str, special_tokens: Ids) -> int:
@@ -225,43 +218,3 @@ def _id(token: str, special_tokens: Ids) -> int:
             f"the model has no `{token}` token, so tool calls cannot be enforced", hint="use another model"
         )
     return special_tokens[token]
-
-
-def _write(answer: _Answer, token: Callable[[str], str]) -> str:
-    """Write the grammar of an answer, without the arguments of its calls.
-
-    Args:
-        answer: allowed forms of the answer.
-        token: function that returns a control token as grammar text.
-    """
-    if answer.is_call_required:
-        content = "section"
-    elif answer.response:
-        content = "response | section" if answer.functions else "response"
-    else:
-        content = "TEXT section?" if answer.functions else "TEXT"
-    rules = [NO_FORCING, f"start: {_reasoning(answer.thinking, token)} answer"]
-    rules += [f"answer: {content}", r"TEXT: /(.|\n)*/"]
-    if answer.response:
-        rules.append(f"response: {answer.response}")
-    if answer.functions:
-        rules += _calls(answer, token)
-    return "\n".join(rules)
-
-
-def _reasoning(thinking: Thinking, token: Callable[[str], str]) -> str:
-    if thinking is Thinking.OPEN:
-        return f"TEXT {token(THINK_END)}"
-    return f"({token(THINK_BEGIN)} TEXT {token(THINK_END)})?" if thinking is Thinking.POSSIBLE else ""
-
-
-def _calls(answer: _Answer, token: Callable[[str], str]) -> list[str]:
-    """Return the rules of a section and of its calls; each call may be followed by the next one."""
-    names = "|".join(re.escape(function.name) for function in answer.functions)
-    rules = [f"section: {token(SECTION_BEGIN)} call_0 {token(SECTION_END)}", f"NAME: /{re.escape(PREFIX)}({names})/"]
-    for i_call in range(answer.max_calls):
-        index = json.dumps(f":{answer.first_index + i_call}")
-        following = f"call_{i_call + 1}?" if i_call + 1 < answer.max_calls else ""
-        call = f"{token(CALL_BEGIN)} NAME {index} {token(ARGUMENT_BEGIN)} {token(CALL_END)}"
-        rules.append(f"call_{i_call}: {call} {following}")
-    return rules

@@ -1,7 +1,8 @@
 """Check JSON schemas of users, and rewrite them in the form that llguidance compiles to grammars.
 
-An unsupported feature is an error with its location, a JSON path such as `$.properties.age.not`. Only annotations
-(titles, defaults, unknown keywords and formats) are dropped silently, as JSON Schema requires.
+An unsupported feature is an error with its location, a JSON path such as `$.properties.age.not`; in the schema of a
+tool it is dropped instead, with a note. Annotations (titles, defaults, unknown keywords and formats) are dropped
+silently, as JSON Schema requires.
 """
 
 from __future__ import annotations
@@ -11,16 +12,22 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache, lru_cache
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, NoReturn, cast
+from urllib.parse import unquote
 
 import llguidance
 
 from kimi_mlx.errors import GrammarError
+from kimi_mlx.text.digest_cache import DigestCache
+from kimi_mlx.text.finite_schema import drop_endless, find_endless
 from kimi_mlx.text.schema_bounds import check_value
+from kimi_mlx.text.schema_rewrites import rewrite
 
 Schema = dict[str, Any]
+OnProblem = Callable[[str, str], None]
+"""Called with the path of a keyword, such as `$.properties.age.not`, and the reason why it is not supported."""
 
 MAX_DEPTH = 32
 """Maximum nesting of schemas."""
@@ -36,6 +43,9 @@ MAX_FLOAT = sys.float_info.max
 LOCATE_S = 0.3
 """Time limit for the search for the subschema with the error."""
 
+MAX_PROBLEMS = 4096
+"""Maximum number of grammars of which it is remembered whether they are valid."""
+
 WHITESPACE = r"[ \t]{1,4}|\r?\n[ \t]{0,64}"
 """Whitespace between the parts of JSON, limited to what models usually write: a confused model could
 write nothing else."""
@@ -50,11 +60,21 @@ SINGLE_SCHEMAS, SCHEMA_LISTS = (
 SCHEMA_TABLES = ("properties", "patternProperties", "$defs", "definitions")
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 """Formats that are enforced; others are annotations."""
+DEPENDENT: Mapping[str, Sequence[str]] = {
+    "properties": ("additionalProperties",),
+    "patternProperties": ("additionalProperties",),
+    "prefixItems": ("items",),
+    "items": ("additionalItems",),
+}
+"""Keywords that mean something else without the one before them, and are dropped with it."""
 UNSUPPORTED = (
-    *("not", "if", "then", "else", "contains", "minContains", "maxContains", "propertyNames", "dependencies"),
+    *("not", "if", "contains", "minContains", "maxContains", "propertyNames", "dependencies"),
     *("dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"),
     *("$dynamicRef", "$recursiveRef"),
 )
+ANY_OBJECT: Schema = {"type": "object"}
+NO_FORCING = '%llguidance {"no_forcing": true}'
+"""Directive: llguidance does not tokenize forced text. The model chooses among the tokens that begin it."""
 HINT = "see the supported features in docs/structured-output.md"
 
 
@@ -76,33 +96,65 @@ def check_schema(schema: Any, where: str, locates_problem: bool = True) -> Schem
         raise GrammarError(f"`{where}` is not plain JSON: {error}") from error
     if schema is False:
         raise GrammarError(f"`{where}` is `false`: nothing satisfies it")
-    clean = _SchemaCleaner(where).clean(schema, "$", 0)
-    for path, part in _subschemas(clean, "$"):
-        _check_reference(part, clean, f"{where}: {path}")
-    problem = find_problem(f"start: {to_lark(clean)}")
-    if problem:
-        path = _locate(clean, problem) if locates_problem else "$"
+
+    def refuse(path: str, problem: str) -> None:
         raise GrammarError(f"`{where}: {path}`: {problem}", hint=HINT)
+
+    clean = clean_schema(schema, refuse)
+    problem = find_problem(to_grammar(clean))
+    if problem:
+        refuse(locate(clean, problem)[0] if locates_problem else "$", problem)
     return clean
 
 
-def to_lark(schema: Schema) -> str:
-    """Return a checked schema as the body of a rule in llguidance's dialect of Lark."""
-    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}})
+def clean_schema(schema: Any, on_problem: OnProblem) -> Schema:
+    """Return a copy of a schema without annotations, which llguidance may still refuse.
+
+    Args:
+        schema: JSON schema; its size must have been checked.
+        on_problem: callback for each keyword that is invalid or not supported. If it returns, the keyword is dropped,
+            and others whose meaning depends on it, so that all instances of the schema satisfy the copy.
+    """
+    clean = SchemaCleaner(on_problem).clean(schema, "$", 0)
+    for path, part in subschemas(clean, "$"):
+        _check_reference(part, clean, path, on_problem)
+    parts = [part for _, part in subschemas(clean, "$")]
+    if any("$ref" in part for part in parts):
+        endless = find_endless(parts, lambda reference: _target(reference, clean))
+        if id(clean) in endless:
+            on_problem("$", "only something infinite satisfies it")
+        else:
+            drop_endless(parts, endless)
+    return clean
 
 
-@lru_cache(maxsize=2048)
+def to_grammar(schema: Schema) -> str:
+    """Return the grammar of a checked schema in llguidance's dialect of Lark."""
+    return rule_grammar("%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}))
+
+
+def rule_grammar(rule: str) -> str:
+    """Return the grammar with one rule, given by its body in llguidance's dialect of Lark."""
+    return f"{NO_FORCING}\nstart: {rule}"
+
+
 def find_problem(grammar: str) -> str | None:
     """Return the reason why llguidance refuses a grammar, or that nothing satisfies it; None if it is valid.
 
-    Takes a second at most, by the limits of llguidance and of this module. Clients send the same tools with every
-    request, so results are cached.
+    Takes a second at most, by the limits of llguidance and of this module. Results are cached.
     """
+    return _problems(grammar)
+
+
+def _find_problem(grammar: str) -> str | None:
     matcher = llguidance.LLMatcher(_byte_tokenizer(), grammar, log_level=0)
     if not matcher.is_error():
         matcher.compute_bitmask()
         return "nothing satisfies it" if matcher.is_error() else None
     return _reason(matcher.get_error())
+
+
+_problems = DigestCache(_find_problem, MAX_PROBLEMS)
 
 
 @cache
@@ -120,15 +172,19 @@ def _reason(error: str) -> str:
     return first_error.removeprefix("error: ").rpartition("JSON schema: ")[2].strip()
 
 
-class _SchemaCleaner:
+class _DropError(Exception):
+    """A keyword is dropped."""
+
+
+class SchemaCleaner:
     """Copies a schema, keyword by keyword.
 
     Args:
-        where: name of the schema in error messages.
+        on_problem: callback for each keyword that is invalid or not supported; if it returns, the keyword is dropped.
     """
 
-    def __init__(self, where: str):
-        self._where = where
+    def __init__(self, on_problem: OnProblem):
+        self._on_problem = on_problem
         self._counts: Counter[str] = Counter()
 
     def clean(self, schema: Any, path: str, depth: int) -> Schema:
@@ -136,45 +192,61 @@ class _SchemaCleaner:
         if schema is True:
             return {}
         if not isinstance(schema, dict):
-            raise self._error(path, "not a schema: it is neither an object nor true or false")
+            self._on_problem(path, "not a schema: it is neither an object nor true or false")
+            return {}
         if depth > MAX_DEPTH:
-            raise self._error(path, f"schemas are nested deeper than {MAX_DEPTH}")
+            self._on_problem(path, f"schemas are nested deeper than {MAX_DEPTH}")
+            return {}
         clean: Schema = {}
-        for keyword, value in cast("Schema", schema).items():
+        source = rewrite(cast("Schema", schema))
+        for keyword, value in source.items():
             at = f"{path}.{keyword}"
-            if keyword in SCHEMA_TABLES:
-                clean[keyword] = self._table(keyword, value, at, depth)
-            elif keyword in SCHEMA_LISTS or (keyword == "items" and isinstance(value, list)):
-                clean[keyword] = self._list(keyword, value, at, depth)
-            elif keyword in SINGLE_SCHEMAS:
-                clean[keyword] = self._one(value, at, depth)
-            elif keyword in UNSUPPORTED or (keyword == "uniqueItems" and value is not False):
-                raise self._error(at, "this schema feature is not supported")
-            elif keyword in CHECKS:
-                problem = CHECKS[keyword](value)
-                if problem:
-                    raise self._error(at, problem)
-                self._count(keyword, len(cast("Any", value)) if keyword == "required" else _num_keys(value), at)
-                clean[keyword] = value
+            try:
+                if keyword in SCHEMA_TABLES:
+                    clean[keyword] = self._table(keyword, value, at, depth)
+                elif keyword in SCHEMA_LISTS or (keyword == "items" and isinstance(value, list)):
+                    clean[keyword] = self._list(keyword, value, at, depth)
+                elif keyword in SINGLE_SCHEMAS:
+                    clean[keyword] = self._one(value, at, depth)
+                elif keyword in ("then", "else"):  # a part of `if`
+                    continue
+                elif keyword in UNSUPPORTED or (keyword == "uniqueItems" and value is not False):
+                    self._drop(at, "this schema feature is not supported")
+                elif keyword in CHECKS:
+                    clean[keyword] = self._value(keyword, value, at)
+            except _DropError:
+                continue
+        for keyword in source.keys() - clean.keys() & DEPENDENT.keys():
+            for dependent in DEPENDENT[keyword]:
+                clean.pop(dependent, None)
         if clean.get("minProperties", 0) - len(set(clean.get("required", ()))) > 1:
-            raise self._error(
-                f"{path}.minProperties", "it may be at most 1 more than the number of `required` properties"
-            )
+            problem = "it may be at most 1 more than the number of `required` properties"
+            self._on_problem(f"{path}.minProperties", problem)
+            del clean["minProperties"]
         if _has_inexact_bound(clean):
-            raise self._error(path, "an exclusive integer bound less than 1 from the other bound is not supported")
+            self._on_problem(path, "an exclusive integer bound less than 1 from the other bound is not supported")
+            clean.pop("exclusiveMinimum", None)
+            clean.pop("exclusiveMaximum", None)
         return _normalize(clean)
+
+    def _value(self, keyword: str, value: Any, at: str) -> Any:
+        problem = CHECKS[keyword](value)
+        if problem:
+            self._drop(at, problem)
+        self._count(keyword, len(cast("Any", value)) if keyword == "required" else _num_keys(value), at)
+        return value
 
     def _one(self, value: Any, at: str, depth: int) -> Schema | bool:
         return False if value is False else self.clean(value, at, depth + 1)
 
     def _list(self, keyword: str, value: Any, at: str, depth: int) -> list[Schema | bool]:
         if not isinstance(value, list) or (not value and keyword in ("anyOf", "oneOf", "allOf")):
-            raise self._error(at, "not a list of schemas")
+            self._drop(at, "not a list of schemas")
         return [self._one(part, f"{at}[{i}]", depth) for i, part in enumerate(cast("list[Any]", value))]
 
     def _table(self, keyword: str, value: Any, at: str, depth: int) -> dict[str, Schema | bool]:
         if not isinstance(value, dict):
-            raise self._error(at, "not an object of schemas")
+            self._drop(at, "not an object of schemas")
         table = cast("Schema", value)
         self._count(keyword, len(table), at)
         return {name: self._one(part, f"{at}.{name}", depth) for name, part in table.items()}
@@ -183,10 +255,12 @@ class _SchemaCleaner:
         kind = keyword if keyword in MAX_NAMES else "properties"
         self._counts[kind] += names
         if self._counts[kind] > MAX_NAMES[kind]:
-            raise self._error(at, f"{kind} with more than {MAX_NAMES[kind]} names in the whole schema")
+            self._counts[kind] -= names
+            self._drop(at, f"{kind} with more than {MAX_NAMES[kind]} names in the whole schema")
 
-    def _error(self, path: str, problem: str) -> GrammarError:
-        return GrammarError(f"`{self._where}: {path}`: {problem}", hint=HINT)
+    def _drop(self, path: str, problem: str) -> NoReturn:
+        self._on_problem(path, problem)
+        raise _DropError
 
 
 def _is_number(value: Any) -> bool:
@@ -289,16 +363,17 @@ def _largest_float(bound: float) -> float:
     return int(float(bound) if float(bound) <= bound else math.nextafter(float(bound), -math.inf))
 
 
-def _check_reference(part: Schema, root: Schema, where: str) -> None:
+def _check_reference(part: Schema, root: Schema, path: str, on_problem: OnProblem) -> None:
     """Check that a `$ref` has a target in the schema, and add the type to references in a `oneOf`.
 
     llguidance must see that the alternatives exclude each other. It follows a reference only if there is another
     keyword next to it.
     """
     if "$ref" in part and _target(part["$ref"], root) is None:
-        raise GrammarError(
-            f"`{where}.$ref`: no schema `{part['$ref']}` in this schema", hint="use a reference such as `#/$defs/name`"
+        on_problem(
+            f"{path}.$ref", f"no schema `{part['$ref']:.80}` in this schema; use a reference such as `#/$defs/name`"
         )
+        del part["$ref"]
     for alternative in part.get("oneOf", ()):
         target = _target(alternative["$ref"], root) if alternative and list(alternative) == ["$ref"] else None
         if isinstance(target, dict) and "type" in target:
@@ -308,7 +383,8 @@ def _check_reference(part: Schema, root: Schema, where: str) -> None:
 def _target(reference: str, root: Schema) -> Schema | bool | None:
     """Return the target of a `$ref`; None if it is not in the schema."""
     target: Any = root
-    for name in [] if reference == "#" else reference.split("/")[1:] if reference.startswith("#/") else [""]:
+    names = [] if reference == "#" else reference.split("/")[1:] if reference.startswith("#/") else [""]
+    for name in map(_unescape, names):
         if isinstance(target, list):
             target = dict(enumerate(cast("list[Any]", target))).get(int(name) if name.isdigit() else -1)
         else:
@@ -316,7 +392,15 @@ def _target(reference: str, root: Schema) -> Schema | bool | None:
     return cast("Schema | bool", target) if isinstance(target, dict | bool) else None
 
 
-def _subschemas(schema: Schema | bool, path: str) -> Iterator[tuple[str, Schema]]:
+def _unescape(name: str) -> str:
+    """Return the name of a step in a JSON pointer, which may be URL-encoded.
+
+    Source: RFC 6901, sections 4 and 6.
+    """
+    return unquote(name).replace("~1", "/").replace("~0", "~")
+
+
+def subschemas(schema: Schema | bool, path: str) -> Iterator[tuple[str, Schema]]:
     """Yield the subschemas of a checked schema with their paths, innermost first, and the schema itself last."""
     if isinstance(schema, bool):
         return
@@ -324,22 +408,22 @@ def _subschemas(schema: Schema | bool, path: str) -> Iterator[tuple[str, Schema]
         at = f"{path}.{keyword}"
         if keyword in SCHEMA_TABLES:
             for name, part in value.items():
-                yield from _subschemas(part, f"{at}.{name}")
+                yield from subschemas(part, f"{at}.{name}")
         elif isinstance(value, list) and keyword in (*SCHEMA_LISTS, "items"):
             for i, part in enumerate(cast("list[Any]", value)):
-                yield from _subschemas(part, f"{at}[{i}]")
+                yield from subschemas(part, f"{at}[{i}]")
         elif keyword in SINGLE_SCHEMAS:
-            yield from _subschemas(cast("Schema | bool", value), at)
+            yield from subschemas(cast("Schema | bool", value), at)
     yield path, schema
 
 
-def _locate(root: Schema, problem: str) -> str:
-    """Return the path of the innermost subschema with the problem; `$` if the search takes too long."""
+def locate(root: Schema, problem: str) -> tuple[str, Schema]:
+    """Return the innermost subschema with a problem, with its path; the whole schema if the search takes too long."""
     definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
     deadline = time.monotonic() + LOCATE_S
-    for path, part in _subschemas(root, "$"):
-        if find_problem(f"start: {to_lark({**part, **definitions})}") == problem:
-            return path
+    for path, part in subschemas(root, "$"):
+        if find_problem(to_grammar({**part, **definitions})) == problem:
+            return path, part
         if time.monotonic() > deadline:
             break
-    return "$"
+    return "$", root

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from kimi_mlx.errors import GrammarError
+from kimi_mlx.text.schema_bounds import MAX_TOOLS, MAX_TOTAL_CHARS, check_value
 
 MAX_NAME = 64
 """Maximum length of a name: that of the OpenAI API."""
@@ -49,8 +50,8 @@ class DeclaredTool:
     Attributes:
         name: name that the model writes.
         tool: tool on its server.
-        declaration: the tool in OpenAI's format. It is `strict` if a grammar can constrain the arguments to the schema.
-        note: reason why it cannot; empty if it can.
+        declaration: the tool in OpenAI's format.
+        note: what of its schema a grammar cannot enforce, and why; empty if it enforces all of it.
     """
 
     name: str
@@ -61,8 +62,6 @@ class DeclaredTool:
 
 def declare(tools: Sequence[ServerTool]) -> tuple[list[DeclaredTool], list[str]]:
     """Return the tools for the model, and notes for the user about those that are left out."""
-    from kimi_mlx.text.schema_bounds import MAX_TOOLS, MAX_TOTAL_CHARS, check_value
-
     declared: list[DeclaredTool] = []
     notes: list[str] = []
     num_chars = 0
@@ -108,28 +107,20 @@ def _valid(name: str) -> str:
 
 def _declare(name: str, tool: ServerTool) -> DeclaredTool:
     parameters = without_titles(tool.schema)
-    note = _schema_problem(parameters)
-    function: dict[str, Any] = {
-        "name": name,
-        "description": tool.description[:MAX_DESCRIPTION],
-        "parameters": parameters,
-    }
-    if not note:
-        function["strict"] = True
-    return DeclaredTool(name, tool, {"type": "function", "function": function}, note)
+    function = {"name": name, "description": tool.description[:MAX_DESCRIPTION], "parameters": parameters}
+    return DeclaredTool(name, tool, {"type": "function", "function": function}, _not_enforced(parameters))
 
 
-def _schema_problem(schema: Mapping[str, Any]) -> str:
-    """Return the reason why arguments cannot be constrained to a schema; empty if they can."""
-    from kimi_mlx.text.json_schema import check_schema
+def _not_enforced(schema: Mapping[str, Any]) -> str:
+    """Return what of a schema arguments are not held to, and why."""
+    from kimi_mlx.text.tool_arguments import arguments_grammar
 
-    if schema.get("type") != "object":
-        return "its schema is not that of an object"
     try:
-        check_schema(schema, "schema", locates_problem=True)
+        check_value(schema, "schema")
     except GrammarError as error:
         return error.message
-    return ""
+    _, problems = arguments_grammar(schema)
+    return "; ".join(f"`${path}`: {problem}" for path, problem in problems)
 
 
 def without_titles(schema: Any) -> Any:

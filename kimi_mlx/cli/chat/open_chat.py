@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_mlx.cli.chat.files.attachments import Attachment, PrepareMedia, read_attachment
-from kimi_mlx.cli.chat.options import ChatArguments, SamplingOptions
+from kimi_mlx.cli.chat.options import ChatArguments, SamplingOptions, ToolOptions
 from kimi_mlx.cli.chat.prompt import check_prompt_size
 from kimi_mlx.cli.chat.schema import SCHEMA_NAME, Schema
 from kimi_mlx.cli.chat.server_choice import ServerChoice, named_server, running_server, unused_options
@@ -84,7 +84,7 @@ def _open_remote(server: ServerChoice, arguments: ChatArguments, *, is_conversat
         UsageError: it does not have the model, or an option is wrong.
     """
     prompt, is_quiet = arguments.prompt, arguments.output.quiet or arguments.output.json
-    answers = chat_options(arguments.sampling, arguments.output.read_schema())
+    answers = chat_options(arguments.sampling, arguments.output.read_schema(), arguments.tools.tool_arguments)
     with slow_status(is_quiet) as set_status:
         set_status(f"connecting to {server.address.url}")
         model = RemoteChatModel(server.address, server.key, server.model)
@@ -105,7 +105,8 @@ def _open_here(
     """Load a model on this machine or on launched hosts."""
     prompt, run, is_quiet = arguments.prompt, arguments.run, arguments.output.quiet
     system = prompt.read_system()
-    answers, instant = chat_options(arguments.sampling, arguments.output.read_schema()), target.instant_sampling
+    answers = chat_options(arguments.sampling, arguments.output.read_schema(), arguments.tools.tool_arguments)
+    instant = target.instant_sampling
     if prompt.media and target.folder is None:
         require_vision_in_catalogue(target)
     options = session_options(run, arguments.disk)
@@ -141,14 +142,18 @@ def _read_tokenizer(folder: Path, target: ModelRef) -> ChatTokenizer:
     return tokenizer
 
 
-def chat_options(sampling: SamplingOptions, schema: Schema | None = None) -> ChatOptions:
+def chat_options(
+    sampling: SamplingOptions, schema: Schema | None = None, tool_arguments: str = ToolOptions.tool_arguments
+) -> ChatOptions:
     """Return what the user has set of the options of answers.
 
     Args:
         sampling: options of how tokens are sampled.
         schema: JSON schema of the answers; None for text.
+        tool_arguments: `schema`, or `as-written`.
     """
     return ChatOptions(
+        constrains_arguments=tool_arguments == "schema",
         response_schema=schema,
         response_schema_name=SCHEMA_NAME,
         max_tokens=sampling.max_tokens,

@@ -10,7 +10,17 @@ import typer
 
 from kimi_mlx.cli.chat.files.media_files import check_files, media_kind, to_path
 from kimi_mlx.cli.chat.schema import Schema, read_schema
-from kimi_mlx.cli.options import ANSWER, HISTORY, MODEL, PROMPT, SAMPLING, TOOLS, DiskCacheOptions, RunOptions
+from kimi_mlx.cli.options import (
+    ANSWER,
+    HISTORY,
+    MODEL,
+    PROMPT,
+    SAMPLING,
+    TOOLS,
+    DiskCacheOptions,
+    RunOptions,
+    ToolArgumentsOption,
+)
 from kimi_mlx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -454,6 +464,7 @@ class ToolOptions:
             rich_help_panel=TOOLS,
         ),
     ] = 25
+    tool_arguments: ToolArgumentsOption = "schema"
 
     @property
     def allowed(self) -> list[str]:

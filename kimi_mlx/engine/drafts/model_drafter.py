@@ -171,7 +171,7 @@ class ModelDrafter:
             The M jobs that continue, because their grammars have not failed; their tokens (M,) and outputs (1, M, D).
         """
         logits = self._model.logits(outputs)[0]
-        if all(job.sequence.sampler.is_greedy for job in jobs):
+        if all(job.sequence.sampler.is_greedy() for job in jobs):
             tokens = self._model.to_token_ids(mx.argmax(logits, axis=-1))
             for row, job in enumerate(jobs):
                 drafts[job.index].append(tokens[row : row + 1])

@@ -42,6 +42,7 @@ class MessageFormatter:
     def __init__(self, model: str):
         self._model = model
         self._id = f"msg_{secrets.token_hex(12)}"
+        self.notes: Sequence[str] = ()
         self._calls = CallSequencer()
         self._num_blocks = 0  # blocks started so far
         self._open: str | None = None  # type of the open block
@@ -88,6 +89,7 @@ class MessageFormatter:
             "stop_reason": stop_reason,
             "stop_sequence": stop_sequence,
             "usage": _usage(usage),
+            **({"kimi_mlx_notes": [*self.notes]} if self.notes else {}),  # our own
         }
 
     def _delta_events(self, delta: Delta) -> Iterator[StreamEvent]:

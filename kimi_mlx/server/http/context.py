@@ -119,4 +119,5 @@ def prepare_call(read: ReadCall, model_info: ModelInfo, prompt_builder: PromptBu
         if num_tokens > MAX_PROMPT_TOKENS:
             message = f"the prompts have more than {MAX_PROMPT_TOKENS:,} tokens; send them in several requests"
             raise ApiError(400, message, "invalid_value", "prompt")
+    call.formatter.notes = list(dict.fromkeys(note for request in prepared for note in request.notes))
     return PreparedCall(prepared, call.formatter, call.is_stream)

@@ -55,7 +55,13 @@ class StreamEvent:
 
 
 class ApiFormatter(Protocol):
-    """Formats the answers to one request for one API. It does no I/O."""
+    """Formats the answers to one request for one API. It does no I/O.
+
+    Attributes:
+        notes: what of the request is not done; the response has them as `kimi_mlx_notes`, if there are any.
+    """
+
+    notes: Sequence[str]
 
     def begin(self) -> Iterable[StreamEvent]:
         """Return the events at the start of a stream, before any answer has started."""

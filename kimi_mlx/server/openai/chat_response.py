@@ -19,6 +19,7 @@ from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.openai.response_fields import (
     DONE,
     MIN_LOGPROB,
+    notes_dict,
     openai_error,
     progress_dict,
     timings_dict,
@@ -54,6 +55,7 @@ class ChatFormatter:
         self._head: dict[str, Any] = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
         self._include_usage, self._include_logprobs = include_usage, include_logprobs
         self._include_progress, self._include_reasoning = include_progress, include_reasoning
+        self.notes: Sequence[str] = ()
         self._finishes: list[FinishEvent] = []
         self._started: set[int] = set()
 
@@ -70,7 +72,7 @@ class ChatFormatter:
             yield from self._delta_chunks(event)
         elif isinstance(event, FinishEvent):
             self._finishes.append(event)
-            yield self._chunk(event.index, {}, finish_reason=event.reason)
+            yield self._chunk(event.index, {}, finish_reason=event.reason, **notes_dict(self.notes))
         elif isinstance(event, ProgressEvent):
             yield StreamEvent.from_json(self._head | {"choices": []} | progress_dict(event))
 
@@ -95,6 +97,7 @@ class ChatFormatter:
             "choices": [self._choice(answer) for answer in answers],
             "usage": usage_dict(total_usage(answer.finish for answer in answers)),
             **self._timings([answer.finish for answer in answers]),
+            **notes_dict(self.notes),
         }
 
     def _timings(self, finishes: Sequence[FinishEvent]) -> dict[str, Any]:
@@ -139,6 +142,7 @@ class ChatFormatter:
         delta: dict[str, Any],
         logprobs: Sequence[TokenLogprobs] = (),
         finish_reason: str | None = None,
+        **fields: Any,
     ) -> StreamEvent:
         choice = {
             "index": index,
@@ -147,7 +151,7 @@ class ChatFormatter:
             "finish_reason": finish_reason,
         }
         usage = {"usage": None} if self._include_usage else {}
-        return StreamEvent.from_json(self._head | {"choices": [choice]} | usage)
+        return StreamEvent.from_json(self._head | {"choices": [choice]} | usage | fields)
 
 
 def _call(part: ToolCallDelta) -> dict[str, Any]:

@@ -140,6 +140,7 @@ class CompletionFormatter:
         self._head: dict[str, Any] = {"id": id, "object": "text_completion", "created": created, "model": model}
         self._echoes, self._include_usage = echoes, include_usage
         self._has_prompt_logprobs = has_prompt_logprobs
+        self.notes: Sequence[str] = ()
         self._finishes: list[FinishEvent] = []
         self._offsets = [TextOffsets(len(echo)) for echo in echoes]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +26,11 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
+
+
+def notes_dict(notes: Sequence[str]) -> dict[str, Any]:
+    """Return the field of a response that says what of the request is not done; it is our own."""
+    return {"kimi_mlx_notes": [*notes]} if notes else {}
 
 
 def progress_dict(event: ProgressEvent) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class ResponseFormatter:
         is_summary = body.reasoning is not None and body.reasoning.summary is not None
         self._reasoning_part = "summary_text" if is_summary else "reasoning_text"
         self._seals_reasoning = "reasoning.encrypted_content" in (body.include or ())
+        self.notes: Sequence[str] = ()
         self._calls = CallSequencer()
         self._output: list[Value] = []  # complete items
         self._open: _OpenItem | None = None
@@ -146,7 +147,11 @@ class ResponseFormatter:
     def response(self, status: str, **fields: Any) -> Value:
         """Return the response object with the items that are complete."""
         empty: Value = {"error": None, "incomplete_details": None, "usage": None}
-        return {**self.fields, **empty, "status": status, "output": list(self._output), **fields}
+        values = {**self.fields, **empty, "status": status, "output": list(self._output), **fields}
+        if self.notes:
+            notes = "; ".join([*filter(None, [self.fields["metadata"].get(NOTES)]), *self.notes])
+            values["metadata"] = self.fields["metadata"] | {NOTES: notes[:MAX_METADATA_CHARS]}
+        return values
 
     def _final_response(self, finish: FinishEvent) -> Value:
         usage = usage_dict(finish.usage)

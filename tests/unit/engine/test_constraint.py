@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kimi_mlx.engine.constraint import Constraint, masked
+from kimi_mlx.engine.constraint import Constraint, _LimitError, masked
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Token
 from kimi_mlx.engine.grammar_compiler import GrammarCompiler
@@ -120,14 +120,14 @@ def test_draft_masks_across_calls_equal_masks_after_advancing() -> None:
         assert bits(expected[-1])[token]
         other.advance(token)
         expected.append(other.allowed())
-    assert other.is_finished
+    assert other.is_free()
     for length in (1, 5, 16):
         constraint = Constraint(COMPILER, grammar)
         for at, token in enumerate(answer):
             masks = constraint.allowed_for_draft(answer[at:-1][:length])
             assert all((mask == expected[at + i]).all() for i, mask in enumerate(masks))
             constraint.advance(token)
-        assert constraint.is_finished
+        assert constraint.is_free()
 
 
 def test_an_answer_cannot_end_inside_arguments() -> None:
@@ -158,7 +158,48 @@ def test_many_tools_compile_each_on_its_own_and_once(monkeypatch: pytest.MonkeyP
         constraint.start_compiling()
         for token in ids_of("<|tool_calls_section_begin|><|tool_call_begin|>functions.get"):
             constraint.advance(token)
-    assert len(compiled) == len(set(compiled)) <= 3  # the answers of both turns, and the arguments, all alike
+        constraint.advance(ids_of("_")[0])
+        for token in ids_of("3:" + str(first_index) + "<|tool_call_argument_begin|>"):
+            constraint.advance(token)
+    assert len(compiled) == 1  # all arguments are alike
+
+
+def text_of_call(arguments: str) -> str:
+    return f"<|tool_call_begin|>functions.get:0<|tool_call_argument_begin|>{arguments}<|tool_call_end|>"
+
+
+def test_arguments_whose_grammar_fails_may_be_any_object() -> None:
+    answer = ids_of(text_of_call('{"x": [1]}'))
+    text = build_grammar(TOKENIZER.special_tokens, Thinking.NONE, tools=tools(1))
+    assert text is not None
+    rules = json.loads(text)
+    rules["arguments"] = {"functions.get": "start: nothing"}
+    constraint = Constraint(COMPILER, json.dumps(rules))
+    for token in answer:
+        assert bits(constraint.allowed())[token]
+        constraint.advance(token)
+    for at in (10, len(answer) - 4):  # in the id, and in the arguments
+        constraint = Constraint(COMPILER, text)
+        limit = _LimitError(json.loads(text)["arguments"]["functions.get"], EngineError("too complex"))
+        good = ids_of(text_of_call('{"city": "Paris", "days": 3}'))
+        for token in good[:at]:
+            constraint.advance(token)
+        constraint._fall_back(limit)
+        for token in [*good[at:], TOKENIZER.special_tokens["<|tool_calls_section_end|>"]]:
+            constraint.advance(token)
+        assert constraint.is_free()
+
+
+def test_text_around_calls_needs_no_masks() -> None:
+    text = build_grammar(TOKENIZER.special_tokens, Thinking.OPEN, tools=tools(3))
+    assert text is not None
+    unread = GrammarCompiler(lambda: pytest.fail("the vocabulary is read"))
+    constraint = Constraint(unread, text)
+    for token in ids_of("Well.</think> Text.<|im_end|>"):
+        assert constraint.is_free([token])
+        constraint.advance(token)
+    assert not constraint.is_free(ids_of("So:<|tool_calls_section_begin|>"))
+    assert constraint.num_allowed(ids_of("So: <think>")) == len(ids_of("So: <think>"))
 
 
 def test_running_answers_do_not_wait_for_a_grammar(mini: tuple[Model, ChatTokenizer]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,7 @@ def test_any_json_in_a_tool_schema_is_served_or_refused(
         messages=HI, tools=({"type": "function", "function": function},), tool_choice=tool_choice, max_tokens=1
     )
     error = refusal(builder, request)
-    # a schema that is not enforced is never a reason for a refusal, unless it is too long
-    codes = ["invalid_schema"] * is_strict + ["context_length_exceeded"]
-    assert error is None or (error.status == 400 and error.code in codes)
+    assert error is None or (error.status == 400 and error.code == "context_length_exceeded")
 
 
 @pytest.mark.parametrize(
@@ -119,15 +118,24 @@ def test_a_prompt_that_just_fits_is_not_refused_by_its_size(builder: PromptBuild
     [
         ({"properties": {"a": {"type": "nonsense"}}}, ".properties.a.type"),
         ({"$ref": "#/x"}, ".$ref"),
-        ({"type": "string"}, ".type"),
+        ({"items": {"minLength": "x"}}, ".items.minLength"),
     ],
 )
 def test_errors_of_a_schema_name_a_path_in_the_body(builder: PromptBuilder, schema: dict[str, Any], param: str) -> None:
-    function = {"name": "f", "parameters": schema, "strict": True}
-    error = refusal(builder, ChatRequest(messages=HI, tools=({"type": "function", "function": function},)))
+    error = refusal(builder, ChatRequest(messages=HI, response_schema=schema))
     assert error is not None
-    assert error.param == f"tools[0].function.parameters{param}"
+    assert error.param == f"response_format{param}"
     assert error.message.startswith(f"`{error.param}`: ")
+
+
+def test_what_is_not_enforced_of_a_tool_is_noted(builder: PromptBuilder) -> None:
+    function = {"name": "f", "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}}}
+    request = ChatRequest(messages=HI, tools=({"type": "function", "function": function},), notes=("first",))
+    place = "`tools[0].function.parameters.properties.a.uniqueItems`"
+    note = f"{place} is not enforced: this schema feature is not supported"
+    assert builder.prepare(request).notes == ("first", note)
+    as_written = replace(builder, constrains_arguments=False).prepare(request)
+    assert (as_written.request.grammar, as_written.notes) == (None, ("first",))
 
 
 def test_a_token_id_outside_the_vocabulary_is_named(builder: PromptBuilder) -> None:

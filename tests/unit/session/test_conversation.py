@@ -232,13 +232,16 @@ def test_tools_and_schemas_become_the_grammar_of_the_request() -> None:
     assert session.requests[-1].grammar is None
     conversation.options = ChatOptions(tools=[TOOL])
     list(conversation.ask("hi"))
-    assert session.requests[-1].grammar is None  # free to call or not
+    assert json.loads(str(session.requests[-1].grammar))["start"] == "FREE"  # free to call or not
+    conversation.options = ChatOptions(tools=[TOOL], constrains_arguments=False)
+    list(conversation.ask("hi"))
+    assert session.requests[-1].grammar is None
     conversation.options = ChatOptions(tools=[TOOL], tool_choice="required")
     list(conversation.ask("hi"))
     assert "functions.f" in json.loads(str(session.requests[-1].grammar))["arguments"]
     conversation.options = ChatOptions(response_schema={"type": "object"})
     list(conversation.ask("hi"))
-    assert "arguments" not in json.loads(str(session.requests[-1].grammar))
+    assert not json.loads(str(session.requests[-1].grammar))["arguments"]
     conversation.options = ChatOptions(response_schema={"type": "nothing"}, response_schema_name="--schema")
     with pytest.raises(GrammarError, match="--schema"):
         list(conversation.ask("hi"))

@@ -23,7 +23,7 @@ def accepts(rule: str, text: str) -> bool:
     grammar = build_grammar({}, Thinking.NONE, response_rule=rule)
     assert grammar is not None
     tokenizer = llguidance.LLTokenizer("byte")
-    matcher = llguidance.LLMatcher(tokenizer, json.loads(grammar)["answer"], log_level=0)
+    matcher = llguidance.LLMatcher(tokenizer, json.loads(grammar)["response"], log_level=0)
     assert not matcher.is_error(), matcher.get_error()
     return all(matcher.consume_token(byte) for byte in text.encode()) and matcher.is_accepting()
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from kimi_mlx.errors import GrammarError
-from kimi_mlx.text.json_schema import MAX_DEPTH, check_schema, to_lark
+from kimi_mlx.text.json_schema import MAX_DEPTH, check_schema, to_grammar
 from tests.schemas import ANY_OBJECT
 
 STRING = {"type": "string"}
@@ -43,7 +43,11 @@ def nested(depth: int) -> dict[str, Any]:
         ({"multipleOf": 0}, "`0` is not a number above 0"),
         ({"items": {"pattern": "(a"}}, "`here: $.items`: unclosed group"),
         ({"pattern": "^(?!a)"}, "look-around"),
-        ({"$ref": "#"}, "nothing satisfies it"),
+        ({"$ref": "#"}, "only something infinite satisfies it"),
+        (
+            {"properties": {"a": {"$ref": "#"}}, "type": "object", "required": ["a"]},
+            "only something infinite satisfies it",
+        ),
         ({"$ref": "#/$defs/a", "$defs": {"b": {}}}, "`here: $.$ref`: no schema `#/$defs/a` in this schema"),
         ({"$ref": "https://example.com/schema"}, "no schema `https://example.com/schema`"),
         ({"properties": {"a": {"oneOf": [{"type": "number"}, {"minimum": 3}]}}}, "`here: $.properties.a`: `oneOf`"),
@@ -96,4 +100,4 @@ def test_a_union_as_pydantic_writes_it() -> None:
 @given(schema=ANY_OBJECT)
 def test_any_json_is_a_schema_or_an_error_of_ours(schema: dict[str, Any]) -> None:
     with contextlib.suppress(GrammarError):
-        to_lark(check_schema(schema, "here"))
+        to_grammar(check_schema(schema, "here"))

@@ -25,14 +25,13 @@ def test_names_are_valid_and_differ(pairs: list[tuple[str, str]]) -> None:
     assert all(re.fullmatch(rf"[A-Za-z0-9_-]{{1,{MAX_NAME}}}", name) for name in names)
 
 
-def test_arguments_are_held_to_the_schema_where_the_grammar_takes_it() -> None:
+def test_what_a_grammar_cannot_enforce_is_noted() -> None:
     tools = [ServerTool("a", "good", schema=OBJECT), ServerTool("a", "other", schema={**OBJECT, "not": {}})]
     declared, notes = declare(tools)
-    assert [tool.declaration["function"].get("strict", False) for tool in declared] == [True, False]
-    assert "`schema: $.not`" in declared[1].note
+    assert [tool.note for tool in declared] == ["", "`$.not`: this schema feature is not supported"]
     assert notes == []
     assert declare([ServerTool("a", "x", schema={"type": "string"})])[0][0].note
-    assert declare([ServerTool("a", "x", schema={})])[0][0].note
+    assert not declare([ServerTool("a", "x", schema={})])[0][0].note
 
 
 def test_tools_that_are_too_large_or_too_many_are_left_out() -> None:

@@ -120,5 +120,5 @@ def tool_description(tool: DeclaredTool, is_allowed: bool) -> Text:
     schema = json.dumps(tool.declaration["function"]["parameters"], indent=2, ensure_ascii=False)
     text.append(remove_controls(schema), "dim")
     if tool.note:
-        text.append(f"\nIts arguments are not held to this schema: {to_line(tool.note)}", "dim")
+        text.append(f"\nNot enforced in its arguments: {to_line(tool.note)}", "dim")
     return text
