@@ -112,6 +112,26 @@ OTHER_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "plugins": (),
     "transforms": (),
     "web_search_options": (),
+    # fields that this server has in other APIs
+    "best_of": (1,),
+    "instructions": (),
+    "logit_bias": (),
+    "max_completion_tokens": (-1,),
+    "max_output_tokens": (-1,),
+    "max_tokens": (-1,),
+    "min_p": (0,),
+    "n": (1,),
+    "output_config": (),
+    "output_format": (),
+    "seed": (),
+    "stop": (),
+    "stop_sequences": (),
+    "suffix": (),
+    "system": (),
+    "tools": (),
+    "top_k": (0, -1),
+    "top_logprobs": (0,),
+    "top_p": (1,),
 }
 """Names of the fields, each with the values besides NO_CONTENT that have no effect."""
 

@@ -93,6 +93,7 @@ class ChatMessage(Body):
     tool_calls: ListOf[ChatToolCall] | None = None
     tool_call_id: str | None = None
     partial: bool | None = Field(None, description="Moonshot's extension: the answer continues the last message.")
+    prefix: bool | None = Field(None, description="Name of `partial` in other APIs.")
 
     @model_validator(mode="before")
     @classmethod
@@ -136,7 +137,7 @@ def read_messages(body: Sequence[ChatMessage], *, is_continued: bool = False) ->
     for at, message in enumerate(body):
         content, part_places[at] = _content(message, f"messages[{at}].content")
         messages.append(_message(message, content, f"messages[{at}]"))
-    if not body[-1].partial and not is_continued:
+    if not (body[-1].partial or body[-1].prefix or is_continued):
         return Conversation(tuple(messages), part_places)
     param = f"messages[{len(body) - 1}]" + ".partial" * bool(body[-1].partial)
     if body[-1].role != "assistant":

@@ -60,11 +60,38 @@ class NamedFunction(Body):
     name: str
 
 
-class NamedChoice(Body):
-    """The tool that the model must use."""
+class NamedTool(Body):
+    """The name of a tool, in the form of Chat Completions or in the flat one of the Responses API."""
 
     type: Literal["function"] | None = None
-    function: NamedFunction
+    function: NamedFunction | None = None
+    name: str | None = None
+
+    def tool_name(self, place: str) -> str:
+        """Return the name.
+
+        Raises:
+            ApiError: there is none.
+        """
+        name = self.function.name if self.function else self.name
+        if not name:
+            param = f"{place}.function"
+            raise ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
+        return name
+
+
+class AllowedTools(Body):
+    """The tools among which the model may choose."""
+
+    mode: Literal["auto", "required"] | None = None
+    tools: ListOf[NamedTool]
+
+
+class NamedChoice(NamedTool):
+    """The tool that the model must use, or the tools among which it may choose."""
+
+    type: Literal["function", "allowed_tools"] | None = None
+    allowed_tools: AllowedTools | None = None
 
 
 class StreamOptions(Body):
@@ -191,7 +218,7 @@ class ChatBody(GenerationBody):
         conversation = read_messages(self.messages, is_continued=bool(self.continue_final_message))
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "`top_logprobs` needs `logprobs` to be true", "invalid_value", "top_logprobs")
-        tools = tuple(tool.model_dump(exclude_none=True) for tool in self.tools or ())
+        tools = tuple(tool.model_dump(exclude_none=True) for tool in self._allowed_tools())
         constraint = self.answer_constraint()
         params = self.generation_params()
         params["return_progress"] = bool(self.return_progress)
@@ -226,7 +253,24 @@ class ChatBody(GenerationBody):
 
     def _tool_choice(self) -> str | dict[str, str]:
         choice = self.tool_choice or "auto"
-        return choice if isinstance(choice, str) else {"name": choice.function.name}
+        if isinstance(choice, str):
+            return choice
+        if choice.allowed_tools is not None:
+            return choice.allowed_tools.mode or "auto"
+        return {"name": choice.tool_name("tool_choice")}
+
+    def _allowed_tools(self) -> list[ChatTool]:
+        """Return the tools that the model may call."""
+        tools = self.tools or []
+        if not isinstance(self.tool_choice, NamedChoice) or self.tool_choice.allowed_tools is None:
+            return tools
+        place = "tool_choice.allowed_tools.tools"
+        named = enumerate(self.tool_choice.allowed_tools.tools)
+        names = {tool.tool_name(f"{place}[{at}]") for at, tool in named}
+        if unknown := names - {tool.function.name for tool in tools}:
+            message = f"`{place}` names `{min(unknown):.80}`, which is not among the tools"
+            raise ApiError(400, message, "invalid_value", place)
+        return [tool for tool in tools if tool.function.name in names]
 
     def _thinking(self) -> dict[str, Any]:
         variables = self.chat_template_kwargs or {}

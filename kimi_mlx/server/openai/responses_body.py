@@ -24,7 +24,7 @@ from kimi_mlx.server.request_fields import (
     text_shorthand,
     type_discriminator,
 )
-from kimi_mlx.server.thinking_options import Effort
+from kimi_mlx.server.thinking_options import Effort, ThinkingOptions
 
 
 class OpenBody(Body):
@@ -230,6 +230,9 @@ class ConversationBody(CheckedBody):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningOptions | None = None
+    reasoning_effort: Effort | None = Field(None, description="As in Chat Completions.")
+    thinking: ThinkingOptions | None = Field(None, description="Moonshot's options of thinking.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="As in Chat Completions.")
     previous_response_id: str | None = Field(None, description="Id of a stored response, which this one follows.")
     conversation: Any = None
     prompt: Any = None

@@ -141,7 +141,8 @@ def to_chat_request(body: ResponsesBody, state: State = NO_STATE, table: ToolTab
         response_schema=_response_schema(body.text and body.text.format),
         response_schema_name="text.format.schema",
         input_rules=table.rules,
-        **thinking_fields(None, body.reasoning and body.reasoning.effort),
+        template_kwargs=body.chat_template_kwargs or {},
+        **thinking_fields(body.thinking, (body.reasoning and body.reasoning.effort) or body.reasoning_effort),
     )
 
 

@@ -13,6 +13,7 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import parse
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.completions import CompletionBody
+from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.other_fields import NO_CONTENT, OTHER_FIELDS, CheckedBody
 
 PAGE = Path(__file__).parents[3] / "docs" / "request-fields.md"
@@ -21,6 +22,7 @@ BODIES: list[tuple[type[CheckedBody], dict[str, Any]]] = [
     (ChatBody, {"messages": MESSAGES}),
     (CompletionBody, {"prompt": "Hi"}),
     (MessagesBody, {"messages": MESSAGES}),
+    (ResponsesBody, {"input": "Hi"}),
     (CountBody, {"messages": MESSAGES}),
 ]
 

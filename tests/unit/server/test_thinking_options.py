@@ -13,6 +13,8 @@ from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import parse
 from kimi_mlx.server.openai.chat_request import ChatBody
+from kimi_mlx.server.openai.responses_body import ResponsesBody
+from kimi_mlx.server.openai.responses_request import to_chat_request as from_responses
 from kimi_mlx.server.template_variables import nearest_effort, template_variables
 from kimi_mlx.text.template import ChatTemplate
 
@@ -21,6 +23,10 @@ HI = {"role": "user", "content": "Hi"}
 
 def chat(**fields: Any) -> ChatRequest:
     return parse(ChatBody, json.dumps({"messages": [HI], **fields}).encode()).to_chat_request()
+
+
+def responses(**fields: Any) -> ChatRequest:
+    return from_responses(parse(ResponsesBody, json.dumps({"input": "Hi", **fields}).encode()))
 
 
 def messages(**fields: Any) -> ChatRequest:
@@ -47,6 +53,13 @@ def messages(**fields: Any) -> ChatRequest:
 def test_thinking_is_on_or_off_alike_in_all_apis(fields: dict[str, Any], is_on: bool) -> None:
     assert chat(**fields).thinking is is_on
     assert messages(**fields).thinking is is_on
+    assert responses(**fields).thinking is is_on
+
+
+def test_options_of_the_responses_api() -> None:
+    assert responses(reasoning={"effort": "minimal"}).thinking is False
+    assert responses(thinking={"keep": "all"}).keeps_reasoning
+    assert responses(chat_template_kwargs={"preserve_thinking": True}).template_kwargs == {"preserve_thinking": True}
 
 
 def test_without_options_the_apis_differ() -> None:
@@ -59,7 +72,7 @@ def test_without_options_the_apis_differ() -> None:
     "fields", [{"reasoning_effort": "huge"}, {"thinking": {"effort": "huge"}}, {"thinking": {"type": "on"}}]
 )
 def test_other_words_are_refused(fields: dict[str, Any]) -> None:
-    for read in (chat, messages):
+    for read in (chat, messages, responses):
         with pytest.raises(ApiError, match=r"must be 'enabled'|must be 'none', 'minimal', 'low'"):
             read(**fields)
 

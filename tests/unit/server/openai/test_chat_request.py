@@ -224,8 +224,9 @@ def test_the_last_message_is_continued() -> None:
     last = {"role": "assistant", "content": "So", "name": "Kelsier", "reasoning_content": "Hm."}
     request = chat_request(messages=[HI, {**last, "partial": True}])
     assert (request.partial, request.partial_name, request.partial_reasoning) == ("So", "Kelsier", "Hm.")
-    request = chat_request(messages=[HI, last], continue_final_message=True, add_generation_prompt=False)
-    assert (request.partial, len(request.messages)) == ("So", 1)
+    for fields in ({"continue_final_message": True, "add_generation_prompt": False}, {}):
+        request = chat_request(messages=[HI, last if fields else {**last, "prefix": True}], **fields)
+        assert (request.partial, len(request.messages)) == ("So", 1)
     for message, param in ((HI, "messages[0].partial"), (CHAT_CALL, "messages[0].partial")):
         with pytest.raises(ApiError, match=r"can(not)? be continued") as error:
             chat_request(messages=[{**message, "partial": True}])
@@ -237,3 +238,19 @@ def test_minus_one_is_no_limit(name: str) -> None:
     assert (chat_request(messages=[HI], **{name: -1}).max_tokens or 0) > 10**9
     with pytest.raises(ApiError, match="at least 1"):
         chat_request(messages=[HI], **{name: -2})
+
+
+def test_a_choice_of_several_tools() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("f", "g", "h")]
+    named: list[dict[str, Any]] = [{"type": "function", "function": {"name": "h"}}, {"type": "function", "name": "f"}]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": named}}
+    request = chat_request(messages=[HI], tools=tools, tool_choice=choice)
+    assert ([tool["function"]["name"] for tool in request.tools], request.tool_choice) == (["f", "h"], "required")
+    assert chat_request(messages=[HI], tools=tools, tool_choice=named[1]).tool_choice == {"name": "f"}
+    for wrong, param in (
+        ({"type": "function"}, "tool_choice.function"),
+        ({"allowed_tools": {"tools": [{"name": "x"}]}}, "tool_choice.allowed_tools.tools"),
+    ):
+        with pytest.raises(ApiError) as error:
+            chat_request(messages=[HI], tools=tools, tool_choice=wrong)
+        assert error.value.param == param
