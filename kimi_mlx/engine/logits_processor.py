@@ -19,7 +19,7 @@ import numpy.typing as npt
 from kimi_mlx.engine.request import Request, Sampling
 
 MIN_CAPACITY = 16
-"""Number of tokens for which memory is allocated first."""
+"""Minimum number of tokens for which memory is allocated."""
 
 NEUTRAL = (0.0, 1.0, 0.0)
 """Values of LogitChanges that change nothing."""
@@ -55,16 +55,13 @@ class LogitsProcessor:
         self._has_penalties = _has_penalties(sampling)
         self._min_tokens = request.min_tokens if has_min_tokens else 0
         self._num_answered = 0
-        self._ids = np.empty(MIN_CAPACITY, np.int32)
-        self._values = np.empty((3, MIN_CAPACITY), np.float32)
-        self._slots: dict[int, int] = {}
+        prompt = request.prompt[: len(request.prompt) - request.answered] if self._repetition != 1 else ()
+        self._ids = np.unique(np.array(prompt, np.int32))
+        self._num_prompt_slots = self._ids.size  # tokens of the prompt come first
+        self._slots = dict(zip(self._ids.tolist(), range(self._ids.size), strict=True))
+        self._values = np.repeat(np.array([NEUTRAL], np.float32).T, self._ids.size, axis=1)
+        self._values[1] = self._repetition
         self._counts: dict[int, int] = {}
-        self._prompt: frozenset[int] = frozenset()
-        if self._repetition != 1:
-            self._prompt = frozenset(request.prompt[: len(request.prompt) - request.answered])
-        for token in sorted(self._prompt):
-            slot = self._slot(token)  # may replace the array
-            self._values[1, slot] = self._repetition
         for token, bias in request.logit_bias:
             slot = self._slot(token)
             self._values[0, slot] += bias
@@ -112,7 +109,7 @@ class LogitsProcessor:
             return
         slot = self._slot(token)
         count = self._counts[token] = self._counts.get(token, 0) + change
-        self._values[1, slot] = self._repetition if count or token in self._prompt else 1
+        self._values[1, slot] = self._repetition if count or slot < self._num_prompt_slots else 1
         self._values[2, slot] = self._frequency * count + self._presence * (count > 0)
 
     def _slot(self, token: int) -> int:
@@ -120,9 +117,9 @@ class LogitsProcessor:
         slot = self._slots.get(token)
         if slot is None:
             slot = self._slots[token] = len(self._slots)
-            if slot == self._ids.size:  # earlier changes keep the old array
-                self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
-                self._values = np.concatenate([self._values, np.empty_like(self._values)], axis=1)
+            if slot == self._ids.size:  # earlier changes keep the old arrays
+                self._ids = np.resize(self._ids, max(2 * slot, MIN_CAPACITY))
+                self._values = np.pad(self._values, [(0, 0), (0, self._ids.size - slot)])
             self._ids[slot], self._values[:, slot] = token, NEUTRAL
         return slot
 
