@@ -11,6 +11,7 @@ have the same format and size. Importance is measured on other text than the tex
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -29,7 +30,7 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.moe import MoE, swiglu
 from kimi_mlx.quality.activations import record_inputs
-from kimi_mlx.quality.compare import Comparison, compare
+from kimi_mlx.quality.compare import compare_states
 from kimi_mlx.quality.layerwise import LayerwiseModel, Windows
 from kimi_mlx.store.locate import ensure_downloaded
 from kimi_mlx.text.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ from tests.checkpoints import tensor_shapes
 
 PRESETS = ("2bit", "2.5bit", "3bit", "4bit")
 TASKS = ("chat", "arithmetic", "sums", "copy", "tools", "several", "retrieval")
-NUM_DIALOGUES = 35
+NUM_DIALOGUES = 28
 
 SYNTHETIC = {
     "model_type": "kimi_k2",
@@ -77,7 +78,7 @@ DEGREES_OF_FREEDOM = 6
 """Matrices are drawn from Student's t distribution: like those of trained models, they have some large values."""
 NORM_SPREAD = 0.7
 """Norms are exp of a normal distribution with this deviation: some columns are used far more than others."""
-SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 256
+SYNTHETIC_WINDOWS, SYNTHETIC_LENGTH = 8, 128
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,8 @@ class ExpertOutputs:
             flat = ids.flatten()
             order = mx.argsort(flat)
             positions = mx.arange(len(rows)) if inputs is None else mx.broadcast_to(inputs, ids.shape).flatten()
-            routed = int(
-                np.count_nonzero(np.array(flat) < model.config.n_routed_experts)
-            )  # shared experts are the last ones
+            # shared experts are the last ones
+            routed = int(np.count_nonzero(np.array(flat) < model.config.n_routed_experts))
             chosen, used = flat[order][:routed], rows[positions[order]][:routed, None]
             self._layers.setdefault(layer, (used, chosen, _outputs(mlp, used, chosen, gather_matmul)))
             return gather_matmul(x, ids, inputs)
@@ -186,15 +186,6 @@ def layerwise(folder: Path) -> LayerwiseModel:
     return LayerwiseModel(folder, load_config(folder), mx.float32)
 
 
-def expert_error(subject: Subject, folder: Path) -> float:
-    """Return the relative error of the outputs of experts on the inputs of the original."""
-    outputs = ExpertOutputs()
-    window = subject.evaluation[:8]
-    layerwise(subject.folder).hidden(window, on_layer=outputs.record)
-    layerwise(folder).hidden(window, on_layer=outputs.compare)
-    return (outputs.error / outputs.total) ** 0.5
-
-
 def write_subject_importance(subject: Subject, path: Path) -> Importance:
     """Measure importance on the calibration text."""
     model = layerwise(subject.folder)
@@ -210,31 +201,33 @@ def measure(subject: Subject, work: Path, presets: Sequence[str]) -> None:
     print(f"\n{subject.name}: {tokens:,} tokens; importance from {sum(map(len, subject.calibration)):,} others\n")
     print("| preset | scales | size | error of expert outputs | KL mean | KL p90 | top-1 agreement | perplexity |")
     print("| --- | --- | --: | --: | --: | --: | --: | --: |")
-    original = None
+    outputs, original = ExpertOutputs(), layerwise(subject.folder)
+    states = original.hidden(subject.evaluation, on_layer=outputs.record)
+    perplexity = math.nan
     for preset in presets:
         for scales in ("min-max", "search", "search, importance"):
             options = ConvertOptions(preset=preset, scales="min-max" if scales == "min-max" else "search")
             folder = work / f"{subject.name}-{preset}-{scales}"
             start = time.perf_counter()
-            weighs = importance if "importance" in scales else None
             try:
-                result = convert(open_conversion(subject.folder, options, weighs), folder)
+                conversion = open_conversion(subject.folder, options, importance if "importance" in scales else None)
             except UsageError:
                 continue  # importance has no effect, because all matrices are copied
+            result = convert(conversion, folder)
             seconds = time.perf_counter() - start
-            comparison: Comparison = compare(
-                layerwise(subject.folder), layerwise(folder), subject.evaluation, lambda done, total: None
-            )
-            original = comparison.perplexity_a
+            model, outputs.error, outputs.total = layerwise(folder), 0.0, 0.0
+            found = model.hidden(subject.evaluation, on_layer=outputs.compare)
+            comparison = compare_states(original, model, subject.evaluation, states, found)
+            perplexity = comparison.perplexity_a
             cells = [
                 *(preset, scales, f"{result.size_bytes / 1e6:.1f} MB"),
-                f"{100 * expert_error(subject, folder):.1f} %",
+                f"{100 * (outputs.error / outputs.total) ** 0.5:.1f} %",
                 *(f"{comparison.kl_mean:.3g}", f"{comparison.kl_p90:.3g}"),
                 *(f"{100 * comparison.top1_agreement:.1f} %", f"{comparison.perplexity_b:.4g}"),
             ]
             print(f"| {' | '.join(cells)} |", flush=True)
             print(f"{preset}, {scales}: {seconds:.1f} s", file=sys.stderr)
-    print(f"\nperplexity of the original: {original:.4g}")
+    print(f"\nperplexity of the original: {perplexity:.4g}")
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def compare(
 
     is_quiet = hides_messages(json)
     contents = read_texts(texts)
-    first, second = (open_model(name, options.dtype, is_quiet) for name in (a, b))
+    first, second = (open_model(name, options.dtype) for name in (a, b))
     check_same_tokens(first, second, contents)
     windows = tokenize(first, contents, options)
     with load_progress("comparing", is_quiet) as progress:

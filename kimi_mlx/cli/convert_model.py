@@ -65,7 +65,8 @@ def show_conversion(source: str, folder: Path, options: ConvertOptions, importan
         conversion = _open(origin, options, weighs, is_json)
         check_folder(conversion, folder)
         plan = conversion.plan
-    _print_plan(plan, folder, options, [*list_notes(plan), *list_importance_notes(weighs), *notes], is_json)
+    search_s = estimate_search_s(plan, weighs is not None) if options.scales == "search" else None
+    _print_plan(plan, folder, search_s, [*list_notes(plan), *list_importance_notes(weighs), *notes], is_json)
 
 
 def convert_model(source: str, folder: Path, options: ConvertOptions, importance: Path | None, is_json: bool) -> None:
@@ -182,10 +183,8 @@ def estimate_search_s(plan: ConversionPlan, has_importance: bool) -> float:
     return sum(count / measure_speed(quantization, has_importance) for quantization, count in values.items())
 
 
-def _print_plan(plan: ConversionPlan, folder: Path, options: ConvertOptions, notes: list[str], is_json: bool) -> None:
-    """Print the plan of a conversion."""
-    searches = options.scales == "search"
-    search_s = estimate_search_s(plan, bool(options.importance)) if searches else 0.0
+def _print_plan(plan: ConversionPlan, folder: Path, search_s: float | None, notes: list[str], is_json: bool) -> None:
+    """Print the plan of a conversion, with the duration of the search for scales if there is one."""
     if is_json:
         report: dict[str, Any] = {
             "folder": str(folder),
@@ -195,7 +194,7 @@ def _print_plan(plan: ConversionPlan, folder: Path, options: ConvertOptions, not
             "matrices": [asdict(row) for row in summarize(plan)],
             "notes": notes,
         }
-        print_json({**report, "search_s": search_s} if searches else report)
+        print_json(report if search_s is None else {**report, "search_s": search_s})
         return
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for header in ("tensors", "from", "to"):
@@ -209,7 +208,7 @@ def _print_plan(plan: ConversionPlan, folder: Path, options: ConvertOptions, not
         f"{plan.bits_per_weight:.2f} bits per weight; nothing has been written",
         markup=False,
     )
-    if searches:
+    if search_s is not None:
         stdout.print(
             f"the search for scales takes about {format_duration(search_s)} on this machine, reading and writing not "
             "included",

@@ -37,7 +37,7 @@ def importance(
     is_quiet = hides_messages(json)
     contents, target = read_texts(texts), output.expanduser()
     check_output(target)
-    opened = open_model(model, options.dtype, is_quiet)
+    opened = open_model(model, options.dtype)
     windows = measure_importance(opened, contents, options, target, is_quiet)
     written = Importance(target)
     coverage = written.coverage()

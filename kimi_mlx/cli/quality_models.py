@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from kimi_mlx.cli.checkpoint_folder import checkpoint_folder
 from kimi_mlx.cli.quality_inputs import TextOptions
 from kimi_mlx.errors import UsageError
+from kimi_mlx.hub.client import find_local
 from kimi_mlx.model.config import load_config
 from kimi_mlx.quality.layerwise import LayerwiseModel
 from kimi_mlx.quality.windows import TokenWindows, divide
@@ -38,13 +38,19 @@ class QualityModel:
         return self.model.config.vocab_size
 
 
-def open_model(name: str, dtype: str | None, is_quiet: bool) -> QualityModel:
-    """Open a model; it is downloaded if it is not on this machine.
+def open_model(name: str, dtype: str | None) -> QualityModel:
+    """Open a model on this machine.
 
     Raises:
         KimiMlxError: there is no such model, or files are missing or broken.
     """
-    folder = checkpoint_folder(resolve_model_name(name), no_vision=True, is_quiet=is_quiet)
+    target = resolve_model_name(name)
+    folder = target.folder if target.repository is None else find_local(target.repository)
+    if folder is None:
+        raise UsageError(
+            f"the files of `{name}` are not on this machine (a store does not have them all)",
+            hint=f"run `kimi-mlx download {name}`",
+        )
     config = load_config(folder)
     prepare_device()
     return QualityModel(name, LayerwiseModel(folder, config, compute_dtype(dtype, config)), ChatTokenizer.load(folder))

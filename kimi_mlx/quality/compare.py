@@ -58,6 +58,17 @@ def compare(a: LayerwiseModel, b: LayerwiseModel, windows: Windows, progress: Ca
     total = layers + b.config.num_hidden_layers
     states_a = a.hidden(windows, lambda done, _: progress(done, total))
     states_b = b.hidden(windows, lambda done, _: progress(layers + done, total))
+    return compare_states(a, b, windows, states_a, states_b)
+
+
+def compare_states(
+    a: LayerwiseModel, b: LayerwiseModel, windows: Windows, states_a: list[mx.array], states_b: list[mx.array]
+) -> Comparison:
+    """Compare two models by their hidden states after the last layer, as LayerwiseModel.hidden returns them.
+
+    Raises:
+        WeightsError: a model gives values that are not finite.
+    """
     head_a, head_b = a.head(), b.head()
     rows = max(1, LOGITS_VALUES // a.config.vocab_size)
     kl: list[np.ndarray] = []

@@ -87,6 +87,12 @@ def test_other_vocabularies_and_tokenizers_are_refused(tmp_path: Path) -> None:
         run("compare", FORMATS / "fp8", FORMATS / "fp8", TEXT)
 
 
+def test_a_model_that_is_not_here_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="the files of `kimi-k2` are not on this machine"):
+        run("compare", "kimi-k2", "kimi-mini", TEXT)
+
+
 @pytest.mark.parametrize("command", ["compare", "importance"])
 def test_texts_that_cannot_be_used(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def attempt(*texts: str | Path, stdin: str | None = None) -> Result:

@@ -14,6 +14,7 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.planner.model_shape import known_config
 from kimi_mlx.weights.conversion import open_conversion
+from kimi_mlx.weights.convert_folder import RECORD_NAME, check_folder
 from kimi_mlx.weights.convert_options import ConvertOptions
 from kimi_mlx.weights.convert_plan import plan_conversion
 from kimi_mlx.weights.convert_report import list_importance_notes, list_notes
@@ -203,6 +204,29 @@ def test_other_files_are_no_importance(deep: Path, tmp_path: Path) -> None:
         Importance(tmp_path / "missing")
     with pytest.raises(WeightsError, match="has the format `pt`, not `kimi-mlx importance 1`"):
         Importance(next(deep.glob("*.safetensors")))
+
+
+def test_a_run_with_other_importance_is_not_resumed(deep: Path, tmp_path: Path) -> None:
+    path = importance_of(deep, tmp_path / "i.safetensors")
+    weighed = open_conversion(deep, TWO_BITS, Importance(path))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / RECORD_NAME).write_text(json.dumps(weighed.record()))
+    check_folder(weighed, tmp_path / "out")
+    with pytest.raises(
+        UsageError, match=r"contains an unfinished conversion of .* preset 2bit, scales search, importance"
+    ):
+        check_folder(open_conversion(deep, TWO_BITS), tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    config = load_golden("k2").config
+    source = write_checkpoint(tmp_path / "source", config, 1)
+    info = open_conversion(source, TWO_BITS).reader.checkpoint.tensors["model.layers.0.self_attn.o_proj.weight"]
+    with info.file.open("r+b") as stream:
+        stream.seek(info.start)
+        stream.write(np.float32(np.inf).tobytes())
+    with pytest.raises(WeightsError, match=r"`model\.layers\.0\.self_attn\.o_proj` has values that are not finite"):
+        run(source, tmp_path / "out", TWO_BITS)
 
 
 def test_the_page_has_the_table_of_presets() -> None:
