@@ -21,6 +21,7 @@ from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.local import LocalSession
 from kimi_mlx.session.ring import RingSession
 from kimi_mlx.session.session import Session, SessionOptions, stream_events
+from kimi_mlx.sizing.expert_memory import ExpertMemory
 from kimi_mlx.text.grammar import build_grammar, detect_thinking
 from tests.fakes import KIMI_MINI
 
@@ -145,7 +146,8 @@ def test_in_a_batch_and_with_drafts(
     requests: list[Request], expected: list[list[Token]], scored: list[Request], scores: list[list[float]]
 ) -> None:
     plain = SessionOptions(KIMI_MINI)
-    for options in (plain, replace(plain, speculate=5), replace(plain, draft=KIMI_MINI_DRAFT)):
+    streamed = replace(plain, expert_memory=ExpertMemory("size", share=0.5))
+    for options in (plain, replace(plain, speculate=5), replace(plain, draft=KIMI_MINI_DRAFT), streamed):
         with closing(LocalSession(options)) as session:
             for actual, alone in zip(answer_together(session, requests), expected, strict=True):
                 assert_equal(actual, alone)

@@ -144,3 +144,18 @@ def test_a_penalty_changes_the_answer(client: openai.OpenAI) -> None:
     for options, count in ({}, 1), ({"extra_body": {"repetition_penalty": 2}}, 2):
         choice = complete(client, temperature=0, logprobs=0, logit_bias=bias, **options).choices[0]
         assert len(set(choice.logprobs.tokens)) == count
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_minimum_length_with_a_grammar(running: RunningServer, path: str) -> None:
+    body = {"prompt": "hi", "messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 60}
+    rule: dict[str, Any] = {"structured_outputs": {"regex": "[ab]+"}}
+    if "chat" in path:
+        rule["chat_template_kwargs"] = {"thinking": False}
+    short = raw.post(running.port, path, body | rule | {"logit_bias": {"1537": 100, "1538": 100}})
+    longer = raw.post(running.port, path, body | rule | {"logit_bias": {"1537": 100, "1538": 100}, "min_tokens": 20})
+    assert (short["choices"][0]["finish_reason"], longer["choices"][0]["finish_reason"]) == ("stop", "stop")
+    assert short["usage"]["completion_tokens"] < 20 < longer["usage"]["completion_tokens"]
+    only = raw.post(running.port, path, body | rule | {"structured_outputs": {"choice": ["yes"]}, "min_tokens": 20})
+    assert only["choices"][0]["finish_reason"] == "stop"  # the grammar allows nothing else
+    assert only["usage"]["completion_tokens"] < 20
