@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from kimi_mlx.engine.events import Event, Finished, Token
+from kimi_mlx.engine.events import Event, Finished, PromptLogprobs, Token
 from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
@@ -158,7 +158,7 @@ def make_request(
 
 
 def parse_events(events: Iterator[Event], parser: OutputParser) -> Iterator[ChatEvent]:
-    """Convert tokens to deltas; all other events pass through."""
+    """Convert tokens to deltas; drop log probabilities of the prompt. All other events pass through."""
     for event in events:
         if isinstance(event, Token):
             delta = parser.add(event.id)
@@ -168,5 +168,5 @@ def parse_events(events: Iterator[Event], parser: OutputParser) -> Iterator[Chat
             delta = Delta()
         if delta:
             yield delta
-        if not isinstance(event, Token):
+        if not isinstance(event, Token | PromptLogprobs):
             yield event
