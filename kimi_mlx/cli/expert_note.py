@@ -15,6 +15,9 @@ from kimi_mlx.session.session import Session
 from kimi_mlx.sizing.ssd import THIS_HOST, saved_speeds
 from kimi_mlx.units import format_bytes, format_count
 
+MANY_SEQUENCES = 64
+"""Number of sequences at the same time that is not worth a word."""
+
 
 def expectation_of(session: Session, deployment: ModelDeployment, config: ModelConfig) -> Expectation | None:
     """Return what to expect of a loaded model; None if all experts are in memory.
@@ -37,16 +40,20 @@ def describe_expectation(expected: Expectation) -> str:
     """Return the expectation as a sentence for people."""
     text = (
         f"{100 * expected.kept_share:.0f} % of the experts are in memory ({format_bytes(expected.kept_bytes)} of "
-        f"{format_bytes(expected.all_bytes)}), the others are read from the SSD"
+        f"{format_bytes(expected.all_bytes)}), the others are read from the SSD: "
     )
-    hits = f"assuming that they serve {100 * expected.hit_rate:.0f} % of the choices"
-    if expected.decode_tok_per_s is None:
-        text += f"; no speed is predicted for this machine, {hits}"
+    rate, hits = (
+        expected.decode_tok_per_s,
+        f"assuming that {100 * expected.hit_rate:.0f} % of the choices are in memory",
+    )
+    if rate is None:
+        text += f"no prediction for this machine ({hits})"
     else:
-        rate = expected.decode_tok_per_s
-        text += f"; expected: {rate:.1f} tok/s, {hits}" if rate >= 1 else f"; expected: {rate:.2f} tok/s, {hits}"
-    count = format_count(expected.max_sequences, "sequence")
-    return f"{text}; {count} at a time, because more would slow each other down more than they gain"
+        text += f"{rate:.1f}" if rate >= 1 else f"{rate:.2f}"
+        text += f" tok/s expected, {hits}"
+    if expected.max_sequences >= MANY_SEQUENCES:
+        return text
+    return f"{text}; {format_count(expected.max_sequences, 'sequence')} at a time, because more would hardly gain speed"
 
 
 def _machines(deployment: ModelDeployment) -> Sequence[Machine]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -82,23 +82,58 @@ def _shares(config: ModelConfig, size: int) -> list[tuple[str, dict[str, Any]]]:
 def _layer_times(group: Group, config: ModelConfig, dtype: mx.Dtype) -> dict[str, tuple[float, float]]:
     """Return the seconds of a layer for 1 token and for MANY_TOKENS tokens, by strategy.
 
-    The strategies take turns, so that interference affects all of them.
+    The strategies take turns, so that interference affects all of them. The ranks measure a whole layer one after the
+    other: in a pipeline only one of them computes for a sequence, and ranks that share a machine slow each other down.
     """
     shares = _shares(config, group.size)
-    # While one step is computed, the next graph is built, unless both need the processor core of a rank.
-    fewest = {
-        name: _fastest(group, lambda model=model: _step(model, 1), counts_building=name != "single" and _is_cpu())
-        for name, model in ((name, sample_model(config, dtype, NUM_LAYERS, **share)) for name, share in shares)
-    }
-    models = [(name, sample_model(config, dtype, 1, **share)) for name, share in shares]
-    many = dict.fromkeys((name for name, _ in shares), math.inf)
+    fewest: dict[str, float] = {}
+    for name, share in shares:
+        # While one step is computed, the next graph is built, unless both need the processor core of a rank.
+        counts_building = name != "single" and _is_cpu()
+        fewest[name] = _measure_steps(group, name, sample_model(config, dtype, NUM_LAYERS, **share), counts_building)
+    models = {name: sample_model(config, dtype, 1, **share) for name, share in shares}
+    whole, split = models.pop("single"), models
+    many = {"single": _in_turn(group, lambda: _fastest_of_many({"single": whole})["single"])}
+    if split:
+        barrier(group)
+        many |= _fastest_of_many(split)
+    return {name: (fewest[name] / NUM_LAYERS, many[name]) for name, _ in shares}
+
+
+def _measure_steps(group: Group, name: str, model: Model, counts_building: bool) -> float:
+    """Return the seconds of a step of one token."""
+
+    def measure() -> float:
+        return _fastest(lambda: _step(model, 1), counts_building=counts_building)
+
+    if name == "single":
+        return _in_turn(group, measure)
+    mx.eval(_step(model, 1))
+    barrier(group)
+    return measure()
+
+
+def _fastest_of_many(models: Mapping[str, Model]) -> dict[str, float]:
+    """Return the seconds of a step of MANY_TOKENS tokens; the models take turns."""
+    many = dict.fromkeys(models, math.inf)
     begin = time.perf_counter()
     for _ in range(MAX_ROUNDS):
-        for name, model in models:
+        for name, model in models.items():
             many[name] = min(many[name], _seconds(lambda model=model: _step(model, MANY_TOKENS), _clock()))
         if time.perf_counter() - begin > LONG_LIMIT_S:
             break
-    return {name: (fewest[name] / NUM_LAYERS, many[name]) for name, _ in shares}
+    return many
+
+
+def _in_turn(group: Group, measure: Callable[[], float]) -> float:
+    """Measure on one rank after the other; return this rank's result. The others wait."""
+    seconds = 0.0
+    for rank in range(group.size):
+        barrier(group)
+        if rank == group.rank:
+            seconds = measure()
+    barrier(group)
+    return seconds
 
 
 def _step(model: Model, tokens: int) -> mx.array:
@@ -114,7 +149,9 @@ def _step(model: Model, tokens: int) -> mx.array:
 def _head_s(group: Group, config: ModelConfig, dtype: mx.Dtype, num_shares: int) -> float:
     head = Linear(sample_head(config, dtype, num_shares))
     x = mx.ones((1, 1, config.hidden_size), dtype)
-    return _fastest(group, lambda: head(x))
+    mx.eval(head(x))
+    barrier(group)
+    return _fastest(lambda: head(x))
 
 
 def _message_times(group: Group, width: int, dtype: mx.Dtype) -> dict[str, tuple[float, float]]:
@@ -155,10 +192,9 @@ def _message_times(group: Group, width: int, dtype: mx.Dtype) -> dict[str, tuple
     return {name: (pair[0], pair[1]) for name, pair in times.items()}
 
 
-def _fastest(group: Group, work: Callable[[], mx.array], *, counts_building: bool = True) -> float:
-    """Return the seconds of the fastest of several rounds of a computation; all ranks compute at the same time."""
+def _fastest(work: Callable[[], mx.array], *, counts_building: bool = True) -> float:
+    """Return the seconds of the fastest of several rounds of a computation."""
     mx.eval(work())  # compiles kernels and allocates memory
-    barrier(group)
     begin = time.perf_counter()
     seconds: list[float] = []
     while len(seconds) < MIN_ROUNDS or (len(seconds) < MAX_ROUNDS and time.perf_counter() - begin < TIME_LIMIT_S):

@@ -60,7 +60,7 @@ def expected_misses(
 
 def hit_rate(num_experts: int, num_chosen: int, num_kept: float, exponent: float = ZIPF_EXPONENT) -> float:
     """Return the expected share of a token's choices that are in memory; arguments as for expected_misses."""
-    return 1 - expected_misses(num_experts, num_chosen, num_kept, exponent=exponent) / num_chosen
+    return max(1 - expected_misses(num_experts, num_chosen, num_kept, exponent=exponent) / num_chosen, 0.0)
 
 
 def paying_sequences(
