@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from rich.console import RenderableType
@@ -17,7 +17,8 @@ from kimi_mlx.cluster.doctor.self_test import SelfTest, Timing
 from kimi_mlx.cluster.hosts.findings import Finding, State
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.settings import Settings
-from kimi_mlx.units import format_bytes
+from kimi_mlx.sizing.ssd import SsdSpeed
+from kimi_mlx.units import GB, format_bytes
 
 SYMBOLS: dict[State, str] = {"ok": "✓ ok", "warning": "! warning", "problem": "✗ problem"}
 STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "problem": "bold red"}
@@ -42,6 +43,9 @@ def report(
     for host in _groups(diagnosis):
         yield Text("this machine" if not option else host, style="bold")
         yield from _group([finding for finding in diagnosis.findings if finding.host == host], width, is_verbose)
+        yield ""
+    if diagnosis.ssds:
+        yield ssd_table(diagnosis.ssds)
         yield ""
     if diagnosis.links:
         yield link_table(diagnosis)
@@ -113,6 +117,19 @@ def remedy_lines(text: str, width: int) -> list[str]:
         )
         lines += [line.replace("\0", " ") for line in wrapped]
     return lines
+
+
+def ssd_table(ssds: Mapping[str, SsdSpeed]) -> Table:
+    """Return a table of the measured SSDs: the rate for each number of reads at a time."""
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("SSD, reads at a time", overflow="fold")
+    depths = sorted({depth for speed in ssds.values() for depth in speed.bytes_per_s})
+    for header in (*map(str, depths), "block"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for host, speed in ssds.items():
+        rates = [f"{speed.bytes_per_s[depth] / GB:.2f} GB/s" for depth in depths]
+        table.add_row(host, *rates, format_bytes(speed.block_bytes))
+    return table
 
 
 def link_table(diagnosis: Diagnosis) -> Table:
