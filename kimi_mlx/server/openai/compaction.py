@@ -56,6 +56,7 @@ class CompactionFormatter:
     def __init__(self, items: Iterable[Item]):
         messages = [item for item in items if isinstance(item, MessageItem) and item.role == "user"]
         self._output = [_message(message) for message in messages]
+        self.notes: Sequence[str] = ()
 
     def begin(self) -> Iterable[StreamEvent]:
         """Return no events."""

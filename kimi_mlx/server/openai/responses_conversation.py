@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from kimi_mlx.server.hosted_calls import hosted_text, is_hosted
 from kimi_mlx.server.message_content import ContentBuilder
-from kimi_mlx.server.openai.media_parts import MEDIA_TYPES, add_media
+from kimi_mlx.server.openai.media_parts import MEDIA_TYPES, add_media, add_result_media
 from kimi_mlx.server.openai.reasoning_seal import unseal
 from kimi_mlx.server.openai.responses_body import (
     CallOutputItem,
@@ -216,7 +216,7 @@ def _result(item: CallOutputItem, location: str) -> ContentBuilder:
 
 def _add_part(content: ContentBuilder, part: ItemPart, place: str) -> None:
     if part.type in MEDIA_TYPES:
-        add_media(content, part, place)
+        add_result_media(content, part, place)
     else:
         content.add_text(part.text or "" if part.type in TEXT_TYPES else placeholder(part.type))
 

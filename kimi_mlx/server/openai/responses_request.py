@@ -141,6 +141,7 @@ def to_chat_request(body: ResponsesBody, state: State = NO_STATE, table: ToolTab
         response_schema=_response_schema(body.text and body.text.format),
         response_schema_name="text.format.schema",
         input_rules=table.rules,
+        notes=table.notes,
         template_kwargs=body.chat_template_kwargs or {},
         **thinking_fields(body.thinking, (body.reasoning and body.reasoning.effort) or body.reasoning_effort),
     )

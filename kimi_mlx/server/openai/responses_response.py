@@ -77,7 +77,7 @@ class ResponseFormatter:
         self.on_end: Callable[[Value], None] = lambda response: None
         """Callback with the response object at its end, before the client receives it."""
         self._table = table or ToolTable()
-        self.fields = _echoed_fields(body, self._table.note) | {
+        self.fields = _echoed_fields(body) | {
             "id": self.id,
             "object": "response",
             "created_at": int(time.time()),
@@ -88,6 +88,7 @@ class ResponseFormatter:
         self._reasoning_part = "summary_text" if is_summary else "reasoning_text"
         self._seals_reasoning = "reasoning.encrypted_content" in (body.include or ())
         self.notes: Sequence[str] = ()
+        """Sentences about what was left out and what is not enforced."""
         self._calls = CallSequencer()
         self._output: list[Value] = []  # complete items
         self._open: _OpenItem | None = None
@@ -147,10 +148,9 @@ class ResponseFormatter:
     def response(self, status: str, **fields: Any) -> Value:
         """Return the response object with the items that are complete."""
         empty: Value = {"error": None, "incomplete_details": None, "usage": None}
-        values = {**self.fields, **empty, "status": status, "output": list(self._output), **fields}
+        values: Value = {**self.fields, **empty, "status": status, "output": list(self._output), **fields}
         if self.notes:
-            notes = "; ".join([*filter(None, [self.fields["metadata"].get(NOTES)]), *self.notes])
-            values["metadata"] = self.fields["metadata"] | {NOTES: notes[:MAX_METADATA_CHARS]}
+            values["metadata"] = self.fields["metadata"] | {NOTES: "; ".join(self.notes)[:MAX_METADATA_CHARS]}
         return values
 
     def _final_response(self, finish: FinishEvent) -> Value:
@@ -288,8 +288,8 @@ def usage_dict(usage: Usage) -> Value:
     }
 
 
-def _echoed_fields(body: ResponsesBody, note: str | None) -> Value:
-    """Return the fields that a response echoes from its request, and the note on what was left out."""
+def _echoed_fields(body: ResponsesBody) -> Value:
+    """Return the fields that a response echoes from its request."""
     fields = body.model_dump(
         mode="json",
         by_alias=True,
@@ -305,7 +305,7 @@ def _echoed_fields(body: ResponsesBody, note: str | None) -> Value:
         "text": {"format": {"type": "text"}},
         "top_p": None,
         **fields,
-        "metadata": dict(body.metadata or {}) | ({NOTES: note[:MAX_METADATA_CHARS]} if note else {}),
+        "metadata": dict(body.metadata or {}),
         "tools": [_echoed_tool(tool.model_dump(mode="json", exclude_unset=True)) for tool in body.tools or ()],
         "tool_choice": choice.model_dump(mode="json", exclude_unset=True)
         if isinstance(choice, Body)

@@ -265,11 +265,11 @@ class ToolTable:
         return True
 
     @property
-    def note(self) -> str | None:
-        """Text that says which tools were left out, and what is not enforced; None if there is nothing to say."""
+    def notes(self) -> tuple[str, ...]:
+        """Which tools were left out, and what is not enforced."""
         names = ", ".join(dict.fromkeys(self._left_out))
         left_out = [f"left out, because they run at OpenAI: {names}"] if names else []
-        return "; ".join([*left_out, *self._notes]) or None
+        return (*left_out, *self._notes)
 
     def choose(self, choice: str | ToolChoice | None) -> str | dict[str, str]:
         """Return the tool choice of a ChatRequest; `allowed_tools` removes all other tools from the table.
