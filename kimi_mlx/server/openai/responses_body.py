@@ -255,10 +255,16 @@ class ResponsesBody(ConversationBody):
     background: bool | None = Field(None, description="Return at once; GET /v1/responses/{id} has the answer later.")
 
 
+class StoredRequest(Body):
+    """The part of an earlier request that counts for a later one."""
+
+    input: Items | None = None
+
+
 class StoredTurn(Body):
     """A stored response as part of a later request: its request, and its output."""
 
-    request: ConversationBody
+    request: StoredRequest
     output: ListOf[Item]
 
 
