@@ -93,6 +93,11 @@ class UncachedFile:
             os.posix_fadvise(self._handle, offset, done, os.POSIX_FADV_DONTNEED)
         return done
 
+    def read_ahead(self, offset: int, num_bytes: int) -> None:
+        """Let the system read bytes into its page cache in the background (Linux)."""
+        if self.uses_page_cache and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._handle, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+
     def close(self) -> None:
         """Close the file."""
         for handle in (self._handle, self._direct):

@@ -28,7 +28,7 @@ from kimi_mlx.store.store_folders import (
 from kimi_mlx.weights.assemble import ProgressCallback, build_model
 from kimi_mlx.weights.dequantize import FLOAT_NAMES
 from kimi_mlx.weights.expert_reader import ExpertReader
-from kimi_mlx.weights.expert_stack import with_expert_stacks
+from kimi_mlx.weights.expert_stack import ExpertStacks
 from kimi_mlx.weights.streamed_experts import Streaming
 
 
@@ -114,11 +114,12 @@ def load_store(
     sources = expert_sources(folder, manifest) if streaming is None else []
     records = [source for source in sources if source.tag is not None]
     reader = ExpertReader(records, FLOAT_NAMES[dtype], uses_page_cache=True)
+    stacks = ExpertStacks(reader, dtype, {layer: manifest.files[layer].num_fused_shared for layer in reader.sources})
 
     def layers() -> Iterator[LayerWeights]:
         for layer, file in enumerate(manifest.files):
             weights = open_layer_file(path / file.name, file, dtype, hint, streaming is None)
-            yield with_expert_stacks(reader, layer, weights, dtype) if layer in reader.sources else weights
+            yield stacks.complete(layer, weights) if layer in reader.sources else weights
 
     vision = LayerWeights({})
     if manifest.vision is not None:

@@ -167,6 +167,13 @@ class ExpertReader:
         self._queue.add(task, GUESS if is_guess else DEMAND)
         return Read(self._queue, task)
 
+    def read_ahead(self, layer: int) -> None:
+        """Let the system read all records of a layer, which are contiguous, into its page cache."""
+        source = self.sources[layer]
+        for run in source.runs:
+            path, offset = run.location(0)
+            self._queue.files[path].read_ahead(offset, source.num_experts * run.num_bytes)
+
     def close(self) -> None:
         """Cancel reads that have not begun, wait for the others and close the files."""
         self._finalizer()

@@ -1,11 +1,12 @@
-"""Load all routed experts of a layer into stacks, the form in which a model that keeps all of them computes."""
+"""Load all routed experts of layers into stacks, the form in which a model that keeps all of them computes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import numpy as np
 
 from kimi_mlx.model.aligned_array import aligned_array, shared_view
 from kimi_mlx.model.config_quantization import Quantization
@@ -13,49 +14,74 @@ from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Weight
 from kimi_mlx.weights.dequantize import MLX_TYPES
 from kimi_mlx.weights.expert_plan import EXPERT_ENTRIES, ExpertArray
-from kimi_mlx.weights.expert_reader import ExpertReader
+from kimi_mlx.weights.expert_reader import ExpertReader, Read
 
 
-def with_expert_stacks(reader: ExpertReader, layer: int, weights: LayerWeights, dtype: mx.Dtype) -> LayerWeights:
-    """Return the weights of a layer with all of its routed experts, which are read here.
+@dataclass(frozen=True)
+class _Layer:
+    """A layer whose experts are being read.
 
     Args:
-        reader: reader of the experts; its compute type is `dtype`.
-        layer: number of the layer.
-        weights: the layer without its routed experts; its stacks, if any, have only the shared ones.
-        dtype: compute dtype.
-
-    Raises:
-        WeightsError: an expert cannot be read.
+        stacks: stack of each array, with the shared experts at its end.
+        views: the same memory.
+        reads: reads of all routed experts.
     """
-    source, arrays = reader.sources[layer], reader.arrays(layer)
-    extra = [_shared_experts(weights, array) for array in arrays]
-    num_shared = 0 if extra[0] is None else extra[0].shape[0]
-    stacks = [
-        aligned_array((source.num_experts + num_shared, *array.shape), MLX_TYPES[array.dtype]) for array in arrays
-    ]
-    views = [shared_view(stack) for stack in stacks]
-    reads = [
-        reader.read(layer, source.first_expert + index, [view[index] for view in views])
-        for index in range(source.num_experts)
-    ]
-    for view, array in zip(views, extra, strict=True):
-        if array is not None:
-            view[source.num_experts :] = shared_view(array)
-    for read in reads:
-        read.result()
-    entries = {**weights.entries, **_entries(arrays, stacks, dtype)}
-    return replace(weights, entries=entries)
+
+    stacks: list[mx.array]
+    views: list[np.ndarray]
+    reads: list[Read]
 
 
-def _shared_experts(weights: LayerWeights, array: ExpertArray) -> mx.array | None:
-    """Return the shared experts at the end of a stack; None without any."""
-    entry = EXPERT_ENTRIES[array.matrix]
-    if not weights.has(entry):
-        return None
-    shared = getattr(weights.matrices(entry)[array.part], array.field)
-    mx.eval(shared)
-    return shared
+class ExpertStacks:
+    """Loads layer after layer; while one is finished, the next one is read.
+
+    Args:
+        reader: reader of the experts.
+        dtype: compute dtype, which is also that of `reader`.
+        num_shared: for each layer of `reader`, the number of shared experts in its stacks.
+    """
+
+    def __init__(self, reader: ExpertReader, dtype: mx.Dtype, num_shared: Mapping[int, int]):
+        self._reader, self._dtype, self._num_shared = reader, dtype, num_shared
+        self._next = sorted(reader.sources)
+        self._begun: dict[int, _Layer] = {}
+
+    def complete(self, layer: int, weights: LayerWeights) -> LayerWeights:
+        """Return the weights of a layer with all of its routed experts. Call it in the order of the layers.
+
+        Args:
+            layer: number of the layer.
+            weights: the layer without its routed experts; its stacks, if any, have only the shared ones.
+
+        Raises:
+            WeightsError: an expert cannot be read.
+        """
+        while self._next and (layer not in self._begun or len(self._begun) == 1):
+            number = self._next.pop(0)
+            self._begun[number] = self._begin(number)
+        begun, arrays = self._begun.pop(layer), self._reader.arrays(layer)
+        num_experts = self._reader.sources[layer].num_experts
+        for array, view in zip(arrays, begun.views, strict=True):
+            if self._num_shared[layer]:
+                shared = getattr(weights.matrices(EXPERT_ENTRIES[array.matrix])[array.part], array.field)
+                mx.eval(shared)
+                view[num_experts:] = shared_view(shared)
+        for read in begun.reads:
+            read.result()
+        return replace(weights, entries={**weights.entries, **_entries(arrays, begun.stacks, self._dtype)})
+
+    def _begin(self, layer: int) -> _Layer:
+        """Allocate the stacks of a layer, and start to read its experts."""
+        source, arrays = self._reader.sources[layer], self._reader.arrays(layer)
+        self._reader.read_ahead(layer)
+        num_members = source.num_experts + self._num_shared[layer]
+        stacks = [aligned_array((num_members, *array.shape), MLX_TYPES[array.dtype]) for array in arrays]
+        views = [shared_view(stack) for stack in stacks]
+        reads = [
+            self._reader.read(layer, source.first_expert + index, [view[index] for view in views])
+            for index in range(source.num_experts)
+        ]
+        return _Layer(stacks, views, reads)
 
 
 def _entries(arrays: Sequence[ExpertArray], stacks: Sequence[mx.array], dtype: mx.Dtype) -> dict[str, list[Weight]]:
@@ -67,7 +93,7 @@ def _entries(arrays: Sequence[ExpertArray], stacks: Sequence[mx.array], dtype: m
         fields.setdefault(key, {})[array.field] = stack
         quantizations[key] = array.quantization
     entries: dict[str, list[Weight]] = {}
-    for (entry, _), parts in fields.items():  # in the order of their numbers
-        weight = Weight(**parts, quantization=quantizations[entry, len(entries.get(entry, ()))], dtype=dtype)
+    for (entry, number), arrays_of_part in fields.items():  # in the order of the parts
+        weight = Weight(**arrays_of_part, quantization=quantizations[entry, number], dtype=dtype)
         entries.setdefault(entry, []).append(weight)
     return entries
