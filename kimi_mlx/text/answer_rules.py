@@ -60,6 +60,8 @@ def grammar_rule(grammar: str, where: str) -> str:
         raise GrammarError(f"`{where}` has {len(grammar)} characters, but at most {MAX_CHARS} are allowed")
     try:
         lark = any_to_lark(grammar)
+    except RecursionError as error:
+        raise GrammarError(f"`{where}` is nested too deeply", hint="simplify it") from error
     except Exception as error:  # the converter raises nothing narrower
         raise GrammarError(f"`{where}`: {error}") from error
     return f"%lark {{\n{lark}\n}}"

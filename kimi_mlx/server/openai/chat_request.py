@@ -63,7 +63,7 @@ class NamedFunction(Body):
 class NamedTool(Body):
     """The name of a tool, in the form of Chat Completions or in the flat one of the Responses API."""
 
-    type: Literal["function"] | None = None
+    type: Literal["function", "allowed_tools"] | None = None
     function: NamedFunction | None = None
     name: str | None = None
 
@@ -90,7 +90,6 @@ class AllowedTools(Body):
 class NamedChoice(NamedTool):
     """The tool that the model must use, or the tools among which it may choose."""
 
-    type: Literal["function", "allowed_tools"] | None = None
     allowed_tools: AllowedTools | None = None
 
 

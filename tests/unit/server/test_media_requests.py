@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -180,6 +181,47 @@ def test_a_model_without_vision_refuses_images(text_only: PromptBuilder, request
             prepare(request_)
         assert (error.value.status, error.value.param, error.value.hint) == (400, param, REASON)
         assert error.value.message.startswith(f"`{param}`: ")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ("t", "one"),
+        ("tt", "one\n\none"),
+        ("ti", ({"type": "text", "text": "one"}, {"type": "image_url", "image_url": {"url": DATA_URL}})),
+        ("tu", "one\n\n[PART: not supported]"),
+        ("f", "[IMAGE: not supported]"),
+    ],
+)
+def test_results_of_tools_reach_the_model_alike_from_all_apis(kinds: str, expected: Any) -> None:
+    source = {"type": "url", "url": DATA_URL}
+    parts = {
+        "t": [{"type": kind, "text": "one"} for kind in ("text", "input_text", "text")],
+        "i": [
+            {"type": "image_url", "image_url": {"url": DATA_URL}},
+            {"type": "input_image", "image_url": DATA_URL},
+            {"type": "image", "source": source},
+        ],
+        "u": [{"type": "odd"}] * 3,
+        "f": [
+            {"type": "image_url"},
+            {"type": "input_image", "file_id": "x"},
+            {"type": "image", "source": {"type": "file"}},
+        ],
+    }
+    in_chat, in_responses, in_anthropic = ([parts[kind][api] for kind in kinds] for api in range(3))
+    requests = (
+        chat(user(text("Hi")), CHAT_CALL, {"role": "tool", "tool_call_id": "a", "content": in_chat}),
+        responses(CALL_ITEM, {"type": "function_call_output", "call_id": "a", "output": in_responses}),
+        anthropic(
+            user(text("Hi")), CALL_BLOCK, user({"type": "tool_result", "tool_use_id": "a", "content": in_anthropic})
+        ),
+    )
+    for request in requests:
+        content = request.messages[-1].content
+        if isinstance(content, str):  # notes have the name of the part, which differs
+            content = re.sub(r"\[(image_url|input_image|image):", "[IMAGE:", content.replace("[odd:", "[PART:"))
+        assert content == expected
 
 
 def test_a_model_without_vision_reads_the_texts_of_results(text_only: PromptBuilder) -> None:
