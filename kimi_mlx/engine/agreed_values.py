@@ -14,6 +14,7 @@ from kimi_mlx.model.device import device_kind
 from kimi_mlx.model.device_traits import NUMPY_MIN_MULTIPLY_ADDS, has_fused_attention, uses_numpy
 from kimi_mlx.model.moe import MoE
 from kimi_mlx.parallel.group import Group, gather_on_host
+from kimi_mlx.parallel.sum_communicator import SumCommunicator
 from kimi_mlx.sizing.engine_limits import EngineLimits, engine_limits
 from kimi_mlx.sizing.prefill import RankShape
 from kimi_mlx.sizing.step_time import ChunkCost, ChunkEstimate, HeldExperts, chunk_cost
@@ -55,10 +56,28 @@ def agreed_limits(
 
 def agreed_chunk_estimate(model: Model, group: Group, is_pipeline: bool) -> ChunkEstimate:
     """Return the estimate for the slowest rank, or for all stages of a pipeline together. Collective: one gather."""
-    cost = chunk_cost(model.config, rank_shape_of(model), len(model.layers), held_experts_of(model), model.tuning)
+    cost = chunk_cost(
+        model.config,
+        rank_shape_of(model),
+        len(model.layers),
+        held_experts_of(model),
+        model.tuning,
+        *_divided_queries(model, group),
+    )
     costs = gather_on_host(group, np.array(astuple(cost), np.float32)).astype(np.float64)
     agreed = costs.sum(axis=0) if is_pipeline else costs.max(axis=0)
     return ChunkEstimate(ChunkCost(*cast("list[float]", agreed.tolist())), model.config)
+
+
+def _divided_queries(model: Model, group: Group) -> tuple[int, float]:
+    """Return the number of ranks that divide the queries of a chunk, and seconds per token of a layer's gather."""
+    split = model.communicator.query_split if isinstance(model.communicator, SumCommunicator) else None
+    if split is None:
+        return 1, 0.0
+    tokens = model.tuning.prefill_chunk
+    if split.bounds([(0, tokens)]) is None:  # it would cost more than it saves
+        return 1, 0.0
+    return group.size, split.gather_s(tokens / group.size * split.token_bytes) / tokens
 
 
 def held_experts_of(model: Model) -> HeldExperts:

@@ -50,6 +50,7 @@ class EngineProfile:
         returns_states: whether the last stage of a pipeline sends the hidden states back to the first, which has the
             head; if not, the last stage has the head and sends the token.
         overlaps_chunks: whether a pipeline stage starts a prompt's next chunk while later stages process this one.
+        divides_queries: whether ranks that have all attention heads divide the queries of a chunk where it saves time.
     """
 
     name: str
@@ -59,15 +60,30 @@ class EngineProfile:
     gathers: bool
     returns_states: bool
     overlaps_chunks: bool
+    divides_queries: bool
 
 
 KIMI_MLX = EngineProfile(
-    "kimi-mlx", 27, PREFILL_CHUNK, slices_head=True, gathers=True, returns_states=True, overlaps_chunks=True
+    "kimi-mlx",
+    27,
+    PREFILL_CHUNK,
+    slices_head=True,
+    gathers=True,
+    returns_states=True,
+    overlaps_chunks=True,
+    divides_queries=True,
 )
 """27 kernels in bfloat16: counted on the graph, docs/correctness.md."""
 
 MLX_LM = EngineProfile(
-    "mlx-lm", 44, 2048, slices_head=False, gathers=False, returns_states=False, overlaps_chunks=False
+    "mlx-lm",
+    44,
+    2048,
+    slices_head=False,
+    gathers=False,
+    returns_states=False,
+    overlaps_chunks=False,
+    divides_queries=False,
 )
 """44 kernels: counted on the graph, docs/correctness.md. exo and mlx-engine run the model of mlx-lm."""
 

@@ -176,8 +176,33 @@ def prefill(setup: Setup, prompt: int, depth: int = 0) -> TimeBreakdown:
 
 def _chunk(setup: Setup, start: int, length: int) -> TimeBreakdown:
     """Predict `length` tokens of a prompt after `start` tokens, on ranks that work in parallel."""
-    slowest = max((_work(setup, rank, start, length) for rank in range(setup.ranks)), key=lambda time: time.total_s)
-    return slowest + TimeBreakdown(0, 0, 0, *_collectives(setup, length))
+    saved_s, *costs = _divided_queries(setup, start, length)
+    works = (_work(setup, rank, start, length, saved_s) for rank in range(setup.ranks))
+    slowest = max(works, key=lambda time: time.total_s)
+    return slowest + TimeBreakdown(0, 0, 0, *_collectives(setup, length)) + TimeBreakdown(0, 0, 0, *costs)
+
+
+def _divided_queries(setup: Setup, start: int, length: int) -> tuple[float, float, float]:
+    """Return what the division of a chunk's queries over the ranks saves and costs (kimi_mlx.model.query_split).
+
+    Each rank computes queries, attention and output projection of some tokens; one more gather per layer.
+
+    Returns:
+        Saved seconds of computation, and seconds of fences and of the link; 0 if the division would lose.
+    """
+    if not setup.engine.divides_queries or setup.strategy not in ("hybrid", "expert") or setup.link is None:
+        return 0.0, 0.0, 0.0
+    shape, ranks, link = setup.shape, setup.ranks, setup.link
+    config, values = shape.config, shape.values
+    q_values = values.heads + (0 if config.q_lora_rank is None else config.hidden_size * config.q_lora_rank)
+    pairs = length * (start + length / 2) * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    flops = 2 * shape.layers * (length * q_values + pairs)
+    saved_s = (1 - 1 / ranks) * flops / min(setup.flops(rank) for rank in range(ranks))
+    gathers_s = shape.layers * link.all_gather_s(_states_bytes(setup, length) / ranks, ranks)
+    fences_s = shape.layers * setup.fence_s
+    if gathers_s + fences_s >= saved_s:
+        return 0.0, 0.0, 0.0
+    return saved_s, fences_s, gathers_s
 
 
 def _stage(setup: Setup, rank: int, start: int, length: int) -> TimeBreakdown:
@@ -185,10 +210,10 @@ def _stage(setup: Setup, rank: int, start: int, length: int) -> TimeBreakdown:
     return _work(setup, rank, start, length) + TimeBreakdown(0, 0, 0, setup.fence_s, _send_s(setup, rank, length))
 
 
-def _work(setup: Setup, rank: int, start: int, length: int) -> TimeBreakdown:
-    """Predict the local work of a rank."""
+def _work(setup: Setup, rank: int, start: int, length: int, saved_s: float = 0.0) -> TimeBreakdown:
+    """Predict the local work of a rank, `saved_s` less than if it computed all queries of its heads."""
     read = _touched_bytes(setup, rank, length) / setup.bandwidth(rank)
-    compute = _chunk_flops(setup, rank, start, length) / setup.flops(rank)
+    compute = _chunk_flops(setup, rank, start, length) / setup.flops(rank) - saved_s
     kernels = _kernels_s(setup, setup.portions[rank].layers)
     if setup.streaming is None:
         return TimeBreakdown(read, compute, kernels, 0, 0)

@@ -43,6 +43,9 @@ class ChunkCost:
         expand_s: seconds to expand one cached token into the keys and values of the heads.
         head_pair_s: seconds per query and key, by heads.
         latent_pair_s: seconds per query and key, in the latent space.
+
+    If ranks divide the queries of a step, the times of queries are those of a rank's part, and those of the gathers are
+    in `token_s`.
     """
 
     token_s: float
@@ -53,7 +56,13 @@ class ChunkCost:
 
 
 def chunk_cost(
-    config: ModelConfig, rank_shape: RankShape, num_layers: int, experts: HeldExperts, tuning: Tuning
+    config: ModelConfig,
+    rank_shape: RankShape,
+    num_layers: int,
+    experts: HeldExperts,
+    tuning: Tuning,
+    num_query_ranks: int = 1,
+    gather_s: float = 0.0,
 ) -> ChunkCost:
     """Return the times on one rank.
 
@@ -63,20 +72,23 @@ def chunk_cost(
         num_layers: number of layers on the rank.
         experts: the routed experts on the rank.
         tuning: constants of the device.
+        num_query_ranks: number of ranks that divide the queries of a step; 1 if they do not.
+        gather_s: seconds per token and layer of the gather of their outputs.
     """
     attention_cost = AttentionCost(AttentionShape.of(config, rank_shape.heads), tuning)
     shape, width = attention_cost.shape, config.hidden_size
     q_width = shape.heads * config.qk_head_dim
     q_values = width * q_width if config.q_lora_rank is None else config.q_lora_rank * (width + q_width)
     kv_values = width * (config.kv_lora_rank + config.qk_rope_head_dim)
-    attention = q_values + kv_values + shape.heads * config.v_head_dim * width + shape.expansion
+    of_queries = (q_values + shape.heads * config.v_head_dim * width) / num_query_ranks
+    attention = of_queries + kv_values + shape.expansion
     mlp = (experts.per_token + config.n_shared_experts) * 3 * width * rank_shape.expert_rows
     return ChunkCost(
-        token_s=2 * num_layers * (attention + mlp) / tuning.weight_flops,
+        token_s=num_layers * (2 * (attention + mlp) / tuning.weight_flops + gather_s),
         experts_s=experts.num_bytes / tuning.read_bytes_per_s,
         expand_s=num_layers * attention_cost.expand_s,
-        head_pair_s=num_layers * attention_cost.head_pair_s,
-        latent_pair_s=num_layers * attention_cost.latent_pair_s,
+        head_pair_s=num_layers * attention_cost.head_pair_s / num_query_ranks,
+        latent_pair_s=num_layers * attention_cost.latent_pair_s / num_query_ranks,
     )
 
 

@@ -66,7 +66,7 @@ def test_different_chips_have_only_pipeline() -> None:
 
 
 def test_a_pipeline_is_chosen_only_by_a_margin() -> None:
-    result = plan("kimi-k2", "m3-ultra-512x2")
+    result = plan("kimi-k2.6", "m5-ultra-512x2")
     assert result.choice is not None
     pipeline = option_of(result, "pipeline", 2)
     assert pipeline.request_s < result.choice.request_s < pipeline.request_s * (1 + PIPELINE_MARGIN)

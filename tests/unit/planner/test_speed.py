@@ -115,3 +115,15 @@ def test_whole_experts_wait_for_the_busiest_rank() -> None:
 
 def test_the_planner_uses_the_engines_chunk() -> None:
     assert KIMI_MLX.prefill_chunk == PREFILL_CHUNK
+
+
+def test_queries_of_a_prompt_are_divided_where_it_pays() -> None:
+    whole = replace(KIMI_MLX, divides_queries=False)
+    for strategy in STRATEGIES:
+        mine = setup(strategy)
+        theirs = replace(mine, engine=whole)
+        gain = prefill(theirs, 2048, 8192).total_s / prefill(mine, 2048, 8192).total_s
+        assert gain > 1.05 if strategy in ("hybrid", "expert") else gain == 1
+        assert decode(mine, 8192) == decode(theirs, 8192)
+    slow = setup("hybrid", link=WIFI)
+    assert prefill(slow, 2048) == prefill(replace(slow, engine=whole), 2048)

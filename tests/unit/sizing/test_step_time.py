@@ -86,3 +86,17 @@ def test_ranks_with_less_of_the_model_take_less_time() -> None:
     less = astuple(chunk_cost(config, quarter, 61, experts, TUNINGS["metal"]))
     more = astuple(chunk_cost(config, HALF_OF_K2, 61, HALF_OF_EXPERTS, TUNINGS["metal"]))
     assert all(small < large for small, large in zip(less, more, strict=True))
+
+
+def test_ranks_that_divide_queries_take_larger_chunks() -> None:
+    config = replace(K2, n_routed_experts=384)
+    tuning = TUNINGS["metal"]
+    whole = chunk_cost(config, HALF_OF_K2, 61, HALF_OF_EXPERTS, tuning)
+    half = chunk_cost(config, HALF_OF_K2, 61, HALF_OF_EXPERTS, tuning, 2)
+    assert (half.head_pair_s, half.latent_pair_s) == (whole.head_pair_s / 2, whole.latent_pair_s / 2)
+    assert half.token_s < whole.token_s
+    assert half.expand_s == whole.expand_s  # every rank repeats it
+    slow = chunk_cost(config, HALF_OF_K2, 61, HALF_OF_EXPERTS, tuning, 2, gather_s=1e-3)
+    assert slow.token_s == pytest.approx(half.token_s + 61e-3)
+    chunks = [ChunkEstimate(cost, config).largest_chunk(32_000, SHARED_STEP_S, 512) for cost in (slow, whole, half)]
+    assert chunks == sorted(chunks)
