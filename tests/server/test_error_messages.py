@@ -54,6 +54,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": HI | {"max_tokens": 1},
     "/v1/completions": {"prompt": "hi", "max_tokens": 1},
     "/v1/responses": {"input": "hi", "max_output_tokens": 1},
+    "/v1/responses/input_tokens": {"input": "hi"},
     "/v1/messages": HI | {"max_tokens": 1},
     "/v1/messages/count_tokens": HI,
     "/tokenize": {"prompt": "hi"},

@@ -169,6 +169,24 @@ def test_compaction(running: RunningServer) -> None:
     assert again["usage"]["input_tokens"] > compacted["usage"]["output_tokens"]
 
 
+@pytest.mark.slow
+def test_all_methods_of_the_client(client: openai.OpenAI) -> None:
+    first = client.responses.create(model="kimi-mini", input=SUM, max_output_tokens=20)
+    assert client.responses.retrieve(first.id).to_dict() == first.to_dict()
+    assert [item.type for item in client.responses.input_items.list(first.id)] == ["message"]
+    assert client.responses.cancel(first.id).status == first.status
+    counted = client.responses.input_tokens.count(model="kimi-mini", input=SUM, previous_response_id=first.id)
+    assert first.usage is not None
+    assert counted.input_tokens > first.usage.input_tokens
+    compacted = client.responses.compact(model="kimi-mini", previous_response_id=first.id)
+    assert [item.type for item in compacted.output] == ["message", "compaction"]
+    with client.responses.stream(model="kimi-mini", input=SUM, previous_response_id=first.id) as stream:
+        assert stream.until_done().get_final_response().previous_response_id == first.id
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError, match="not found"):
+        client.responses.retrieve(first.id)
+
+
 @pytest.fixture(scope="module")
 def with_keys(session: Session) -> Iterator[RunningServer]:
     options = ServingOptions(security=Security(keys=("one", "two")), keep_responses=3)
