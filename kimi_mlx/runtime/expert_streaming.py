@@ -16,6 +16,7 @@ from kimi_mlx.model.expert_use import ExpertUse
 from kimi_mlx.weights.dequantize import FLOAT_NAMES
 from kimi_mlx.weights.expert_reader import ExpertReader
 from kimi_mlx.weights.expert_source import ExpertSource
+from kimi_mlx.weights.index import log_note
 from kimi_mlx.weights.streamed_experts import Streaming
 
 LOG = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ USE_NAME = "expert_use.npz"
 
 
 def open_streaming(
-    sources: Sequence[ExpertSource], dtype: mx.Dtype, num_bytes: int | None, files: ExpertUseFile
+    sources: Sequence[ExpertSource], dtype: mx.Dtype, num_bytes: int | None, files: ExpertUseFile, command: str
 ) -> Streaming | None:
     """Open the experts of a rank; return None if all are to stay in memory.
 
@@ -34,6 +35,7 @@ def open_streaming(
         dtype: compute dtype.
         num_bytes: memory for experts; None for all.
         files: file of their use.
+        command: command that makes a store whose experts are records.
 
     Raises:
         WeightsError: a file cannot be opened.
@@ -43,6 +45,11 @@ def open_streaming(
     reader = ExpertReader(sources, FLOAT_NAMES[dtype])
     streaming = Streaming(reader, num_bytes, dtype, files.load, files.save)
     if num_bytes < streaming.all_bytes:
+        if (num_parts := max(len(source.runs) for source in sources)) > 1:
+            log_note(
+                f"each expert is read in {num_parts} parts: `{command}` makes a store with one record for each expert, "
+                "which is read faster"
+            )
         return streaming
     reader.close()
     return None

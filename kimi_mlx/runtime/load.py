@@ -31,6 +31,7 @@ from kimi_mlx.store.experts import expert_sources
 from kimi_mlx.store.locate import ensure_downloaded
 from kimi_mlx.store.store_folders import download_command, rank_folder, stored_ranks
 from kimi_mlx.store.stores import load_store, open_manifest
+from kimi_mlx.store.vision import name_of_checkpoint
 from kimi_mlx.weights.assemble import ProgressCallback, load_model
 from kimi_mlx.weights.draft import load_draft
 from kimi_mlx.weights.expert_source import checkpoint_sources
@@ -144,7 +145,8 @@ def _load_from_store(
     streaming = None
     if expert_memory is not None:
         use_file = ExpertUseFile(rank_folder(folder, rank), f"{identity} {rank}")
-        streaming = open_streaming(expert_sources(folder, manifest), dtype, expert_memory, use_file)
+        command = download_command(manifest.origin.repository, world_size, strategy)
+        streaming = open_streaming(expert_sources(folder, manifest), dtype, expert_memory, use_file, command)
     return load_store(folder, manifest, config, dtype, communicator, progress, streaming)
 
 
@@ -173,10 +175,11 @@ def _load_from_checkpoint(
     streaming = None
     if expert_memory is not None:
         checkpoint = open_checkpoint(folder, config).checkpoint
-        command = download_command(str(folder.resolve()), world_size, strategy)
+        command = download_command(name_of_checkpoint(folder), world_size, strategy)
         hint = f"build a store, from which each rank reads its part: `{command}`"
         sources = checkpoint_sources(checkpoint, share, hint)
-        streaming = open_streaming(sources, dtype, expert_memory, ExpertUseFile(None, f"{identity} {rank}"))
+        use_file = ExpertUseFile(None, f"{identity} {rank}")
+        streaming = open_streaming(sources, dtype, expert_memory, use_file, command)
     return load_model(folder, config, dtype, share, communicator, progress, streaming)
 
 

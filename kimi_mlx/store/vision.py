@@ -60,7 +60,7 @@ def no_vision_error(folder: Path, config: ModelConfig, name: str | None = None) 
     ranks = stored_ranks(folder)
     manifest = read_manifest(rank_folder(folder, ranks[0])) if ranks else None
     if name is None:
-        name = _name_of_checkpoint(folder) if manifest is None else manifest.origin.repository
+        name = name_of_checkpoint(folder) if manifest is None else manifest.origin.repository
     if config.vision is None:
         return EngineError(f"`{name}` does not see images", hint="`kimi-mlx models` lists models that do")
     if manifest is not None:
@@ -84,7 +84,7 @@ def no_vision_error(folder: Path, config: ModelConfig, name: str | None = None) 
     )
 
 
-def _name_of_checkpoint(folder: Path) -> str:
+def name_of_checkpoint(folder: Path) -> str:
     """Return `owner/name` of a folder in the Hugging Face cache, the alias of a bundled model, else the folder."""
     if (match := CACHED_FILE.search(f"{folder}/")) is not None:
         return f"{match[1]}/{match[2]}"
