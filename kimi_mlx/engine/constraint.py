@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from kimi_mlx.engine.call_id_tokens import CallIdTokens
 from kimi_mlx.engine.grammar_compiler import WORD_BITS, GrammarCompiler, TokenVocabulary, first_line
+from kimi_mlx.engine.json_closing import BEGINNING, JsonPlace
 from kimi_mlx.errors import EngineError
 from kimi_mlx.model.device import compile_on_gpu
 
@@ -37,6 +38,14 @@ Mask: TypeAlias = npt.NDArray[np.uint32]
 
 EVERYTHING = 0xFFFFFFFF
 """Word of a mask that allows all its tokens."""
+
+CLOSING_MARGIN = 48
+"""Number of spare tokens with which an answer is brought to its end; at most an eighth of all its tokens.
+
+One token may open several objects."""
+
+MAX_CLOSING = 1024
+"""Maximum number of tokens for that."""
 
 
 class Part(Enum):
@@ -73,6 +82,7 @@ class AnswerRules:
         any_object: grammar of any JSON object, for arguments whose grammar exceeds the limits.
         first_index: index of the first call.
         max_calls: maximum number of calls; None for no limit.
+        ends_in_time: whether the answer is brought to its end before the maximum number of tokens is reached.
         tokens: ids of control tokens.
     """
 
@@ -83,6 +93,7 @@ class AnswerRules:
     any_object: str
     first_index: int
     max_calls: int | None
+    ends_in_time: bool
     tokens: Mapping[str, int]
 
     @classmethod
@@ -109,6 +120,10 @@ class _State:
         call_id: id of the call so far.
         matcher: matcher of its arguments; it changes with each token.
         grammar: grammar of the matcher.
+        place: place in the arguments.
+        num_tokens: number of tokens of the answer.
+        next_check: number of tokens at which to check again whether the answer must come to its end.
+        is_closing: whether only tokens are allowed that bring the answer to its end.
     """
 
     part: Part
@@ -116,6 +131,10 @@ class _State:
     call_id: bytes = b""
     matcher: llguidance.LLMatcher | None = None
     grammar: str = ""
+    place: JsonPlace = BEGINNING
+    num_tokens: int = 0
+    next_check: int = 0
+    is_closing: bool = False
 
 
 class _LimitError(Exception):
@@ -158,8 +177,19 @@ class Constraint:
         """Tokens of the arguments that have begun."""
         self._too_complex: set[str] = set()
         """Grammars that have exceeded the limits, and are replaced by any object."""
+        self._max_tokens: int | None = None
         self.is_finished = False
         """Whether an end token was appended; not known in an answer without masks."""
+
+    def limit_tokens(self, max_tokens: int) -> None:
+        """Set the maximum number of tokens of the answer; call it before the first token."""
+        if self._rules.ends_in_time:
+            self._max_tokens = max_tokens
+
+    @property
+    def was_shortened(self) -> bool:
+        """Whether the answer was brought to its end because of the maximum number of tokens."""
+        return self._state.is_closing
 
     def start_compiling(self) -> None:
         """Compile all grammars in the background."""
@@ -224,7 +254,7 @@ class Constraint:
         is_end = token in self._vocabulary.end_ids
         while True:
             try:
-                is_allowed = not self.is_finished and (self._can_end() if is_end else self._accept(token, []))
+                is_allowed = not self.is_finished and (self._can_end() if is_end else self._append(token, []))
                 break
             except _LimitError as limit:
                 self._fall_back(limit)
@@ -256,19 +286,55 @@ class Constraint:
         begin = self._state
         matchers: list[llguidance.LLMatcher] = []
         try:
+            self._check_end()
             self._write_mask(masks[0])
             for row, token in enumerate(draft, 1):
-                if token in self._vocabulary.end_ids or not self._accept(token, matchers):
+                if token in self._vocabulary.end_ids or not self._append(token, matchers):
                     break
                 self._write_mask(masks[row])
         finally:
-            self._state = begin
-            for matcher in reversed(matchers):
-                matcher.rollback(1)
+            self._restore(begin, matchers)
         return masks
+
+    def _restore(self, state: _State, matchers: list[llguidance.LLMatcher]) -> None:
+        """Return to an earlier state.
+
+        Args:
+            state: the state.
+            matchers: matchers that have accepted a token since then, one entry per token.
+        """
+        self._state = state
+        for matcher in reversed(matchers):
+            matcher.rollback(1)
 
     def _write_mask(self, mask: Mask) -> None:
         """Write the mask of the next token. It allows everything when it is called."""
+        self._write_full_mask(mask)
+        if self._state.is_closing:
+            closing = [token for token in self._closing_tokens(mask) if token is not None]
+            if closing:
+                mask[:] = 0
+                _set_tokens(mask, closing)
+
+    def _closing_tokens(self, mask: Mask) -> Sequence[int | None]:
+        """Return those tokens of a mask that bring the answer to its end soonest; none if all are as good."""
+        part = self._state.part
+        if part is Part.CALL_ID:
+            if _has_token(mask, self._argument_begin):
+                return [self._argument_begin]
+            tokens, texts = self._call_ids.next_tokens(self._state.call_id, self._call_index), self._vocabulary.tokens
+            return [max(tokens, key=lambda token: len(texts[token]))] if tokens else []
+        if part is Part.ARGUMENTS:
+            if _has_token(mask, self._call_end):
+                return [self._call_end]
+            groups = self._compiler.json_closing.groups(self._state.place)
+            allowed = ([token for token in group if _has_token(mask, token)] for group in groups)
+            return next(filter(None, allowed), [])
+        best = (self._think_end, self._section_begin, self._section_end, self._call_begin)
+        return [next((token for token in best if _has_token(mask, token)), None)]
+
+    def _write_full_mask(self, mask: Mask) -> None:
+        """Write the mask of all tokens that may come next."""
         state, vocabulary = self._state, self._vocabulary
         match state.part:
             case Part.FREE:
@@ -336,6 +402,45 @@ class Constraint:
             case _:
                 return False
 
+    def _append(self, token: int, matchers: list[llguidance.LLMatcher]) -> bool:
+        """Append a token that is not an end token; return whether it is allowed. The arguments are those of _accept."""
+        if not self._accept(token, matchers):
+            return False
+        self._state = replace(self._state, num_tokens=self._state.num_tokens + 1)
+        self._check_end()
+        return True
+
+    def _check_end(self) -> None:
+        """Begin to bring the answer to its end, if only as many tokens are left as that takes, and some more."""
+        state = self._state
+        if self._max_tokens is None or state.is_closing or state.num_tokens < state.next_check:
+            return
+        margin = min(CLOSING_MARGIN, self._max_tokens // 8)
+        spare = self._max_tokens - state.num_tokens - margin - self._num_closing_tokens()
+        if spare <= 0:
+            self._state = replace(state, is_closing=True)
+        else:
+            self._state = replace(state, next_check=state.num_tokens + 1 + spare // 4)
+
+    def _num_closing_tokens(self) -> int:
+        """Return the number of tokens that bring the answer to its end."""
+        begin = self._state
+        matchers: list[llguidance.LLMatcher] = []
+        mask = np.empty(self._vocabulary.num_words, np.uint32)
+        count = 0
+        try:
+            while not self._can_end() and count < MAX_CLOSING:
+                self._state = replace(self._state, is_closing=True)
+                mask[:] = EVERYTHING
+                self._write_mask(mask)
+                token = _first_token(mask)
+                if token is None or not self._accept(token, matchers):
+                    return MAX_CLOSING
+                count += 1
+        finally:
+            self._restore(begin, matchers)
+        return count + 1
+
     def _accept(self, token: int, matchers: list[llguidance.LLMatcher]) -> bool:
         """Append a token that is not an end token; return whether it is allowed.
 
@@ -350,7 +455,7 @@ class Constraint:
         elif part in (Part.FREE, Part.START, Part.CONTENT) and token == self._section_begin and self._may_call:
             part = Part.SECTION
         elif part in (Part.FREE, Part.SECTION, Part.AFTER_CALL) and token == self._call_begin and self._may_call:
-            self._state = _State(Part.CALL_ID, state.num_calls + 1)
+            self._state = replace(state, part=Part.CALL_ID, num_calls=state.num_calls + 1, call_id=b"")
             return True
         elif part is Part.AFTER_CALL and token == self._section_end:
             part = Part.FREE if self._rules.start == Part.FREE.name and self._may_call else Part.END
@@ -380,7 +485,8 @@ class Constraint:
                 return False
             grammar = self._grammars[state.call_id.rpartition(b":")[0]]
             grammar = self._rules.any_object if grammar in self._too_complex else grammar
-            self._state = replace(state, part=Part.ARGUMENTS, matcher=self._matcher(grammar), grammar=grammar)
+            matcher = self._matcher(grammar)
+            self._state = replace(state, part=Part.ARGUMENTS, matcher=matcher, grammar=grammar, place=BEGINNING)
             return True
         if not self._vocabulary.is_text(token):
             return False
@@ -391,11 +497,13 @@ class Constraint:
     def _accept_in_arguments(self, token: int, matchers: list[llguidance.LLMatcher]) -> bool:
         state = self._state
         assert state.matcher is not None
-        if token != self._call_end:
-            return self._consume(state.matcher, state.grammar, token, matchers)
-        if not state.matcher.is_accepting():
+        if token == self._call_end:
+            self._state = replace(state, part=Part.AFTER_CALL, matcher=None, grammar="")
+            return state.matcher.is_accepting()
+        if not self._consume(state.matcher, state.grammar, token, matchers):
             return False
-        self._state = _State(Part.AFTER_CALL, state.num_calls)
+        if self._max_tokens is not None:
+            self._state = replace(state, place=state.place.after(self._vocabulary.tokens[token]))
         return True
 
     def _consume(
@@ -450,6 +558,19 @@ class Constraint:
             if matcher.try_consume_tokens(self._arguments) != len(self._arguments):
                 raise limit.error
             self._state = replace(self._state, matcher=matcher, grammar=rules.any_object)
+
+
+def _has_token(mask: Mask, token: int | None) -> bool:
+    return token is not None and bool((int(mask[token // WORD_BITS]) >> token % WORD_BITS) & 1)
+
+
+def _first_token(mask: Mask) -> int | None:
+    """Return the smallest id that a mask allows."""
+    words = np.flatnonzero(mask)
+    if not words.size:
+        return None
+    word = int(mask[words[0]])
+    return int(words[0]) * WORD_BITS + (word & -word).bit_length() - 1
 
 
 def _set_tokens(mask: Mask, tokens: Iterable[int], is_allowed: bool = True) -> None:

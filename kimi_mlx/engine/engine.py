@@ -192,6 +192,7 @@ class Engine:
             if self._constrain is None:
                 raise EngineError("grammars are not supported here")
             constraint = self._constrain(request.grammar)
+            constraint.limit_tokens(max_tokens + request.answered)
             if self._runner.has_head:
                 constraint.start_compiling()
             else:

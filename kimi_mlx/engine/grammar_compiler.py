@@ -7,13 +7,14 @@ import queue
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from kimi_mlx.engine.call_id_tokens import CallIdTokens
+from kimi_mlx.engine.json_closing import JsonClosing
 from kimi_mlx.errors import EngineError, KimiMlxError
 
 if TYPE_CHECKING:  # importing it takes 0.1 s, and most requests have no grammar
@@ -202,6 +203,11 @@ class GrammarCompiler:
             names: ids without their index.
         """
         return self._cached_call_ids(names)
+
+    @cached_property
+    def json_closing(self) -> JsonClosing:
+        """The tokens that end JSON soonest."""
+        return JsonClosing(self.vocabulary.token_ids)
 
     def drop(self, grammar: str) -> None:
         """Drop a compiled grammar whose lexer has grown too large."""

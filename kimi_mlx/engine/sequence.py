@@ -187,7 +187,7 @@ class Sequence:
     def reason(self) -> FinishReason | None:
         """Reason why the sequence is finished; None if it is not."""
         if self.generated and self.tokens[-1] in self.request.stop_ids:
-            return "stop"
+            return "length" if self.sampler.was_shortened else "stop"
         return None if self.remaining_tokens > 0 else "length"
 
     def finished(self, reason: FinishReason, peak_memory_bytes: int, drafts_off: str | None = None) -> Finished:

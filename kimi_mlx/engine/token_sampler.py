@@ -47,6 +47,11 @@ class TokenSampler:
         """Whether a token can be sampled without waiting for the grammar to be compiled."""
         return self._constraint is None or self._constraint.is_compiled
 
+    @property
+    def was_shortened(self) -> bool:
+        """Whether the grammar has brought the answer to its end because of its maximum number of tokens."""
+        return self._constraint is not None and self._constraint.was_shortened
+
     def is_greedy(self, draft: Sequence[int] = ()) -> bool:
         """Return whether the most likely token is taken, after the sequence and after each token of a draft.
 

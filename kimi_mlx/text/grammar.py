@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from enum import Enum, auto
-from typing import Any
+from typing import Any, cast
 
 from kimi_mlx.errors import GrammarError
 from kimi_mlx.text.json_schema import ANY_OBJECT, check_schema, find_problem, rule_grammar, to_grammar
@@ -141,6 +141,7 @@ def build_grammar(
         "any_object": ANY_ARGUMENTS,
         "first_index": first_index,
         "max_calls": max_calls,
+        "ends_in_time": is_call_required,
         "tokens": {name: _id(token, special_tokens) for name, token in tokens.items()},
     }
     return json.dumps(rules)
@@ -152,7 +153,7 @@ def _check_choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[
         function = tool.get("function")
         if not isinstance(function, Mapping):
             raise GrammarError(f"`tools[{i}].function` is missing")
-        name = function.get("name")
+        name = cast("Mapping[str, Any]", function).get("name")
         if not isinstance(name, str) or not name.strip():
             raise GrammarError(f"`tools[{i}].function.name`: `{name}` is not a name")
     names = [tool["function"]["name"] for tool in tools]

@@ -23,6 +23,7 @@ from kimi_mlx.text.json_schema import (
     SINGLE_SCHEMAS,
     Schema,
     clean_schema,
+    compile_s,
     find_problem,
     locate,
     to_grammar,
@@ -92,18 +93,30 @@ def _compute(text: str) -> tuple[str, Sequence[Problem]]:
     schema = _as_object(json.loads(text), problems)
     began = time.thread_time()
     clean = clean_schema(schema, lambda path, problem: problems.append((path[1:], problem)))
-    while (problem := find_problem(to_grammar(clean))) is not None:
+    grammar = _grammar_in_time(clean, text)
+    while grammar is None and (problem := find_problem(to_grammar(clean))) is not None:
         if time.thread_time() - began > MAX_RELAX_S:
             return ANY_ARGUMENTS, [("", problem)]
         path, part = locate(clean, problem)
         problems.append((f"{path[1:]}{_drop_suspect(part, clean)}", problem))
-    free = _in_any_order(clean) if "/properties/" not in text else clean
-    for candidate in (free, clean):
-        grammar = to_grammar(candidate)
-        began = time.thread_time()
-        if find_problem(grammar) is None and time.thread_time() - began <= MAX_COMPILE_S:
-            return grammar, tuple(problems)
-    return ANY_ARGUMENTS, [("", "it is too complex to enforce in time")]
+    grammar = grammar or _grammar_in_time(clean, text)
+    if grammar is None:
+        return ANY_ARGUMENTS, [("", "it is too complex to enforce in time")]
+    return grammar, tuple(problems)
+
+
+def _grammar_in_time(schema: Schema, text: str) -> str | None:
+    """Return the grammar of a schema if llguidance takes it and compiles it in time, if possible in any order.
+
+    Args:
+        schema: schema.
+        text: its original, whose references may need the properties where they are.
+    """
+    in_any_order = [] if "/properties/" in text else [_in_any_order(schema)]
+    for candidate in map(to_grammar, [*in_any_order, schema]):
+        if find_problem(candidate) is None and compile_s(candidate) <= MAX_COMPILE_S:
+            return candidate
+    return None
 
 
 _known = DigestCache(_compute, MAX_KNOWN)

@@ -23,6 +23,7 @@ from kimi_mlx.session.ring import RingSession
 from kimi_mlx.session.session import Session, SessionOptions, stream_events
 from kimi_mlx.sizing.expert_memory import ExpertMemory
 from kimi_mlx.text.grammar import build_grammar, detect_thinking
+from kimi_mlx.text.messages import ToolCall
 from tests.fakes import KIMI_MINI
 
 pytestmark = pytest.mark.ranks
@@ -48,9 +49,9 @@ def tokenizer() -> ChatTokenizer:
 
 @pytest.fixture(scope="module")
 def requests(tokenizer: ChatTokenizer) -> list[Request]:
-    """Return a plain request, two with a schema (greedy, sampled), one with a bias, and two with penalties.
+    """Return a plain request, two with a schema (greedy, sampled), one with a bias, two with penalties, and a call.
 
-    All but the first and the last have log probabilities; the last one has a minimum length, too.
+    The second one with penalties has a minimum length, too. The model makes the call by its own choice.
     """
     prompt = tuple(tokenizer.apply_chat_template([{"role": "user", "content": "Invent a dog, please."}]))
     special = tokenizer.tokenizer.special_tokens
@@ -66,7 +67,14 @@ def requests(tokenizer: ChatTokenizer) -> list[Request]:
     penalties = Sampling(frequency_penalty=2, presence_penalty=2, repetition_penalty=4)
     penalized = replace(plain, sampling=penalties, min_tokens=35, top_logprobs=1)
     warm = replace(penalties, temperature=0.9, seed=4)
-    return [plain, constrained, sampled, biased, penalized, replace(penalized, sampling=warm, top_logprobs=None)]
+    longer = replace(penalized, sampling=warm, top_logprobs=None)
+    tool = {"type": "function", "function": {"name": "note", "parameters": SCHEMA}}
+    called = replace(
+        sampled,
+        grammar=build_grammar(special, detect_thinking(special, prompt), tools=[tool], parallel_tool_calls=False),
+        logit_bias=((special["<|tool_calls_section_begin|>"], 100.0),),
+    )
+    return [plain, constrained, sampled, biased, penalized, longer, called]
 
 
 def tokens_of(session: Session, request: Request) -> list[Token]:
@@ -93,7 +101,12 @@ def expected(requests: list[Request], tokenizer: ChatTokenizer) -> list[list[Tok
         answers = [tokens_of(session, request) for request in requests]
         with pytest.raises(EngineError, match="cannot be compiled"):
             tokens_of(session, replace(requests[0], grammar="start: ("))
-    plain, *constrained, biased, penalized, longer = answers
+    plain, *constrained, biased, penalized, longer, called = answers
+    parser = tokenizer.output_parser(requests[-1].prompt)
+    calls = [call for token in called for call in parser.add(token.id).tool_calls]
+    assert [(call.name, set(json.loads(call.arguments))) for call in calls if isinstance(call, ToolCall)] == [
+        ("note", {"name", "ages"})
+    ]
     for tokens in constrained:
         parser = tokenizer.output_parser(requests[1].prompt)
         deltas = [*(parser.add(token.id) for token in tokens), parser.finish()]

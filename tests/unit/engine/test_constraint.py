@@ -25,6 +25,8 @@ from kimi_mlx.runtime.grammars import open_grammar_compiler
 from kimi_mlx.runtime.load import load
 from kimi_mlx.text.control_tokens import ControlTokens
 from kimi_mlx.text.grammar import Thinking, build_grammar, detect_thinking
+from kimi_mlx.text.messages import ToolCall
+from kimi_mlx.text.output import parse
 from kimi_mlx.text.tokenizer import Tokenizer
 from tests.fakes import KIMI_MINI
 from tests.schemas import random_answer, random_schema
@@ -333,3 +335,50 @@ def greedy(model: Model, compiler: GrammarCompiler, prompt: list[int], grammar: 
         answer.append(token)
         tokens = [token]
     return answer
+
+
+ENDLESS = {
+    "type": "object",
+    "properties": {"rows": {"type": "array", "items": WEATHER}, "note": {"type": "string"}, "n": {"type": "number"}},
+    "required": ["rows", "note", "n"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("thinking", [Thinking.OPEN, Thinking.NONE])
+@pytest.mark.parametrize("max_tokens", [90, 200])
+def test_a_required_call_is_complete_before_the_maximum_number_of_tokens(thinking: Thinking, max_tokens: int) -> None:
+    tool = {"type": "function", "function": {"name": "get", "parameters": ENDLESS}}
+    text = build_grammar(TOKENIZER.special_tokens, thinking, tools=[tool], tool_choice="required")
+    assert text is not None
+    rng = np.random.default_rng(max_tokens)
+    constraint, ahead = Constraint(COMPILER, text), Constraint(COMPILER, text)
+    for either in (constraint, ahead):
+        either.limit_tokens(max_tokens)
+    answer: list[int] = []
+    while not constraint.is_finished and len(answer) < max_tokens:
+        allowed = np.flatnonzero(bits(constraint.allowed()))
+        answer.append(int(rng.choice(allowed)))
+        constraint.advance(answer[-1])
+    assert constraint.is_finished
+    assert constraint.was_shortened
+    masks = ahead.allowed_for_draft(answer[:-1])
+    for at, token in enumerate(answer):
+        assert (masks[at] == ahead.allowed()).all()
+        ahead.advance(token)
+    (call,) = parse(TOKENIZER, answer, thinking is Thinking.OPEN).tool_calls
+    assert isinstance(call, ToolCall)
+    jsonschema.validate(json.loads(call.arguments), ENDLESS)
+
+
+def test_a_short_call_is_not_shortened() -> None:
+    text = build_grammar(TOKENIZER.special_tokens, Thinking.NONE, tools=tools(1), tool_choice="required")
+    assert text is not None
+    arguments = '{"city": "Paris", "days": 3}'
+    answer = ids_of(f"<|tool_calls_section_begin|>{text_of_call(arguments)}<|tool_calls_section_end|><|im_end|>")
+    constraint = Constraint(COMPILER, text)
+    constraint.limit_tokens(2 * len(answer))
+    for token in answer:
+        constraint.advance(token)
+    assert constraint.is_finished
+    assert not constraint.was_shortened

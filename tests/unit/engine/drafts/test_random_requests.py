@@ -25,6 +25,7 @@ from tests.unit.engine.drafts.test_modes import Answers, answer
 
 TEXTS = ("Tell me about the sea.", "hi", "Write Python code that adds two numbers.", "2+3?")
 SCHEMAS = ({"enum": ["yes", "no"]}, {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": SCHEMAS[1]}} for name in ("add", "address")]
 CACHE_TOKENS = 1024
 """Size of the small caches, in which requests are preempted."""
 
@@ -39,6 +40,11 @@ def random_request(rng: random.Random) -> Request:
     grammar = None
     if rng.random() < 0.4:
         grammar = build_grammar(special, detect_thinking(special, prompt), rng.choice(SCHEMAS))
+    bias = ((rng.randrange(1792), 5.0),) if rng.random() < 0.3 else ()
+    if rng.random() < 0.3:  # calls, by the choice of the model or required
+        choice = rng.choice(("auto", "required"))
+        grammar = build_grammar(special, detect_thinking(special, prompt), tools=TOOLS, tool_choice=choice)
+        bias = ((special["<|tool_calls_section_begin|>"], 20.0),)
     sampling = Sampling(rng.choice((0.3, 0.9, 1.5)), rng.choice((1, 0.9)), rng.choice((0, 40)), seed=rng.randrange(99))
     inside = rng.choice((special["</think>"], TOKENIZER.encode(".")[-1]))
     return Request(
@@ -46,7 +52,7 @@ def random_request(rng: random.Random) -> Request:
         rng.choice((1, 2, 8, 20, 40)),
         sampling if rng.random() < 0.5 else Sampling(),
         TOKENIZER.stop_ids | ({inside} if rng.random() < 0.2 else set()),
-        ((rng.randrange(1792), 5.0),) if rng.random() < 0.3 else (),
+        bias,
         rng.choice((None, None, 0, 2)),
         grammar,
     )
