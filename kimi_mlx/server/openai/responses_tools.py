@@ -35,6 +35,9 @@ SEPARATOR = "__"
 INPUT = "input"
 """Name of the only parameter of a custom tool without a grammar."""
 
+MAX_RULE_CHARS = 500_000
+"""Maximum number of characters of all grammars of a request."""
+
 MAX_DESCRIBED_CHARS = 20_000
 """Longest grammar that is part of a tool's description."""
 
@@ -246,6 +249,8 @@ class ToolTable:
         if tool.format is None or tool.format.type == "text":
             return None
         try:
+            if sum(map(len, self.rules.values())) + len(tool.format.definition or "") > MAX_RULE_CHARS:
+                raise GrammarError(f"the grammars of the tools have more than {MAX_RULE_CHARS:,} characters")
             return _rule(tool.format, place)
         except GrammarError as error:
             self._notes.append(f"`{place}` is not enforced: {error.message}")

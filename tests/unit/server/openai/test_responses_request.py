@@ -308,3 +308,16 @@ def test_tool_choices(choice: dict[str, Any], expected: Any, names: list[str]):
 def test_sampling_fields():
     values = dict(zip(SAMPLING, (0.5, 0.25, 1.0, -1.0, 1.5), strict=True))
     assert request_of(**values).sampling == values
+
+
+def test_grammars_beyond_the_limit_are_not_enforced():
+    definition = "start: /[a-z]+/ //" + "x" * 150_000
+    tools = [
+        {**GRAMMAR_TOOL, "name": f"t{i}", "format": {**GRAMMAR_TOOL["format"], "definition": definition}}
+        for i in range(4)
+    ]
+    request = request_of(tools=tools)
+    assert list(request.input_rules) == ["t0", "t1", "t2"]
+    assert request.notes == (
+        "`tools[3].format` is not enforced: the grammars of the tools have more than 500,000 characters",
+    )
