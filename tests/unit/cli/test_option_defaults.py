@@ -113,10 +113,13 @@ def test_a_table_beats_the_keys_above_the_tables(files: Files) -> None:
 def test_switches_lists_and_sizes(files: Files) -> None:
     files.config(
         '[chat]\nthinking = false\nno_log = true\ncache_memory = "2GB"\n'
+        'expert_memory = "35%"\n'
         '[serve]\nserved_name = ["a", "b"]\nallow_host = "c"\n[launch]\nhosts = ["mac-a", "mac-b"]\n'
     )
     chat, serve = parse("chat").params, parse("serve").params
     assert (chat["thinking"], chat["no_log"], chat["cache_memory"]) == (False, True, 2 * 10**9)
+    assert chat["expert_memory"] == "35%"
+    assert serve["expert_memory"] == "auto"
     assert (serve["served_name"], serve["allow_host"]) == (["a", "b"], ["c"])
     assert parse("launch").params["hosts"] == "mac-a,mac-b"
     assert parse("chat", "--thinking").params["thinking"] is True

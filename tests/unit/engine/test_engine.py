@@ -18,6 +18,7 @@ from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model, SequenceSlice
 from kimi_mlx.model.device_traits import CPU_TUNING
 from kimi_mlx.sizing import engine_limits, step_time
+from kimi_mlx.sizing.engine_limits import StreamingLimits
 from kimi_mlx.weights.assemble import load_model
 from tests.checkpoints import load_golden, write_checkpoint
 
@@ -349,6 +350,23 @@ def test_first_tokens_come_in_order_of_arrival_within_a_client(model: Model) -> 
             engine.add(99, Request(make_prompt(20, 99), max_tokens=1, client="one"))
     assert [number for number in order if number != 99] == list(range(24))
     assert order.index(99) < 24
+
+
+def test_limits_of_experts_on_the_ssd_are_those_of_the_engine(model: Model) -> None:
+    """One sequence at a time; a prompt beside decoding gets whole chunks, because shorter ones read as many experts."""
+    engine = Engine(model, streaming=StreamingLimits(chunk=16, sequences=1))
+    for number in range(3):
+        engine.add(number, Request(make_prompt(40, number), max_tokens=3))
+    while not engine.is_idle:
+        list(engine.step())
+        assert engine.num_running <= 1
+    engine = Engine(model, streaming=StreamingLimits(chunk=16, sequences=2))
+    engine.add(0, Request(make_prompt(4, 9), max_tokens=20))
+    list(engine.step())
+    engine.add(1, Request(make_prompt(40, 8), max_tokens=1))
+    events = [pair for _ in range(6) for pair in engine.step()]
+    done = [event.done for request_id, event in events if request_id == 1 and isinstance(event, Prefilled)]
+    assert done == [0, 16, 32, 40]
 
 
 def test_the_number_of_running_sequences_is_limited_by_device_and_counted(model: Model) -> None:

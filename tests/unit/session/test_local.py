@@ -17,6 +17,7 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.session import local as local_session
 from kimi_mlx.session.local import LocalSession
 from kimi_mlx.session.session import SessionOptions
+from kimi_mlx.sizing.expert_memory import ExpertMemory
 from tests.fakes import KIMI_MINI
 
 
@@ -93,3 +94,13 @@ def test_closing_releases_the_memory_of_the_model(session: LocalSession) -> None
     with pytest.raises(EngineError, match="the session is closed"):
         tokens_of(other)
     other.close()
+
+
+def test_experts_are_read_from_the_disk_if_the_options_say_so(session: LocalSession) -> None:
+    assert session.status().memory[0].expert_budget is None
+    options = SessionOptions(KIMI_MINI, expert_memory=ExpertMemory.parse("50%"))
+    with closing(LocalSession(options)) as streamed:
+        assert tokens_of(streamed) == tokens_of(session)
+        budget = streamed.status().memory[0].expert_budget
+    assert budget is not None
+    assert 0 < budget.kept_share < 0.5
