@@ -124,7 +124,8 @@ class ExpertBudget:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> ExpertBudget:
         """Read the output of to_dict."""
-        return cls(**{**value, "limits": StreamingLimits(**value["limits"])})
+        fields: dict[str, Any] = {**value, "limits": StreamingLimits(**value["limits"])}
+        return cls(**fields)
 
     @classmethod
     def of(cls, sizes: ExpertSizes, budget_bytes: int | None, limits: StreamingLimits) -> ExpertBudget:

@@ -49,7 +49,8 @@ def measure_ssds(requests: Mapping[str, SsdRequest]) -> dict[str, SsdSpeed | str
     if not requests:
         return {}
     with ThreadPoolExecutor(len(requests)) as pool:
-        results = pool.map(lambda host: run_script(host, requests[host].script, LIMIT_S), requests)
+        scripts = [request.script for request in requests.values()]
+        results = pool.map(run_script, requests, scripts, [LIMIT_S] * len(scripts))
         return {host: parse_result(result) for host, result in zip(requests, results, strict=True)}
 
 

@@ -25,7 +25,8 @@ def test_a_wrong_value_is_a_usage_error(words: list[str]) -> None:
 def test_the_line() -> None:
     assert describe_expectation(EXPECTED) == (
         "19 % of the experts are in memory (74.0 GB of 380.0 GB), the others are read from the SSD: 3.7 tok/s "
-        "expected, assuming that 61 % of the choices are in memory; 1 sequence at a time, because more would hardly gain speed"
+        "expected, assuming that 61 % of the choices are in memory; 1 sequence at a time, because more would hardly "
+        "gain speed"
     )
     unknown = describe_expectation(replace(EXPECTED, decode_tok_per_s=None, max_sequences=128))
     assert unknown.endswith("no prediction for this machine (assuming that 61 % of the choices are in memory)")
