@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.store.build_job import BuildJob
 from kimi_mlx.store.download import StoreOptions, build, open_build_job
 from kimi_mlx.store.journal import JOURNAL_NAME
-from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, read_manifest
-from kimi_mlx.store.store_folders import rank_folder
+from kimi_mlx.store.manifest import MANIFEST_NAME, Manifest, Origin, read_manifest
+from kimi_mlx.store.store_folders import placement_folder, rank_folder
 from kimi_mlx.store.writer import RankWriter
 
 
@@ -24,17 +26,31 @@ def build_all(source: Path, stores: Path, ranks: int, strategy: str = "hybrid") 
     return job, build(options, job, SingleGroup())
 
 
-def build_with_stacks(source: Path, stores: Path, ranks: int, strategy: str = "hybrid") -> BuildJob:
-    """Build the stores of all ranks as an earlier version did."""
+@contextmanager
+def building_stacks() -> Generator[None]:
+    """Write the files of stores as an earlier version did."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RankWriter, "_is_begun_with_stacks", lambda writer, number: writer._has_experts(number))
-        job, manifests = build_all(source, stores, ranks, strategy)
+        yield
+
+
+def build_with_stacks(
+    source: Path, stores: Path, ranks: int, strategy: str = "hybrid", origin: Origin | None = None
+) -> BuildJob:
+    """Build the stores of all ranks as an earlier version did; as of another origin if one is given."""
+    options = StoreOptions(source, stores, ranks, strategy)
+    job = open_build_job(options, SingleGroup())
+    if origin is not None:
+        job.source.contents = replace(job.source.contents, origin=origin)
+        job.folder = placement_folder(stores, origin, job.placement)
+    with building_stacks():
+        manifests = build(options, job, SingleGroup())
     for manifest in manifests:
-        make_earlier(rank_folder(job.folder, manifest.rank))
+        make_format_2(rank_folder(job.folder, manifest.rank))
     return job
 
 
-def make_earlier(folder: Path) -> None:
+def make_format_2(folder: Path) -> None:
     """Give a rank's manifest and journal the form of format 2."""
     for name in (MANIFEST_NAME, JOURNAL_NAME):
         path = folder / name

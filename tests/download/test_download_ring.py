@@ -23,6 +23,8 @@ import pytest
 from kimi_mlx.errors import RingError
 from kimi_mlx.parallel.checked_group import CheckedGroup
 from kimi_mlx.parallel.group import SingleGroup
+from kimi_mlx.store.manifest import Origin
+from kimi_mlx.store.rewrite import rewrite_store
 from tests.download.host import (
     HEADER_BYTES,
     IN_FLIGHT_BYTES,
@@ -41,8 +43,9 @@ from tests.download.host import (
     succeed,
     wait_until,
 )
-from tests.hub import Hub
+from tests.hub import COMMIT, Hub
 from tests.mlx_launch import loopback_hostfile, ring_variables
+from tests.stores import build_with_stacks
 from tests.vision_checkpoints import rewrite
 
 pytestmark = pytest.mark.ranks
@@ -380,6 +383,22 @@ def test_repair_on_one_host_fetches_only_the_needed_files(hub: Hub, expected_sma
     shutil.rmtree(cluster.hosts[0].stores)
     cluster.build()
     assert cluster.checksums() == expected_small(2)
+
+
+@pytest.mark.slow
+def test_stores_of_an_earlier_version_are_rewritten_on_each_host(
+    hub: Hub, small: Path, expected_small: Expected, tmp_path: Path
+) -> None:
+    """One host has already been rewritten; the hub is not asked for anything."""
+    cluster = cluster_of(hub, tmp_path, 2)
+    for rank, host in enumerate(cluster.hosts):
+        folder = build_with_stacks(small, host.stores, 2, origin=Origin(NAME, COMMIT)).folder
+        shutil.rmtree(folder / f"rank-{1 - rank}")
+    rewrite_store(rank_folder(cluster.hosts[1], 1))
+    result = json.loads(cluster.build("--json", HF_HUB_OFFLINE="1"))
+    assert result["state"] == "is on this machine and rewritten, with a record for each expert"
+    assert cluster.checksums() == expected_small(2)
+    assert hub.requests == []
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ from kimi_mlx.weights.expert_reader import ExpertReader
 from kimi_mlx.weights.header import read_header
 from tests.experts import read_expert
 from tests.fakes import KIMI_MINI
-from tests.stores import build_all, build_with_stacks, checksums, make_earlier, read_manifests
+from tests.stores import build_all, build_with_stacks, checksums, make_format_2, read_manifests
 from tests.unit.store.test_vision_store import Silent
 
 
@@ -340,7 +340,7 @@ def test_a_build_that_an_earlier_version_began_is_finished(
         build_with_stacks(KIMI_MINI, tmp_path, 2)
     (folder,) = tmp_path.glob("*/*/hybrid-2-*")
     for rank in range(2):
-        make_earlier(rank_folder(folder, rank))
+        make_format_2(rank_folder(folder, rank))
     assert list(folder.rglob("*.safetensors.part"))
     stacked = set(folder.rglob("layer-00[1-3].safetensors*"))
     assert stacked

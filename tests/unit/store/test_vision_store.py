@@ -20,6 +20,7 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import Placement
 from kimi_mlx.runtime.load import fingerprint
+from kimi_mlx.store import prepare
 from kimi_mlx.store.download import StoreOptions, build, open_build_job
 from kimi_mlx.store.locate import find_local_model
 from kimi_mlx.store.manifest import MANIFEST_NAME, read_manifest
@@ -32,6 +33,7 @@ from kimi_mlx.store.vision import no_vision_error, sees_images, store_lacks_visi
 from kimi_mlx.weights.index import lacks_vision
 from tests.fakes import KIMI_MINI
 from tests.hub import Hub, use
+from tests.stores import building_stacks, make_format_2
 from tests.vision_checkpoints import published_file, rewrite
 
 NAME = "owner/model"
@@ -201,6 +203,26 @@ def test_an_interrupted_store_of_an_earlier_version_resumes_with_the_tower(tmp_p
         build(StoreOptions(source, folder, 1), job, SingleGroup())
     for path in stores.rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "other" / path.relative_to(stores)).read_bytes()
+
+
+def test_a_store_with_stacks_gets_the_tower_and_records(
+    hub: Hub, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with building_stacks(), monkeypatch.context() as patch:
+        patch.setattr(prepare, "rewrite_store", lambda folder, progress: None)
+        folder = Path(download(tmp_path, skips_vision=True)["folder"])
+    for rank in (0, 1):
+        make_format_2(rank_folder(folder, rank))
+        assert any(file.has_stacks for file in read_manifest(rank_folder(folder, rank)).files)
+    hub.reset_counts()
+    state = download(tmp_path)["state"]
+    assert state == "is fetched and verified and rewritten, with a record for each expert"
+    assert hub.sent_bytes < 1.1 * vision_bytes(repository)
+    manifests = [read_manifest(rank_folder(folder, rank)) for rank in (0, 1)]
+    assert [manifest.vision is not None for manifest in manifests] == [True, False]
+    assert not any(file.has_stacks for manifest in manifests for file in manifest.files)
+    fresh = Path(download(tmp_path / "fresh")["folder"])
+    assert manifests == [read_manifest(rank_folder(fresh, rank)) for rank in (0, 1)]
 
 
 def test_a_broken_tower_is_found_and_repaired(hub: Hub, repository: Path, tmp_path: Path) -> None:
