@@ -141,7 +141,7 @@ def open_models(
     if measurement.against == "mlx-lm":
         sides += _open_mlx_lm_sides(options_on_this_machine(prepared, options, run.ranks), stack, is_quiet)
     roofline = Roofline.of(config, _dtype_name(run.dtype, config), measurement.generation_tokens)
-    predict = predictor_here(config) if run.ranks == 1 else None
+    predict = predictor_here(config) if run.ranks == 1 and opened.expectation is None else None
     return BenchmarkModels(prepared, sides, config, plan, roofline, predict, opened.expectation)
 
 

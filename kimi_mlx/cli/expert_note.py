@@ -12,8 +12,12 @@ from kimi_mlx.planner.machines import Machine, SsdRate, any_machine
 from kimi_mlx.planner.model_shape import shape_of_config
 from kimi_mlx.session.model_status import HostStatus, ModelDeployment
 from kimi_mlx.session.session import Session
+from kimi_mlx.sizing.hosts import usable_bytes
 from kimi_mlx.sizing.ssd import THIS_HOST, saved_speeds
-from kimi_mlx.units import format_bytes, format_count
+from kimi_mlx.units import format_bytes, format_count, format_gib
+
+MIN_GAIN = 1.05
+"""Ratio of memory from which a higher limit of the GPU is suggested."""
 
 MANY_SEQUENCES = 64
 """Number of sequences at the same time that is not worth a word."""
@@ -54,6 +58,24 @@ def describe_expectation(expected: Expectation) -> str:
     if expected.max_sequences >= MANY_SEQUENCES:
         return text
     return f"{text}; {format_count(expected.max_sequences, 'sequence')} at a time, because more would hardly gain speed"
+
+
+def limit_hint(deployment: ModelDeployment) -> str | None:
+    """Return how to give the GPU of this Mac more memory; None where that gives none.
+
+    Args:
+        deployment: a model on this machine.
+    """
+    host = deployment.machines[0]
+    if host.gpu_limit_bytes is None or host.memory_bytes is None:
+        return None
+    usable = usable_bytes(host.memory_bytes)
+    if usable < MIN_GAIN * host.gpu_limit_bytes:
+        return None
+    return (
+        f"the GPU may use {format_gib(host.gpu_limit_bytes)}; `sudo sysctl iogpu.wired_limit_mb={usable // 1024**2}` "
+        f"raises that to {format_gib(usable)} until the next restart, for more experts in memory"
+    )
 
 
 def _machines(deployment: ModelDeployment) -> Sequence[Machine]:

@@ -34,6 +34,9 @@ from kimi_mlx.units import format_bytes, format_count
 IGNORED_FOR_DOWNLOAD = ("stores", "memory", "wired memory", "wired limit")
 """Checks that do not prevent a download, which loads nothing."""
 
+SHOWN_WARNINGS = ("encryption", "memory", "wired limit")
+"""Checks whose warnings are shown before the ranks start: others may read their data, or experts do not fit."""
+
 
 def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: LaunchedCommand) -> LaunchContext | None:
     """Check the hosts and place the model; None if the command has nothing to do.
@@ -131,14 +134,15 @@ def _require_cluster(
 
 
 def _print_start(diagnosis: Diagnosis, need: ModelNeed, option: str, cluster: Cluster, *, is_full: bool) -> None:
-    """Print the full report, or a line on ranks and network, and a warning if others may read the ranks' data."""
+    """Print the full report, or a line on ranks and network, and warnings that matter while the ranks run."""
     if is_full:
         _print_report(diagnosis, need, option)
         return
     stderr.print(_heading(diagnosis, cluster), style="dim", markup=False)
     for finding in diagnosis.findings:
-        if finding.check == "encryption" and finding.state == "warning":
-            print_warning(f"{finding.message}; {finding.remedy}")
+        if finding.check in SHOWN_WARNINGS and finding.state == "warning":
+            host = "" if finding.check == "encryption" else f"{finding.host}: "
+            print_warning(f"{host}{finding.message}; {finding.remedy}")
 
 
 def _print_report(diagnosis: Diagnosis, need: ModelNeed, option: str) -> None:

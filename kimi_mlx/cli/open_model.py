@@ -11,7 +11,7 @@ import typer
 
 from kimi_mlx.cli.calibration import calibrate_on
 from kimi_mlx.cli.deployment import deployment_here, deployment_on_hosts
-from kimi_mlx.cli.expert_note import describe_expectation, expectation_of
+from kimi_mlx.cli.expert_note import describe_expectation, expectation_of, limit_hint
 from kimi_mlx.cli.fetch_model import fetch_model
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.cli.output import load_progress, print_note, print_warning
@@ -209,6 +209,8 @@ def open_session(model: PreparedModel, options: SessionOptions, ranks: int, is_q
     opened = _open(model, options, ranks, is_quiet)
     if opened.expectation is not None and not is_quiet:
         print_note(describe_expectation(opened.expectation))
+        if model.launch is None and (hint := limit_hint(opened.deployment)) is not None:
+            print_note(hint)  # the checks of launched hosts have said so
     return opened
 
 
