@@ -77,7 +77,7 @@ class ResponseFormatter:
         self.on_end: Callable[[Value], None] = lambda response: None
         """Callback with the response object at its end, before the client receives it."""
         self._table = table or ToolTable()
-        self.fields = _echoed_fields(body) | {
+        self.fields: Value = _echoed_fields(body) | {
             "id": self.id,
             "object": "response",
             "created_at": int(time.time()),

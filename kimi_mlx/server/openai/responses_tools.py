@@ -64,17 +64,39 @@ class TypedTool:
 
 
 def _shell_command(arguments: Value) -> Value:
-    command = arguments.get("command")
-    words = ["bash", "-lc", command] if isinstance(command, str) else command
-    fields = {name: arguments.get(name) for name in ("timeout_ms", "user", "working_directory")}
-    return {"action": {"type": "exec", "command": words or [], "env": arguments.get("env") or {}, **fields}}
+    command, env = arguments.get("command"), arguments.get("env")
+    words = ["bash", "-lc", command] if isinstance(command, str) else _strings(command)
+    variables = cast("Value", env) if isinstance(env, dict) else {}
+    fields: Value = {"command": words, "env": {name: str(value) for name, value in variables.items()}}
+    fields |= {"timeout_ms": _integer(arguments.get("timeout_ms"))}
+    fields |= {name: _string(arguments.get(name)) for name in ("user", "working_directory")}
+    return {"action": {"type": "exec", **fields}}
 
 
 def _shell_commands(arguments: Value) -> Value:
     commands = arguments.get("commands")
-    lines = [commands] if isinstance(commands, str) else commands or []
-    fields = {name: arguments.get(name) for name in ("timeout_ms", "max_output_length")}
-    return {"action": {"commands": lines, **fields}}
+    lines = [commands] if isinstance(commands, str) else _strings(commands)
+    limits = {name: _integer(arguments.get(name)) for name in ("timeout_ms", "max_output_length")}
+    return {"action": {"commands": lines, **limits}}
+
+
+def _operation(arguments: Value) -> Value:
+    kind = arguments.get("type")
+    fields = {name: _string(arguments.get(name)) or "" for name in ("path", "diff")}
+    return {"operation": {"type": kind if kind in PATCH_TYPES else "update_file", **fields}}
+
+
+def _strings(value: Any) -> list[str]:
+    values = cast("list[Any]", value) if isinstance(value, list) else []
+    return [word if isinstance(word, str) else json.dumps(word) for word in values]
+
+
+def _string(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _action(item: Value) -> Value:
@@ -86,6 +108,7 @@ def _object(properties: Value, *required: str) -> Value:
     return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
 
 
+PATCH_TYPES = ("create_file", "update_file", "delete_file")
 MILLISECONDS: Value = {"type": "integer", "minimum": 0, "description": "Time limit in milliseconds"}
 
 TYPED_TOOLS = {
@@ -124,14 +147,14 @@ TYPED_TOOLS = {
         "begin with `@@`; a new file has only lines with `+`.",
         _object(
             {
-                "type": {"enum": ["create_file", "update_file", "delete_file"]},
+                "type": {"enum": list(PATCH_TYPES)},
                 "path": {"type": "string"},
                 "diff": {"type": "string"},
             },
             "type",
             "path",
         ),
-        lambda arguments: {"operation": {"type": "update_file", "path": "", "diff": "", **arguments}},
+        _operation,
         lambda item: cast("Value", item.get("operation")) if isinstance(item.get("operation"), dict) else {},
     ),
     "tool_search": TypedTool(
