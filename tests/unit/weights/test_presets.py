@@ -77,7 +77,12 @@ def test_groups_shrink_to_divide_the_columns(sources: dict[str, Path]) -> None:
             assert weight.shape[-1] % weight.plan.quantization.group_size == 0
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8", "int4", "int4-k2.5", "affine, mixed", "affine, whole kv_b"])
+SLOW_LAYOUTS = ("bf16", "int4", "affine, mixed", "affine, whole kv_b")
+
+
+@pytest.mark.parametrize(
+    "name", ["fp8", "int4-k2.5", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_LAYOUTS)]
+)
 def test_every_layout_converts_to_a_preset(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
     run(sources[name], tmp_path / "out", TWO_BITS)
     logits = logits_of(tmp_path / "out")
@@ -134,6 +139,7 @@ def test_sizes_of_known_models_need_no_files(alias: str, form: PublishedFormat, 
     assert round(plan.size_bytes / 1e9, 1) == SIZES[alias, form][preset]
 
 
+@pytest.mark.slow
 def test_importance_changes_the_result_and_is_part_of_the_record(deep: Path, tmp_path: Path) -> None:
     files = [Importance(importance_of(deep, tmp_path / f"{seed}.safetensors", seed=seed)) for seed in (1,)]
     conversions = [open_conversion(deep, TWO_BITS, importance) for importance in (None, *files)]
@@ -182,7 +188,7 @@ def test_importance_of_another_model_is_refused(deep: Path, sources: dict[str, P
 
 
 def test_the_digest_is_that_of_the_norms_in_any_format(deep: Path, tmp_path: Path) -> None:
-    run(deep, tmp_path / "out", TWO_BITS)
+    run(deep, tmp_path / "out", ConvertOptions(preset="2bit"))
     digests = {norm_digest(open_conversion(folder, ConvertOptions()).reader) for folder in (deep, tmp_path / "out")}
     assert len(digests) == 1
 
