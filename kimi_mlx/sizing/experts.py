@@ -73,14 +73,21 @@ class ExpertSizes:
             other_bytes: memory for KV caches and prefill.
 
         Raises:
-            MemoryLimitError: mode `auto`, and not even the rest of the model fits.
+            MemoryLimitError: the rest of the model with the smallest budget, or with the set one, does not fit.
         """
         if setting.mode == "all" or not self.num_experts:
             return None
         if setting.mode == "size":
             size = setting.num_bytes if setting.share is None else round(setting.share * self.all_bytes)
             assert size is not None
-            return None if size >= self.all_bytes else size
+            size = min(size, self.all_bytes)
+            if self.rest_bytes + size > free_bytes:
+                raise MemoryLimitError(
+                    f"the model needs {format_gib(self.rest_bytes + size)} with {format_gib(size)} of experts in "
+                    f"memory; {format_gib(free_bytes)} are free",
+                    hint="use `--expert-memory auto`, or less",
+                )
+            return None if size == self.all_bytes else size
         if self.rest_bytes + self.all_bytes + other_bytes <= free_bytes:
             return None
         smallest_bytes = self.rest_bytes + self.staging_bytes

@@ -71,9 +71,14 @@ def test_the_number_of_experts_is_that_of_the_slots(share: float) -> None:
 
 
 def test_a_size_is_taken_as_it_is() -> None:
-    assert K2.budget(ExpertMemory("size", num_bytes=0), 0, 0) == 0
-    assert K2.budget(ExpertMemory("size", share=0.5), 0, 0) == round(K2.all_bytes / 2)
-    assert K2.budget(ExpertMemory("size", share=1.0), 0, 0) is None  # all of them: nothing to read
+    free = 600 * GB
+    assert K2.budget(ExpertMemory("size", num_bytes=0), free, 0) == 0
+    assert K2.budget(ExpertMemory("size", share=0.5), free, 0) == round(K2.all_bytes / 2)
+    assert K2.budget(ExpertMemory("size", share=1.0), free, 0) is None  # all of them: nothing to read
+    with pytest.raises(
+        MemoryLimitError, match=r"needs 57\.7 GiB with 46\.6 GiB of experts in memory; 37\.3 GiB are free"
+    ):
+        K2.budget(ExpertMemory("size", num_bytes=50 * GB), 40 * GB, 0)
     assert ExpertSizes(1, (), 0, 8).budget(ExpertMemory("size", num_bytes=0), 0, 0) is None  # a dense model
 
 
