@@ -21,8 +21,9 @@ from kimi_mlx.client.address import ServerAddress, parse_address
 from kimi_mlx.client.http import HttpClient, MissingPathError
 from kimi_mlx.client.local_servers import find_servers
 from kimi_mlx.errors import ServerError
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.session.model_status import ModelStatus
-from kimi_mlx.units import format_bytes, format_count, format_duration, format_rate
+from kimi_mlx.units import format_bytes, format_count, format_duration, format_rate, format_seconds
 
 INTERVAL_S = 1.0
 """Interval of `--watch`."""
@@ -197,6 +198,8 @@ def _facts(address: ServerAddress, status: ModelStatus, document: Mapping[str, A
     yield from _cache_facts(status)
     if drafts := document.get("drafts"):
         yield "drafts", _describe_drafts(drafts)
+    if ranks := [rank.experts for rank in status.ranks if rank.experts is not None]:
+        yield "experts", _describe_experts(ExpertStats.of_ranks(ranks))
     yield from run_facts(status)
 
 
@@ -205,6 +208,18 @@ def _describe_drafts(drafts: Mapping[str, Any]) -> str:
     drafted, accepted = int(drafts["drafted_tokens"]), int(drafts["accepted_tokens"])
     state = drafts["off_reason"] or "drafts on"
     return f"{accepted / drafted:.0%} of {drafted:,} draft tokens accepted; {state}" if drafted else str(state)
+
+
+def _describe_experts(stats: ExpertStats) -> str:
+    """Return how many experts are kept in memory, and how many of those needed were there."""
+    kept = f"{stats.kept_experts:,} of {stats.num_experts:,} kept in memory"
+    if stats.hit_rate is None:
+        return kept
+    guessed = f", {stats.guesses_right / stats.guesses:.0%} of guesses right" if stats.guesses else ""
+    return (
+        f"{kept}; {stats.hit_rate:.0%} of those needed were there, {format_bytes(stats.bytes_read)} read, waited "
+        f"{format_seconds(stats.wait_seconds)} for them{guessed}"
+    )
 
 
 def _cache_facts(status: ModelStatus) -> Iterator[tuple[str, str]]:

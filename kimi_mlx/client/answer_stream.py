@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 from kimi_mlx.client.http import RETRY_HINT
 from kimi_mlx.client.server_json import parse_server_json
 from kimi_mlx.engine.events import Encoded, Finished, Interrupted, Prefilled, Resumed, Statistics
 from kimi_mlx.errors import ServerError
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.session.chat_model import ChatEvent
 from kimi_mlx.text.messages import Delta, ToolCallDelta
 from kimi_mlx.text.tool_calls import read_tool_call
@@ -206,4 +207,14 @@ def _read_timings(timings: Mapping[str, Any]) -> Statistics:
         drafted_tokens=_read_count(timings, "draft_n"),
         accepted_tokens=_read_count(timings, "draft_n_accepted"),
         drafts_off=str(drafts_off) if (drafts_off := timings.get("drafts_off")) else None,
+        prompt_read_bytes=_read_count(timings, "prompt_read_bytes"),
+        experts=_read_experts(timings.get("experts")),
     )
+
+
+def _read_experts(counters: Any) -> ExpertStats | None:
+    if not isinstance(counters, dict):
+        return None
+    values = cast("dict[str, Any]", counters)
+    known = [item.name for item in fields(ExpertStats)]
+    return ExpertStats(**{name: max(0, values[name]) for name in known if isinstance(values.get(name), (int, float))})

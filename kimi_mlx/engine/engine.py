@@ -34,6 +34,7 @@ from kimi_mlx.engine.token_sampler import TokenSampler
 from kimi_mlx.errors import ContextLengthError, EngineError, KimiMlxError, VisionError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.draft_model import DraftModel
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.parallel.communicator import SEQUENCE_MODULUS, LeaderState
 from kimi_mlx.parallel.group import SingleGroup, gather_on_host
 from kimi_mlx.sizing.engine_limits import StreamingLimits
@@ -158,6 +159,11 @@ class Engine:
         return self._pool.usage
 
     @property
+    def expert_stats(self) -> ExpertStats | None:
+        """Counters of the experts that are read from the disk; None if all are in memory. Safe from any thread."""
+        return self._model.expert_stats
+
+    @property
     def image_error(self) -> EngineError | None:
         """Error for requests with images if the model does not see images, with reason and remedy; None if it does."""
         if self._model.config.vision is None:
@@ -198,7 +204,7 @@ class Engine:
             else:
                 constraint = None
         sampler = TokenSampler(request, self._seed(request), constraint)
-        self._waiting.append(Sequence(request_id, request, max_tokens, sampler))
+        self._waiting.append(Sequence(request_id, request, max_tokens, sampler, lambda: self._model.expert_stats))
 
     def measure_steps(self) -> None:
         """Measure how long steps of a few tokens take, to decide on drafts. Collective; call it before any request."""

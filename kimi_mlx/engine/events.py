@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from kimi_mlx.model.expert_stats import ExpertStats
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -17,6 +19,9 @@ class Statistics:
     (ttft_s). That token counts as part of prefill, so decode_tok_per_s covers the others. encode_s is the part of
     ttft_s in which the vision tower encoded images of the request. Of the draft tokens that the model verified, some
     were accepted; drafts_off is the reason why nothing was drafted at the end, if drafts were enabled.
+
+    If experts are read from the disk, prompt_read_bytes counts what was read until the first new token, and experts has
+    the counters of the steps after it; steps of a batch count for each of its answers. Otherwise experts is None.
     """
 
     prompt_tokens: int
@@ -30,6 +35,14 @@ class Statistics:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     drafts_off: str | None = None
+    prompt_read_bytes: int = 0
+    experts: ExpertStats | None = None
+
+    @property
+    def read_bytes_per_token(self) -> float:
+        """Bytes of experts read per token after the first; 0 if there are none."""
+        num_tokens = self.generated_tokens - 1
+        return self.experts.bytes_read / num_tokens if self.experts is not None and num_tokens > 0 else 0.0
 
     @property
     def tokens_per_step(self) -> float:
@@ -59,7 +72,9 @@ class Statistics:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Statistics:
         """Read the output of to_dict; the rates are recomputed."""
-        return cls(**{item.name: value[item.name] for item in fields(cls)})
+        known = {item.name: value[item.name] for item in fields(cls)}
+        experts = known.pop("experts")
+        return cls(**known, experts=None if experts is None else ExpertStats(**experts))
 
 
 @dataclass(frozen=True)

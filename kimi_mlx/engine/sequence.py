@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from kimi_mlx.engine.drafts.drafter import accepted_length
 from kimi_mlx.engine.drafts.records import SequenceDrafts
@@ -13,6 +13,7 @@ from kimi_mlx.engine.request import Request
 from kimi_mlx.engine.token_array import TokenArray
 from kimi_mlx.engine.token_sampler import TokenSampler
 from kimi_mlx.model.cache import LatentCache
+from kimi_mlx.model.expert_stats import ExpertStats
 
 
 class Sequence:
@@ -23,6 +24,7 @@ class Sequence:
         request: the request.
         max_tokens: maximum number of new tokens.
         sampler: samples the tokens.
+        count_experts: function that returns the counters of experts read from the disk; None if all are in memory.
 
     Attributes:
         tokens: the prompt and the sampled tokens, with keys of images for their placeholder tokens.
@@ -39,7 +41,14 @@ class Sequence:
             prompt if none is left.
     """
 
-    def __init__(self, request_id: int, request: Request, max_tokens: int, sampler: TokenSampler):
+    def __init__(
+        self,
+        request_id: int,
+        request: Request,
+        max_tokens: int,
+        sampler: TokenSampler,
+        count_experts: Callable[[], ExpertStats | None] = lambda: None,
+    ):
         self.request_id, self.request, self.max_tokens, self.sampler = request_id, request, max_tokens, sampler
         self.tokens = request.cache_key()
         self.pending_images = list(request.images)
@@ -56,6 +65,9 @@ class Sequence:
         self._cached: int | None = None
         self._steps = 0
         self._started = self._first_token_at = 0.0
+        self._count_experts = count_experts
+        self._experts_at_start: ExpertStats | None = None
+        self._experts_at_first_token: ExpertStats | None = None
 
     @property
     def layers(self) -> list[LatentCache]:
@@ -128,6 +140,7 @@ class Sequence:
         self._equal_prefixes.clear()
         if self._cached is None:
             self._cached = cached
+            self._experts_at_start = self._count_experts()
             self._started = time.perf_counter()
 
     def end(self) -> SequenceCache:
@@ -175,7 +188,8 @@ class Sequence:
     def append(self, tokens: list[int], logprobs: list[Logprobs | None]) -> Iterator[Token]:
         """Append sampled tokens and yield an event for each."""
         self._steps += bool(self.generated)
-        self._first_token_at = self._first_token_at or time.perf_counter()
+        if not self._first_token_at:
+            self._first_token_at, self._experts_at_first_token = time.perf_counter(), self._count_experts()
         self.token_array.extend(tokens)
         self.sampler.advance(tokens)
         for token, logprob in zip(tokens, logprobs, strict=True):
@@ -201,6 +215,9 @@ class Sequence:
         now = time.perf_counter()
         started = self._started or now
         first = self._first_token_at or now
+        counted = self._count_experts()
+        at_start = self._experts_at_start or counted
+        at_first_token = self._experts_at_first_token or counted
         return Finished(
             reason,
             Statistics(
@@ -215,5 +232,7 @@ class Sequence:
                 drafted_tokens=self.drafts.num_drafted,
                 accepted_tokens=self.drafts.num_accepted,
                 drafts_off=drafts_off,
+                prompt_read_bytes=at_first_token.since(at_start).bytes_read if at_first_token and at_start else 0,
+                experts=counted.since(at_first_token) if counted and at_first_token else None,
             ),
         )

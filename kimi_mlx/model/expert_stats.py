@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+TOTALS = (
+    "hits",
+    "misses",
+    "bytes_read",
+    "wait_seconds",
+    "guesses",
+    "guesses_right",
+    "guesses_cancelled",
+    "steps",
+)
+"""Fields that are totals."""
 
 
 @dataclass
@@ -41,3 +55,28 @@ class ExpertStats:
     def copy(self) -> ExpertStats:
         """Return the present values, which later steps do not change."""
         return replace(self)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the needed experts that had been in memory; None if none were needed."""
+        needed = self.hits + self.misses
+        return self.hits / needed if needed else None
+
+    def since(self, earlier: ExpertStats) -> ExpertStats:
+        """Return the totals counted since earlier values of the same rank."""
+        return replace(self, **{name: getattr(self, name) - getattr(earlier, name) for name in TOTALS})
+
+    def with_earlier(self, earlier: ExpertStats) -> ExpertStats:
+        """Return the totals together with those of a rank that was lost."""
+        return replace(self, **{name: getattr(self, name) + getattr(earlier, name) for name in TOTALS})
+
+    @classmethod
+    def of_ranks(cls, ranks: Iterable[ExpertStats]) -> ExpertStats:
+        """Return the sums of several ranks; of times and steps, and of bytes of an expert, the largest."""
+        every = [asdict(rank) for rank in ranks]
+        largest = ("wait_seconds", "steps", "expert_bytes")
+        return cls(**{name: (max if name in largest else sum)(rank[name] for rank in every) for name in every[0]})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON."""
+        return asdict(self)

@@ -23,6 +23,7 @@ from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import KimiMlxError, MissingModelError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.parallel.all_reduce import tune_all_reduce
 from kimi_mlx.parallel.communicator import RankCommunicator
 from kimi_mlx.parallel.group import Group, barrier
@@ -129,6 +130,7 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         free_bytes=free_memory_bytes(),
         expert_budget=None if budget is None else budget.to_dict(),
         cache_usage=engine.cache_usage.to_dict(),
+        experts=None if engine.expert_stats is None else engine.expert_stats.to_dict(),
     )
     return engine
 
@@ -155,7 +157,16 @@ def run_step(channel: Channel, engine: Engine, is_leader: bool) -> None:
         if isinstance(event, KimiMlxError):
             lines.append(encode_error(event, rank=None, kind="refused", request_id=request_id))
         elif is_leader or isinstance(event, Finished):
-            lines.append(encode_event(request_id, event, engine.cached_tokens, engine.batch_sizes, engine.cache_usage))
+            lines.append(
+                encode_event(
+                    request_id,
+                    event,
+                    engine.cached_tokens,
+                    engine.batch_sizes,
+                    engine.cache_usage,
+                    engine.expert_stats,
+                )
+            )
     if lines:
         channel.write(*lines)
     channel.report_progress("idle" if engine.is_idle else "prefill" if engine.is_prefilling else "decode")
@@ -167,6 +178,7 @@ def encode_event(
     cached_tokens: int = 0,
     batch_sizes: BatchSizes = NO_STEPS,
     cache_usage: CacheUsage | None = None,
+    experts: ExpertStats | None = None,
 ) -> bytes:
     """Return an event of a request as a message.
 
@@ -176,6 +188,7 @@ def encode_event(
         cached_tokens: number of tokens in all KV caches, sent with Finished.
         batch_sizes: number of steps by the number of their sequences, sent with Finished.
         cache_usage: use of the prompt cache so far, sent with Finished.
+        experts: counters of this rank's experts so far, sent with Finished; None if all are in memory.
     """
     match event:
         case Encoded():
@@ -197,6 +210,7 @@ def encode_event(
                 cached_tokens=cached_tokens,
                 batch_sizes=asdict(batch_sizes),
                 cache_usage=(cache_usage or CacheUsage()).to_dict(),
+                experts=None if experts is None else experts.to_dict(),
             )
         case _:
             raise TypeError(f"{event} is not an event of a rank")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate
 
@@ -11,6 +11,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from kimi_mlx.engine.batch_sizes import BATCH_SIZE_LIMITS, NO_STEPS
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.server.api_types import Usage
 from kimi_mlx.session.session import DraftStatus, SessionStatus
 
@@ -56,6 +57,18 @@ class Metrics:
         self._drafts = {result: drafts.labels(result) for result in ("accepted", "rejected")}
         self._draft_totals = {"accepted": 0, "rejected": 0}
         self._drafts_active = gauge("kimi_mlx_drafts_active", "1 while tokens are drafted, 0 if that gains nothing.")
+        experts = counter("kimi_mlx_experts", "Experts that steps needed, of all ranks.", ["result"])
+        guesses = counter("kimi_mlx_expert_guesses", "Experts read before they were chosen.", ["result"])
+        self._experts = {
+            "hits": experts.labels("hit"),
+            "misses": experts.labels("miss"),
+            "guesses_right": guesses.labels("right"),
+            "guesses_wrong": guesses.labels("wrong"),
+            "bytes_read": counter("kimi_mlx_expert_read_bytes", "Bytes of experts read from the disk, of all ranks."),
+            "wait_seconds": counter("kimi_mlx_expert_wait_seconds", "Time that steps waited for experts."),
+        }
+        self._expert_totals = dict.fromkeys(self._experts, 0.0)
+        self._kept_experts = gauge("kimi_mlx_experts_kept_ratio", "Share of the experts that is kept in memory.")
         self._prompt_totals = (0, 0)
         self._batch_sizes = BatchSizeCollector()
         self._registry.register(self._batch_sizes)
@@ -84,7 +97,20 @@ class Metrics:
         self._cache_tokens.set(status.cached_tokens)
         self._batch_sizes.sizes = status.batch_sizes
         self._set_drafts(status.drafts or DraftStatus(off_reason="drafts are not enabled"))
+        self._set_experts([*status.experts.values()])
         return generate_latest(self._registry)
+
+    def _set_experts(self, ranks: Sequence[ExpertStats]) -> None:
+        """Set the counters of experts; without ranks all experts are in memory."""
+        if not ranks:
+            self._kept_experts.set(1)
+            return
+        stats = ExpertStats.of_ranks(ranks)
+        self._kept_experts.set(stats.kept_experts / stats.num_experts)
+        totals = {**stats.to_dict(), "guesses_wrong": stats.guesses - stats.guesses_right}
+        for name, metric in self._experts.items():
+            metric.inc(max(totals[name] - self._expert_totals[name], 0))
+            self._expert_totals[name] = totals[name]
 
     def _set_drafts(self, drafts: DraftStatus) -> None:
         self._drafts_active.set(drafts.off_reason is None)

@@ -9,6 +9,7 @@ from kimi_mlx.cluster.channel.messages import encode
 from kimi_mlx.engine.events import Finished, FinishReason, Statistics
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import KimiMlxError
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.session.session import EventCallback
 
 
@@ -31,6 +32,7 @@ class Job:
         first_token_at: time of the first token; 0 before it.
         next_logprob: position of the next token of the prompt whose log probability the caller does not have; 0 before
             the first.
+        rank_statistics: statistics of the ranks that have finished the request, by rank.
     """
 
     request_id: int
@@ -46,6 +48,7 @@ class Job:
     submitted_at: float = field(default_factory=time.perf_counter)
     first_token_at: float = 0.0
     next_logprob: int = 0
+    rank_statistics: dict[int, Statistics] = field(default_factory=dict[int, Statistics])
 
     def remaining_request(self) -> Request:
         """Return the request for the rest of the answer: its prompt ends with the tokens already sent."""
@@ -101,6 +104,16 @@ class Job:
                 drafts_off=statistics.drafts_off,
             )
         return Finished(reason, own)
+
+    def outcome_of_ranks(self) -> Finished | KimiMlxError | None:
+        """Return the outcome with the experts that all ranks read, after the last rank has finished."""
+        ranks = [statistics.experts for statistics in self.rank_statistics.values() if statistics.experts is not None]
+        if not isinstance(self.outcome, Finished) or self.was_interrupted or not ranks:
+            return self.outcome
+        prompt_bytes = sum(statistics.prompt_read_bytes for statistics in self.rank_statistics.values())
+        experts = ExpertStats.of_ranks(ranks)
+        statistics = replace(self.outcome.statistics, prompt_read_bytes=prompt_bytes, experts=experts)
+        return replace(self.outcome, statistics=statistics)
 
     def _finish_reason(self, context: int) -> FinishReason | None:
         if self.sent_ids and self.sent_ids[-1] in self.request.stop_ids:

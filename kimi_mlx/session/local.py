@@ -129,7 +129,7 @@ class LocalSession:
         engine, last_step_at = self._engine, self._last_step_at
         if engine is None or self._failure is not None or not self._thread.is_alive():
             return SessionStatus(False, str(self._failure or "the model is not loaded"))
-        num_running, drafts = engine.num_running, engine.drafts
+        num_running, drafts, experts = engine.num_running, engine.drafts, engine.expert_stats
         failed_at, reason = self._failed_step or (0.0, None)
         if engine.is_idle and time.monotonic() - failed_at > FAILED_STEP_DOWN_S:
             reason = None
@@ -144,6 +144,7 @@ class LocalSession:
             batch_sizes=engine.batch_sizes,
             cache_usage=(engine.cache_usage,),
             drafts=None if drafts is None else DraftStatus(drafts.num_drafted, drafts.num_accepted, drafts.off_reason),
+            experts={} if experts is None else {0: experts},
         )
 
     def reset(self) -> None:

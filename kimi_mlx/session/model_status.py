@@ -19,6 +19,7 @@ from kimi_mlx.cluster.hosts.host import Cluster
 from kimi_mlx.cluster.ring.watch import RankActivity
 from kimi_mlx.errors import PlacementError
 from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.parallel.placement import RANGE_FIELDS, Placement, RankShare
 from kimi_mlx.planner.model_shape import shape_of_config
 from kimi_mlx.planner.portions import plan_placement, portion_of
@@ -117,6 +118,7 @@ class RankStatus:
             not a process of its own.
         step: number of its steps so far; None if it is not known.
         last_message_s: seconds since its last message; None if it is not known.
+        experts: counters of the experts that it reads from its disk; None if all of its experts are in memory.
     """
 
     rank: int
@@ -133,6 +135,7 @@ class RankStatus:
     work: str = ""
     step: int | None = None
     last_message_s: float | None = None
+    experts: ExpertStats | None = None
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,7 @@ def model_status(deployment: ModelDeployment, session: Session) -> ModelStatus:
     if status.cache_usage:
         pairs = zip(ranks, status.cache_usage, strict=True)
         ranks = [replace(rank, cache_disk_bytes=usage.disk_bytes) for rank, usage in pairs]
+    ranks = [replace(rank, experts=status.experts.get(rank.rank)) for rank in ranks]
     return ModelStatus(
         model=deployment.name,
         context_tokens=session.context,
@@ -347,6 +351,8 @@ def _with_activity(rank: RankStatus, activity: Sequence[RankActivity]) -> RankSt
 def _read_rank(value: Mapping[str, Any]) -> RankStatus:
     known = _known_fields(RankStatus, value)
     holds = {name: (int(start), int(stop)) for name, (start, stop) in (value.get("holds") or {}).items()}
+    experts = value.get("experts")
+    known["experts"] = None if experts is None else ExpertStats(**_known_fields(ExpertStats, experts))
     return RankStatus(**{**known, "holds": holds})
 
 

@@ -30,6 +30,7 @@ from kimi_mlx.engine.events import (
 from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, KimiMlxError, RingError, SshError
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.runtime.tokenizer_files import unpack_tokenizer_files
 from kimi_mlx.session.image_upload import ImageUploader
@@ -101,6 +102,8 @@ class RingSession:
         self._loaded_memory = [RankMemory()] * self._cluster.size
         self._cache_usage = [CacheUsage()] * self._cluster.size
         self._earlier_cache_usage = self._cache_usage  # of the rings before this one
+        self._experts: dict[int, ExpertStats] = {}
+        self._earlier_experts: dict[int, ExpertStats] = {}
         self._restart_log: deque[Restart] = deque(maxlen=MAX_RESTART_LOG)
         try:
             self._start(progress, needs_tokenizer_files=options.folder is None)
@@ -194,6 +197,7 @@ class RingSession:
             all_reduce=None if self.all_reduce is None else str(self.all_reduce),
             cache_usage=tuple(self._cache_usage),
             drafts=self._drafts,
+            experts=dict(self._experts),
         )
 
     def reset(self) -> None:
@@ -249,7 +253,7 @@ class RingSession:
                     message["free_bytes"],
                     expert_budget=budget and ExpertBudget.from_dict(budget),
                 )
-                self._set_cache_usage(rank, message)
+                self._set_usage(rank, message)
                 loading_ranks.discard(rank)
             if not loading_ranks:
                 return
@@ -367,22 +371,27 @@ class RingSession:
         if not is_refused:
             self._cached_tokens = message["cached_tokens"]
             self._batch_sizes = BatchSizes(**message["batch_sizes"])
-            self._set_cache_usage(rank, message)
+            self._set_usage(rank, message)
             self.peak_memory_bytes[rank] = message["statistics"]["peak_memory_bytes"]
+            job.rank_statistics[rank] = Statistics.from_dict(message["statistics"])
         if rank == 0 and is_refused:
             job.outcome = decode_error(message)
         elif rank == 0:
-            statistics = Statistics.from_dict(message["statistics"])
+            statistics = job.rank_statistics[0]
             job.outcome = job.finish_event(message["reason"], statistics)
             if self._drafts is not None:
                 self._drafts = self._drafts.after(statistics)
-        if not job.pending_ranks and job.outcome is not None:
+        if not job.pending_ranks and (outcome := job.outcome_of_ranks()) is not None:
             with self._lock:
-                self._end_job(job, job.outcome)
+                self._end_job(job, outcome)
 
-    def _set_cache_usage(self, rank: int, message: Message) -> None:
+    def _set_usage(self, rank: int, message: Message) -> None:
+        """Set what a rank counts of its prompt cache and its experts, together with the rings before this one."""
         usage = CacheUsage.from_dict(message["cache_usage"])
         self._cache_usage[rank] = usage.with_earlier(self._earlier_cache_usage[rank])
+        if message["experts"] is not None:
+            experts = ExpertStats(**message["experts"])
+            self._experts[rank] = experts.with_earlier(self._earlier_experts.get(rank, ExpertStats()))
 
     def _recover(self, error: KimiMlxError) -> KimiMlxError | None:
         """Restart the ring and resume the unfinished requests; return the last error if that fails."""
@@ -394,7 +403,7 @@ class RingSession:
             for job in list(self._jobs.values()):
                 if (outcome := job.outcome_if_complete(self._context)) is not None:
                     self._end_job(job, outcome)
-        self._earlier_cache_usage = list(self._cache_usage)
+        self._earlier_cache_usage, self._earlier_experts = list(self._cache_usage), dict(self._experts)
         self._cached_tokens = 0
         lost_at = time.monotonic()
         self._restart_log.append(Restart(time.time(), error.message))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +14,7 @@ from kimi_mlx.engine.batch_sizes import NO_STEPS, BatchSizes
 from kimi_mlx.engine.events import Event, Finished, Statistics
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import EngineError, UsageError
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.parallel.placement import normalize_strategy
 from kimi_mlx.sizing.expert_memory import AUTO, ExpertMemory
 
@@ -201,6 +202,8 @@ class SessionStatus:
         cache_usage: use of the prompt cache by each rank since the session was opened; for a ring, after the last
             answer. Empty if it is not known.
         drafts: status of drafts; None if they are not enabled.
+        experts: counters of the experts that a rank reads from its disk, by rank, since the session was opened; for a
+            ring, after the last answer. Without the ranks that have all experts in memory.
     """
 
     is_up: bool
@@ -217,6 +220,7 @@ class SessionStatus:
     all_reduce: str | None = None
     cache_usage: tuple[CacheUsage, ...] = ()
     drafts: DraftStatus | None = None
+    experts: Mapping[int, ExpertStats] = field(default_factory=dict[int, ExpertStats])
 
 
 EventCallback = Callable[[Event | BaseException], None]

@@ -132,6 +132,15 @@ def test_drafts_say_what_was_accepted_and_why_they_are_off() -> None:
         assert "75% of 40 draft tokens accepted; drafts off: too slow" in run(drafting.url).stdout
 
 
+def test_experts_on_the_disk_have_a_line() -> None:
+    experts = {"hits": 3, "misses": 1, "bytes_read": 2000, "wait_seconds": 1.5, "guesses": 4, "guesses_right": 2}
+    rank = {"rank": 0, "host": "h", "experts": experts | {"kept_experts": 5, "num_experts": 20}}
+    with _Answering(OURS | {"ranks": [rank]}) as streaming:
+        text = " ".join(run(streaming.url).stdout.split())
+    assert "5 of 20 kept in memory; 75% of those needed were there, 2.0 kB read" in text
+    assert "50% of guesses right" in text
+
+
 @pytest.mark.slow
 def test_watch_continues_after_an_unreadable_document() -> None:
     with _Answering(OURS) as other:

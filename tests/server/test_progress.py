@@ -13,6 +13,7 @@ import pytest
 
 from kimi_mlx.engine.events import Encoded, Event, Finished, Interrupted, Prefilled, Resumed, Statistics, Token
 from kimi_mlx.engine.request import Request
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.model_status import ModelStatus
 from kimi_mlx.session.session import DraftStatus, EventCallback, SessionStatus
@@ -152,3 +153,23 @@ def test_cluster_says_why_nothing_is_drafted(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(FixedSession, "status", lambda self: SessionStatus(True, drafts=drafts))
     with serving(FixedSession([])) as server:
         assert httpx2.get(f"{server.url}/v1/cluster", timeout=60).json()["drafts"] == asdict(drafts)
+
+
+def test_experts_on_the_disk_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = ExpertStats(30, 10, 1000, 0.5, 8, 6, 1, 4, kept_experts=5, num_experts=20, expert_bytes=100)
+    monkeypatch.setattr(FixedSession, "status", lambda self: SessionStatus(True, experts={0: stats}))
+    with serving(FixedSession([])) as server:
+        document = httpx2.get(f"{server.url}/v1/cluster", timeout=60).json()
+        lines = httpx2.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+    assert document["ranks"][0]["experts"] == asdict(stats)
+    assert ModelStatus.from_dict(document).ranks[0].experts == stats
+    expected = {
+        'kimi_mlx_experts_total{result="hit"} 30.0',
+        'kimi_mlx_experts_total{result="miss"} 10.0',
+        'kimi_mlx_expert_guesses_total{result="right"} 6.0',
+        'kimi_mlx_expert_guesses_total{result="wrong"} 2.0',
+        "kimi_mlx_expert_read_bytes_total 1000.0",
+        "kimi_mlx_expert_wait_seconds_total 0.5",
+        "kimi_mlx_experts_kept_ratio 0.25",
+    }
+    assert expected <= set(lines)

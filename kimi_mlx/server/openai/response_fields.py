@@ -58,7 +58,8 @@ def progress_dict(event: ProgressEvent) -> dict[str, Any]:
 def timings_dict(statistics: Statistics) -> dict[str, Any]:
     """Return the times of an answer as llama.cpp reports them, in milliseconds, and fields of our own.
 
-    These are `encode_ms`, `drafts_off`, `decode_steps` and `peak_memory_bytes`.
+    These are `encode_ms`, `drafts_off`, `decode_steps`, `peak_memory_bytes`, and, if experts are read from the disk,
+    `prompt_read_bytes` and `experts` (those of the steps after the first new token).
 
     The first new token counts as part of the prompt's time. `prompt_ms` includes `encode_ms`, the encoding of images.
 
@@ -66,6 +67,12 @@ def timings_dict(statistics: Statistics) -> dict[str, Any]:
     """
     prompt_n = statistics.prompt_tokens - statistics.cached_tokens
     prompt_ms, predicted_ms = statistics.ttft_s * 1e3, statistics.decode_s * 1e3
+    experts: dict[str, Any] = {}
+    if statistics.experts is not None:
+        experts = {
+            "prompt_read_bytes": statistics.prompt_read_bytes,
+            "experts": {**statistics.experts.to_dict(), "hit_rate": statistics.experts.hit_rate},
+        }
     return {
         "cache_n": statistics.cached_tokens,
         "prompt_n": prompt_n,
@@ -82,6 +89,7 @@ def timings_dict(statistics: Statistics) -> dict[str, Any]:
         "drafts_off": statistics.drafts_off,
         "decode_steps": statistics.decode_steps,
         "peak_memory_bytes": statistics.peak_memory_bytes,
+        **experts,
     }
 
 

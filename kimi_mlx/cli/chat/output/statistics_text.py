@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kimi_mlx.engine.events import Statistics
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.units import format_bytes, format_count, format_rate, format_seconds
 
 
@@ -23,6 +24,8 @@ def statistics_line(statistics: Statistics) -> str:
         parts.append(f"{statistics.tokens_per_step:.1f} tokens per step")
     if statistics.drafts_off:
         parts.append(f"drafts off: {statistics.drafts_off}")
+    if statistics.experts is not None:
+        parts.append(describe_experts(statistics.experts, statistics.read_bytes_per_token, statistics.decode_s))
     if statistics.encode_s:
         parts.append(f"images {format_seconds(statistics.encode_s)}")
     if statistics.prompt_tokens:
@@ -31,6 +34,20 @@ def statistics_line(statistics: Statistics) -> str:
     if statistics.peak_memory_bytes:
         parts.append(f"peak {format_bytes(statistics.peak_memory_bytes)}")
     return " · ".join(parts)
+
+
+def describe_experts(experts: ExpertStats, bytes_per_token: float, seconds: float) -> str:
+    """Return how many experts were in memory, what was read from the disk, and the share of the time that it took.
+
+    Args:
+        experts: counters of some time.
+        bytes_per_token: bytes read per token.
+        seconds: that time.
+    """
+    if experts.hit_rate is None:
+        return "experts on disk"
+    waited = f", {min(experts.wait_seconds / seconds, 1):.0%} of the time waiting" if seconds else ""
+    return f"{experts.hit_rate:.0%} of experts in memory, {format_bytes(round(bytes_per_token))} read per token{waited}"
 
 
 def conversation_line(answers: Sequence[Statistics]) -> str:

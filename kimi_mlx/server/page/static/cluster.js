@@ -63,6 +63,7 @@ export class ClusterView {
       section(text("answers"), answersOf(status)),
       section(text("promptCache"), cacheOf(status)),
       status.drafts && section(text("drafts"), draftsOf(status)),
+      status.ranks.some(({ experts }) => experts) && section(text("experts"), expertsOf(status)),
       section(text("restarts"), restartsOf(status)),
       !hasProblems && findings,
     ];
@@ -263,6 +264,22 @@ function draftsOf({ drafts: { drafted_tokens: drafted, accepted_tokens: accepted
   return factList([
     [text("state"), reason ?? text("draftsOn")],
     [text("accepted"), drafted ? text("acceptedOf", { accepted: count(accepted), drafted: count(drafted), share }) : null],
+  ]);
+}
+
+// The experts of all ranks that read some from their disks.
+function expertsOf({ ranks }) {
+  const counters = ranks.map(({ experts }) => experts).filter(Boolean);
+  const sum = (name) => counters.reduce((total, experts) => total + experts[name], 0);
+  const [kept, total, hits, guesses] = ["kept_experts", "num_experts", "hits", "guesses"].map(sum);
+  const needed = hits + sum("misses");
+  const percent = (part, whole) => `${Math.round((100 * part) / whole)}%`;
+  return factList([
+    [text("inMemory"), text("keptOf", { kept: count(kept), total: count(total), share: Math.round((100 * kept) / total) })],
+    [text("hitRate"), needed ? percent(hits, needed) : null],
+    [text("readFromDisk"), bytes(sum("bytes_read"))],
+    [text("waited"), duration(Math.max(...counters.map((experts) => experts.wait_seconds)))],
+    [text("guessesRight"), guesses ? percent(sum("guesses_right"), guesses) : null],
   ]);
 }
 
