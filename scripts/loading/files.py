@@ -21,6 +21,7 @@ from kimi_mlx.folders import cache_folder
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.store.download import StoreOptions, build, open_build_job
 from kimi_mlx.store.manifest import read_manifest
+from kimi_mlx.store.rewrite import rewrite_store
 from kimi_mlx.store.store_folders import rank_folder
 from kimi_mlx.units import GB, format_bytes
 
@@ -184,6 +185,8 @@ def _make_stores(checkpoint: Path, stores: Path, ranks: int, progress: Progress)
         SingleGroup(),
         lambda now: progress("building the stores", now.stored_bytes, now.total_bytes),
     )
+    for rank in range(ranks):  # of an earlier version
+        rewrite_store(rank_folder(job.folder, rank))
     return job.folder
 
 
