@@ -193,13 +193,8 @@ class DecoderLayer(nn.Module):
         communicator.check_same(self._experts_name, ids, is_set=True)
         communicator.check_same(self._scores_name, scores, is_set=True)
         if isinstance(self.mlp, StreamedMoE):
-            return communicator.sum_experts(self.mlp.stream(h, residual, ids, scores, x))
+            return communicator.sum_experts(self.mlp.stream(h, residual, ids, scores))
         return communicator.sum_experts(self.mlp(h, residual, ids, scores))
-
-    def guess_experts(self, state: mx.array) -> tuple[mx.array, mx.array]:
-        """Return what `gate` would choose for the states before the MoE of an earlier layer, (B, L, D)."""
-        assert isinstance(self.mlp, MoE)
-        return self.mlp.gate(mx.fast.rms_norm(state, self["post_attention_layernorm"], self.eps))
 
 
 class Model(nn.Module):
@@ -239,10 +234,9 @@ class Model(nn.Module):
             for index, weights in enumerate(layers)
             if weights.entries
         ]
-        streamed = [layer for layer in self.layers if isinstance(layer.mlp, StreamedMoE)]
-        for layer, following in pairwise(streamed):
-            assert isinstance(layer.mlp, StreamedMoE)
-            layer.mlp.guess = following.guess_experts
+        streamed = [layer.mlp for layer in self.layers if isinstance(layer.mlp, StreamedMoE)]
+        for mlp, following in pairwise(streamed):
+            mlp.guess = following.gate.__call__
         if top.has("lm_head"):
             self.norm = top.array("model.norm")
             self.lm_head = Linear(top.matrix("lm_head"))

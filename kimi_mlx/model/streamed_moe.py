@@ -65,8 +65,10 @@ class StreamedMoE(MoE):
     """
 
     guess: Callable[[mx.array], tuple[mx.array, mx.array]] | None = None
-    """Router of the next layer with routed experts on this rank, for the states before this layer's MoE; None after the
-    last one. Set by the model."""
+    """Router of the next layer with routed experts on this rank; None after the last one. Set by the model.
+
+    For the input of this layer's router it chooses 66 % of the experts that it chooses later (kimi-mini, 3,000
+    characters of the README); for the states before this layer's norm, with its own norm, 64 %; by chance 31 %."""
 
     def __init__(self, config: ModelConfig, weights: LayerWeights, streamer: ExpertStreamer, layer: int):
         assert weights.routed is not None
@@ -102,9 +104,7 @@ class StreamedMoE(MoE):
         """Whether the routed experts are quantized."""
         return self._format.down.quantization is not None
 
-    def stream(
-        self, x: mx.array, residual: mx.array | None, ids: mx.array, scores: mx.array, state: mx.array
-    ) -> mx.array:
+    def stream(self, x: mx.array, residual: mx.array | None, ids: mx.array, scores: mx.array) -> mx.array:
         """Return the same as MoE. Waits for the router and for reads.
 
         Args:
@@ -112,9 +112,8 @@ class StreamedMoE(MoE):
             residual: array to add, if any.
             ids: chosen experts, (B, L, K + S).
             scores: their scores.
-            state: hidden states before the norm of this layer's MoE.
         """
-        pairs, guess = self._wait_for_router(ids, state)
+        pairs, guess = self._wait_for_router(x, ids)
         if "shared_experts" in self:
             residual = self.shared_experts(x, residual)
             mx.async_eval(residual)
@@ -135,12 +134,12 @@ class StreamedMoE(MoE):
         weights = ones(pairs.width, outputs.dtype) if weights is None else weights
         return self._weighted_sum(outputs, weights, residual)
 
-    def _wait_for_router(self, ids: mx.array, state: mx.array) -> tuple[Pairs, np.ndarray]:
+    def _wait_for_router(self, x: mx.array, ids: mx.array) -> tuple[Pairs, np.ndarray]:
         """Return the pairs of a step and the guess for the next layer: the only wait for the device in a layer."""
         following = self._streamer.next_layer(self._experts_of_layer)
         guess = []
         if self.guess is not None and following is not None and following.num_kept < following.num_experts:
-            guess = list(self.guess(state))
+            guess = list(self.guess(x))
         mx.eval(ids, *guess, *self._streamer.markers())
         width, chosen = ids.shape[-1], np.array(ids).reshape(-1)
         if self._held is None:

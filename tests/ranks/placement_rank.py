@@ -59,11 +59,18 @@ def answer(case: dict[str, Any], group: Group | None) -> Answers:
 
     Args:
         case: `folder`, `strategy`, `requests`, `speculate`, `divides_queries`; with drafts also `answers`, which most
-            draft tokens are of.
+            draft tokens are of; with experts read from the disk also `expert_memory`.
         group: ranks that share the model; None for one process.
     """
     folder = Path(case["folder"])
-    model = load_share(folder, load_config(folder), "float32", group, strategy=case["strategy"])
+    model = load_share(
+        folder,
+        load_config(folder),
+        "float32",
+        group,
+        strategy=case["strategy"],
+        expert_memory=case.get("expert_memory"),
+    )
     if case["divides_queries"] and group is not None:
         divide_all_queries(model, group)
     requests = dict(enumerate(map(Request.from_dict, case["requests"])))
@@ -78,7 +85,9 @@ def answer(case: dict[str, Any], group: Group | None) -> Answers:
         engine.measure_steps()
     alone = generate(engine, {0: requests[0]})[0]
     engine.clear()
-    return [alone, *generate(engine, requests).values()]
+    answers = [alone, *generate(engine, requests).values()]
+    model.close()
+    return answers
 
 
 def divide_all_queries(model: Model, group: Group) -> None:

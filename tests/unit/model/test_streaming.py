@@ -116,14 +116,24 @@ def test_bits_equal_those_of_the_resident_model(
     reader.close()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bits_of_each_share_equal_those_of_the_resident_share(
     name: str, strategy: str, budget: float | str, tmp_path: Path
 ) -> None:
-    folder = write_divisible(tmp_path, name, LAYERS)
+    check_shares(write_divisible(tmp_path, name, LAYERS), strategy, budget)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["expert:2:1", "tensor"])
+def test_bits_of_shares(strategy: str, folder: Path) -> None:
+    check_shares(folder, strategy, 0.2)
+
+
+def check_shares(folder: Path, strategy: str, budget: float | str) -> None:
+    """Compare each rank's outputs, on its own, with those of its share with all experts in memory."""
     config, strategy = load_config(folder), normalize_strategy(strategy, 2)
     units = split_granularity_of(open_checkpoint(folder, config).checkpoint, strategy)
     for share in place(config, strategy, 2, units).shares:
