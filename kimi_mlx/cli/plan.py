@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,7 +22,6 @@ from kimi_mlx.cli.options import (
 )
 from kimi_mlx.planner.links import LinkName
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
-from kimi_mlx.weights.presets import PRESETS
 
 if TYPE_CHECKING:
     from kimi_mlx.planner.cost import CostAssumptions
@@ -154,10 +153,9 @@ def plan(
         ),
     ] = None,
     preset: Annotated[
-        str | None,
+        Literal["2bit", "2.5bit", "3bit", "4bit"] | None,
         typer.Option(
             "--preset",
-            metavar="|".join(PRESETS),
             help="Plan for what `convert --preset` makes.",
             show_default=False,
             rich_help_panel=MODEL,

@@ -43,8 +43,6 @@ def planned_shape(name: str, context: int | None, expert_bits: int | None, prese
         return shape if expert_bits is None else with_expert_bits(shape, expert_bits)
     if expert_bits is not None:
         raise UsageError("--preset and --expert-bits exclude each other", hint="leave one of them out")
-    if preset not in PRESETS:
-        raise UsageError(f"there is no preset `{preset}`", hint=f"use one of {', '.join(PRESETS)}")
     return with_preset(shape, PRESETS[preset])
 
 

@@ -194,3 +194,27 @@ def test_bars_of_memory_add_up() -> None:
         shown = len(bar) - 1 - bar.count(".")
         whole = max(504, needed + 4)
         assert shown == pytest.approx(40 * (needed + 4) / whole, abs=3)
+
+
+def test_presets_of_convert_are_planned() -> None:
+    sizes = [
+        json.loads(call("kimi-k2.6", "--machines", "m5-max-128", "--preset", preset, "--json").stdout)["model"]
+        for preset in ("2bit", "2.5bit", "3bit", "4bit")
+    ]
+    weights = [size["weights_bytes"] for size in sizes]
+    assert weights == sorted(weights)
+    assert weights[0] == pytest.approx(343e9, rel=0.01)
+    refused = call("kimi-k2.6", "--machines", "m5-max-128", "--preset", "2bit", "--expert-bits", "2")
+    assert isinstance(refused.exception, UsageError)
+
+
+def test_another_ssd_changes_the_prediction() -> None:
+    slow, fast = (
+        json.loads(call("kimi-k2.6", "--machines", "m5-max-128", "--ssd", rate, "--json").stdout)
+        for rate in ("3", "12")
+    )
+    assert slow["machines"][0]["ssd"] == {"bytes_per_s": 3e9, "source": "given"}
+    assert fast["options"][0]["decode"]["tok_per_s"] > 3 * slow["options"][0]["decode"]["tok_per_s"]
+    text = call("kimi-k2.6", "--machines", "m5-max-128x2", "--expert-memory", "20%").stdout
+    assert "ssd 20 %" in text or "ssd 19 %" in text
+    assert "Zipf's law" in " ".join(text.split())

@@ -80,7 +80,7 @@ def test_a_usage_error_of_any_command_imports_no_heavy_module() -> None:
     assert [name for name in modules if name.split(".")[0] in HEAVY] == []
     of_others = {name for name in modules if name.startswith("kimi_mlx.") and not name.startswith("kimi_mlx.cli.")}
     assert {name for name in of_others if name.count(".") == 1} <= LIGHT | LIGHT_PACKAGES
-    assert len(of_others) < 40
+    assert len(of_others) < 45
 
 
 SINGLE_COMMANDS = [command for info in COMMANDS for command in (info.commands or [info])]
