@@ -16,7 +16,7 @@ from kimi_mlx.history.store import HistoryStore
 from tests.cli.conftest import Spawn
 from tests.terminal import CONTROLLING_TERMINAL, ENTER, Terminal
 
-NUM_ROUNDS, NUM_AT_ONCE = 5, 4
+NUM_ROUNDS, NUM_AT_ONCE = 2, 4
 CHAT = (
     CONTROLLING_TERMINAL
     + """
@@ -42,7 +42,7 @@ def shown_answer(terminal: Terminal) -> str:
 
 @pytest.mark.slow
 def test_what_was_shown_is_kept(spawn: Spawn, tmp_path: Path) -> None:
-    """Kill 20 chats on one history, four at a time, at random moments within the first second of their answers."""
+    """Kill 8 chats on one history, four at a time, at random moments within the first second of their answers."""
     moments = random.Random(5)
     shown: dict[str, str] = {}
     for number in range(NUM_ROUNDS):

@@ -13,10 +13,6 @@ from kimi_mlx.folders import VARIABLES
 from tests.command import call
 
 KINDS = ("file", "missing", "name too long")
-# two variables in every run of the slow tests, because each command takes seconds
-SAMPLED_VARIABLES = [
-    name if name in ("TMPDIR", "XDG_CACHE_HOME") else pytest.param(name, marks=pytest.mark.sweep) for name in VARIABLES
-]
 COMMANDS = (
     "models",
     "plan kimi-k2 --machines m3-ultra-512x2",
@@ -27,6 +23,19 @@ COMMANDS = (
     "rm moonlight --yes",
     "bench --prompt-tokens 8 --generation-tokens 4 --repeat 1 --warmup 0",
 )
+SAMPLE = [  # two variables, and a kind for each command, because each command takes seconds; the rest is a sweep
+    pytest.param(
+        variable,
+        command,
+        kind,
+        marks=pytest.mark.slow
+        if variable in ("TMPDIR", "XDG_CACHE_HOME") and index % len(KINDS) == KINDS.index(kind)
+        else pytest.mark.sweep,
+    )
+    for variable in VARIABLES
+    for index, command in enumerate(COMMANDS)
+    for kind in KINDS
+]
 
 
 def unusable(folder: Path, kind: str) -> Path:
@@ -57,14 +66,9 @@ def test_the_hint_names_the_variable(tmp_path: Path) -> None:
     assert "or set KIMI_MLX_STORES to another folder" in " ".join(done.stderr.split())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("variable", SAMPLED_VARIABLES)
-def test_every_command_runs_or_says_what_to_do(variable: str, command: str, tmp_path: Path) -> None:
-    for kind in KINDS:
-        variables = {**os.environ, "HOME": str(tmp_path), variable: str(unusable(tmp_path, kind))}
-        line = [sys.executable, "-m", "kimi_mlx", *command.split()]
-        done = subprocess.run(
-            line, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
-        )
-        check(done.returncode, done.stderr + done.stdout)
+@pytest.mark.parametrize(("variable", "command", "kind"), SAMPLE)
+def test_every_command_runs_or_says_what_to_do(variable: str, command: str, kind: str, tmp_path: Path) -> None:
+    variables = {**os.environ, "HOME": str(tmp_path), variable: str(unusable(tmp_path, kind))}
+    line = [sys.executable, "-m", "kimi_mlx", *command.split()]
+    done = subprocess.run(line, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    check(done.returncode, done.stderr + done.stdout)
