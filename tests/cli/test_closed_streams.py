@@ -37,6 +37,8 @@ COMMANDS = {  # code of an ordinary run, and whether it prints results on stdout
     "history show no-such-conversation": (1, False),
     "service status": (1, False),
     "status http://127.0.0.1:1": (1, False),
+    "importance": (2, False),
+    "compare": (2, False),
     "launch": (2, False),
     "check": (2, False),
     "serve --host 0.0.0.0": (2, False),
