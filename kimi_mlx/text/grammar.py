@@ -27,6 +27,8 @@ from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, PREFIX
 
 MAX_CALLS = 16
 """Maximum number of tool calls in an answer that consists of calls, or of a response or calls."""
+MAX_NOTES = 8
+"""Maximum number of keywords per tool that are noted one by one."""
 CHECK_S = 2.0
 """Time for reading the schemas of all tools of a request that were not read before; usually it takes milliseconds each.
 
@@ -205,7 +207,9 @@ def _arguments(
         else:
             grammars[PREFIX + name], problems = arguments_grammar(function.get("parameters"))
         if notes is not None:
-            notes += [f"`{where}{path}` is not enforced: {problem}" for path, problem in problems]
+            notes += [f"`{where}{path}` is not enforced: {problem}" for path, problem in problems[:MAX_NOTES]]
+            if len(problems) > MAX_NOTES:
+                notes.append(f"`{where}`: {len(problems) - MAX_NOTES} more keywords are not enforced")
     return grammars
 
 

@@ -193,6 +193,13 @@ def test_hostile_schemas_are_bounded(name: str) -> None:
     assert time.process_time() - began < 8
 
 
+def test_few_of_many_problems_are_noted() -> None:
+    notes: list[str] = []
+    call_grammar({"properties": {f"p{i}": {"type": "float"} for i in range(20)}}, notes)
+    assert len(notes) == 9
+    assert notes[-1] == "`tools[0].function.parameters`: 12 more keywords are not enforced"
+
+
 def test_a_schema_that_takes_long_is_not_enforced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool_arguments, "MAX_COMPILE_S", -1)
     notes: list[str] = []
