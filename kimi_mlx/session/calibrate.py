@@ -14,7 +14,7 @@ from kimi_mlx.planner.model_shape import ModelShape
 
 MODULE = "kimi_mlx.rank.calibrate"
 
-STALL_S = 60.0
+STALL_S = 120.0
 """Time limit of the whole measurement after the ranks have connected."""
 
 
