@@ -211,7 +211,7 @@ def _describe_drafts(drafts: Mapping[str, Any]) -> str:
 
 
 def _describe_experts(stats: ExpertStats) -> str:
-    """Return how many experts are kept in memory, and how many of those needed were there."""
+    """Return the number of experts in memory, and the share of the needed ones that were among them."""
     kept = f"{stats.kept_experts:,} of {stats.num_experts:,} kept in memory"
     if stats.hit_rate is None:
         return kept
