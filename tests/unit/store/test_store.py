@@ -32,7 +32,7 @@ from kimi_mlx.store.download import StoreOptions, build, find_built_stores, open
 from kimi_mlx.store.folder_source import FolderSource
 from kimi_mlx.store.journal import Journal
 from kimi_mlx.store.locate import find_local_model
-from kimi_mlx.store.manifest import Manifest, read_manifest
+from kimi_mlx.store.manifest import read_manifest
 from kimi_mlx.store.model_ref import resolve_model_name
 from kimi_mlx.store.store_folders import rank_folder
 from kimi_mlx.store.stores import broken_files, find_stores, load_store, open_manifest
@@ -43,16 +43,7 @@ from kimi_mlx.weights.expert_plan import RECORD_ALIGNMENT
 from kimi_mlx.weights.plan import as_shape3
 from tests.checkpoints import FORMATS, load_golden, quantize_checkpoint, write_checkpoint
 from tests.fakes import KIMI_MINI, FixedGather
-
-
-def build_all(source: Path, stores: Path, ranks: int, strategy: str = "hybrid") -> tuple[BuildJob, list[Manifest]]:
-    options = StoreOptions(source, stores, ranks, strategy)
-    job = open_build_job(options, SingleGroup())
-    return job, build(options, job, SingleGroup())
-
-
-def checksums(manifests: list[Manifest]) -> list[list[str]]:
-    return [[file.sha256 for file in manifest.files] for manifest in manifests]
+from tests.stores import build_all, checksums
 
 
 @pytest.fixture(scope="module")
