@@ -30,6 +30,7 @@ CHECKS = (
     Check("attention", "fused against blockwise attention", 600.0),
     Check("vision", "vision tower against the CPU in float32", 600.0),
     Check("batches", "batches of unequal length"),
+    Check("streaming", "streamed experts against all in memory", 600.0),
     Check("draft", "draft model against the CPU in float32", 600.0),
     Check("compiled", "compiled functions against plain ones"),
     Check("cache_blocks", "blocks of the prompt cache in bfloat16"),

@@ -81,13 +81,21 @@ class RandomWeights:
 
     def model(self, dtype: mx.Dtype) -> Model:
         """Return the model that computes in `dtype`; the quantized matrices are shared by all models."""
-        layers = [
-            LayerWeights(_cast(entries, dtype), latent_first=True, num_fused_shared=self.config.n_shared_experts)
-            for entries in self._layers
-        ]
-        model = Model(self.config, LayerWeights(_cast(self._top, dtype)), layers)
+        model = Model(self.config, self.top(dtype), self.layers(dtype))
         mx.eval(model.parameters())
         return model
+
+    def top(self, dtype: mx.Dtype) -> LayerWeights:
+        """Return the weights of the top."""
+        return LayerWeights(_cast(self._top, dtype))
+
+    def layers(self, dtype: mx.Dtype) -> list[LayerWeights]:
+        """Return the weights of all layers."""
+        num_shared = self.config.n_shared_experts
+        return [
+            LayerWeights(_cast(entries, dtype), latent_first=True, num_fused_shared=num_shared)
+            for entries in self._layers
+        ]
 
     def layer(self, index: int, dtype: mx.Dtype) -> LayerWeights:
         """Return the weights of one layer."""

@@ -15,6 +15,7 @@ from kimi_mlx.gpu_check import (
     draft,
     logits,
     rotations,
+    streaming,
     timings,
     two_ranks,
     unload,
@@ -29,7 +30,7 @@ from kimi_mlx.model.attention import Attention
 from kimi_mlx.model.vision_positions import rotate
 
 QUICK = (rotations, compiled, draft, unload, vision)
-LONG = (logits, attention, batches, cache_blocks, timings)
+LONG = (logits, attention, batches, cache_blocks, streaming, timings)
 
 Messages = list[dict[str, Any]]
 
@@ -165,3 +166,14 @@ def test_a_random_model_has_the_same_values_in_every_dtype() -> None:
         assert mx.array_equal(scales[0], scales[1].astype(mx.float32))
     assert isinstance(narrow.layers[1].mlp, moe.MoE)
     assert narrow.layers[1].mlp.gate["weight"].dtype == mx.float32
+
+
+@pytest.mark.slow
+def test_experts_in_another_order_fail_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = streaming.CopyingReader.read
+
+    def swapped(self: streaming.CopyingReader, layer: int, expert: int, *rest: Any) -> Any:
+        return read(self, layer, 11 - expert, *rest)
+
+    monkeypatch.setattr(streaming.CopyingReader, "read", swapped)
+    assert len(failures(run(streaming))) > 4

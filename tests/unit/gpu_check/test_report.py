@@ -40,8 +40,8 @@ FAILED = CheckResult(
 RESULTS = [
     CheckResult(CHECKS[0], comparisons=[Comparison("K2-shaped", 0.001, 0.002)], seconds=61.0),
     FAILED,
-    CheckResult(CHECKS[8], "skipped", message="no second rank"),
-    CheckResult(CHECKS[10], measurements=[Measurement("decode step", f"{n} k cached", n, "ms") for n in (1, 32)]),
+    CheckResult(CHECKS[9], "skipped", message="no second rank"),
+    CheckResult(CHECKS[11], measurements=[Measurement("decode step", f"{n} k cached", n, "ms") for n in (1, 32)]),
 ]
 
 
