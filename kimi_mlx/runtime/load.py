@@ -47,6 +47,8 @@ def load(
     dtype: str | None = None,
     group: Group | mx.distributed.Group | None = None,
     strategy: str = "hybrid",
+    *,
+    expert_memory: int | None = None,
 ) -> tuple[Model, ChatTokenizer]:
     """Load a model and its tokenizer.
 
@@ -57,6 +59,8 @@ def load(
         group: ranks that share the model, as `mx.distributed.init()` returns them; each rank loads its own share.
         strategy: split of the model: `hybrid`, `tensor`, `expert` or `pipeline`, with weights for uneven shares
             (`hybrid:3:1`). In a pipeline only rank 0 gets logits.
+        expert_memory: bytes for routed experts, see load_share; None keeps all in memory. Call such a model's
+            `close` at the end.
 
     Returns:
         The model and its tokenizer. If the checkpoint has no chat template or no tokenizer, the ChatTokenizer raises a
@@ -76,7 +80,7 @@ def load(
     folder = ensure_downloaded(os.fspath(name), world_size, strategy, rank)
     entry = find_entry(os.fspath(name))
     tokenizer = ChatTokenizer.load(folder, entry.default_sampling() if entry else None)
-    model = load_share(folder, load_config(folder), dtype, group, strategy=strategy)
+    model = load_share(folder, load_config(folder), dtype, group, strategy=strategy, expert_memory=expert_memory)
     return model, tokenizer
 
 

@@ -84,8 +84,25 @@ def build_model(
         vision: weights of the vision tower; without entries on a rank without it.
         communicator: communication with the other ranks; None for a single rank.
         progress: callback after each layer, and after each layer whose slots for experts are filled.
-        streaming: how routed experts are streamed, which the layers lack; None if they have all.
+        streaming: how routed experts are streamed, which the layers lack; None if they have all. Its reader is closed
+            after an error.
     """
+    try:
+        return _build(config, layers, vision, communicator, progress, streaming)
+    except BaseException:
+        if streaming is not None:
+            streaming.reader.close()
+        raise
+
+
+def _build(
+    config: ModelConfig,
+    layers: Iterator[LayerWeights],
+    vision: LayerWeights,
+    communicator: Communicator | None,
+    progress: ProgressCallback,
+    streaming: Streaming | None,
+) -> Model:
     mx.eval(vision.arrays)
     tower = VisionTower(config.vision, vision) if config.vision is not None and vision.entries else None
     total = config.num_hidden_layers + 1

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kimi_mlx.engine.events import Interrupted, Resumed
+from kimi_mlx.engine.request import Request
+from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import STRATEGIES
+from kimi_mlx.session.local import LocalSession
+from kimi_mlx.session.ring import RingSession
+from kimi_mlx.session.session import SessionOptions
+from kimi_mlx.sizing.expert_memory import ExpertMemory
 from kimi_mlx.store.download import StoreOptions, build, open_build_job
-from tests.divisible import CONFIGS, write_divisible
+from tests.divisible import CONFIGS, make_prompt, write_divisible
 from tests.fakes import KIMI_MINI
+from tests.ranks.kill_count import KILL
 from tests.ranks.placement_rank import Answers, answer
 from tests.ranks.test_placements import WEIGHTS, case, check
+from tests.ranks.test_ring import events_with_action, tokens_of
 
 pytestmark = pytest.mark.ranks
 
@@ -42,13 +53,25 @@ def expected(folders: dict[str, Path]) -> Callable[[str], Answers]:
     return answer_of
 
 
+@pytest.fixture(scope="module")
+def store(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a store of two ranks, split by experts."""
+    return build_store(folders["k2"], "expert", 2, tmp_path_factory.mktemp("stores"))
+
+
+def build_store(folder: Path, strategy: str, size: int, root: Path) -> Path:
+    """Build the stores of all ranks; return their folder."""
+    options = StoreOptions(folder, root / "stores", size, strategy)
+    job = open_build_job(options, SingleGroup())
+    build(options, job, SingleGroup())
+    return job.folder
+
+
 def streamed_case(
     folder: Path, strategy: str, size: int, memory: int, root: Path, speculate: int = 0
 ) -> dict[str, Any]:
     """Build a store and return a case that reads experts from it."""
-    job = open_build_job(StoreOptions(folder, root / "stores", size, strategy), SingleGroup())
-    build(StoreOptions(folder, root / "stores", size, strategy), job, SingleGroup())
-    return case(job.folder, strategy, speculate) | {"expert_memory": memory}
+    return case(build_store(folder, strategy, size, root), strategy, speculate) | {"expert_memory": memory}
 
 
 @pytest.mark.slow
@@ -79,3 +102,42 @@ def test_drafts(memory: int, folders: dict[str, Path], expected: Callable[[str],
         for strategy in ("hybrid", "pipeline", "tensor")
     ]
     check(2, cases, expected, tmp_path)
+
+
+STREAMED = ExpertMemory.parse("30%")
+
+
+@pytest.mark.slow
+def test_an_answer_resumes_after_a_rank_is_killed(
+    folders: dict[str, Path], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
+    request = Request(make_prompt(40, 1), max_tokens=30)
+    with closing(LocalSession(SessionOptions(folders["k2"]))) as alone:
+        expected = tokens_of(alone, request)
+    options = SessionOptions(store, ranks=2, strategy="expert", expert_memory=STREAMED)
+    with closing(RingSession(options)) as ring:
+        events = events_with_action(ring, request, 10, lambda: KILL(ring.pids[1], signal.SIGKILL))
+        assert [event.id for event in events if hasattr(event, "id")] == expected
+        assert sum(isinstance(event, Interrupted) for event in events) == 1
+        assert sum(isinstance(event, Resumed) for event in events) == 1
+        assert tokens_of(ring, request) == expected
+    assert all((store / f"rank-{rank}" / "expert_use.npz").is_file() for rank in range(2))
+
+
+@pytest.mark.sweep
+def test_a_truncated_file_is_an_error_that_names_it(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file changes while the ranks run, so that only the read of an expert notices it."""
+    monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
+    store = build_store(folders["k2"], "hybrid", 2, tmp_path)
+    options = SessionOptions(store, ranks=2, expert_memory=ExpertMemory.parse("0%"))
+    (path,) = (store / "rank-1").glob("layer-003*.safetensors")
+    with closing(RingSession(options)) as ring:
+        assert len(tokens_of(ring, Request(make_prompt(4, 1), max_tokens=2))) == 2
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+        with pytest.raises(KimiMlxError, match=r"layer-003") as failure:
+            tokens_of(ring, Request(make_prompt(60, 2), max_tokens=4))
+    assert failure.value.hint is not None
