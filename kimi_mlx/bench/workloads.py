@@ -160,11 +160,16 @@ def synthetic_checkpoint(shape: str, progress: Callable[[int, int], None] = lamb
         try:
             _make(folder, config, progress)
         except (OSError, RuntimeError) as error:  # MLX raises RuntimeError if it cannot write
-            raise WeightsError(
-                f"the synthetic checkpoint `{folder}` cannot be written: {error}",
-                hint="free some space, or set XDG_CACHE_HOME to another folder",
-            ) from error
+            raise synthetic_error(folder, error) from error
     return folder
+
+
+def synthetic_error(folder: Path, error: Exception) -> WeightsError:
+    """Return the error that a synthetic checkpoint cannot be written."""
+    return WeightsError(
+        f"the synthetic checkpoint `{folder}` cannot be written: {error}",
+        hint="free some space, or set XDG_CACHE_HOME to another folder",
+    )
 
 
 def require_cache_folder() -> Path:
@@ -191,14 +196,24 @@ def _make(folder: Path, config: Config, progress: Callable[[int, int], None]) ->
 
 
 def write_synthetic(
-    folder: Path, config: Config, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path,
+    config: Config,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    change: Callable[[Tensors], Tensors] = lambda tensors: tensors,
 ) -> None:
-    """Write a checkpoint with random weights in MLX's affine layout, one file and one layer at a time."""
+    """Write a checkpoint with random weights in MLX's affine layout, one file and one layer at a time.
+
+    Args:
+        folder: folder to write.
+        config: its `config.json`.
+        progress: callback with the number of written files and of all files.
+        change: function that returns the tensors of each file as they are to be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     total = config.get("text_config", config)["num_hidden_layers"] + 1 + ("vision_config" in config)
     size = 0
-    for number, tensors in enumerate(_files(config), start=1):
+    for number, tensors in enumerate(map(change, _files(config)), start=1):
         file = f"model-{number:05}-of-{total:05}.safetensors"
         mx.save_safetensors(str(folder / file), tensors, {"format": "mlx"})
         weight_map |= dict.fromkeys(tensors, file)
