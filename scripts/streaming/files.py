@@ -39,14 +39,16 @@ from scripts.streaming.zipf import zipf_bias
 Progress = Callable[[str, int, int], None]
 """Callback with the current action, the amount done, and the total."""
 
-EXPERT_SHAPE: Config = {"hidden_size": 2048, "moe_intermediate_size": 1024}
-"""An expert of 3.9 MB. K2's has 24.8 MB."""
+EXPERT_SHAPES: dict[int, Config] = {
+    4: {"hidden_size": 2048, "moe_intermediate_size": 1024},
+    32: {"hidden_size": 1024, "moe_intermediate_size": 320},
+}
+"""Shapes by bits of the experts' weights: an expert has 3.9 MB. K2's has 24.8 MB."""
 
 MOE_LAYERS, EXPERTS_PER_TOKEN = 4, 8
 
-GROUP_SIZE = 64
-BYTES_PER_VALUE = 4 / 8 + 2 * 4 / GROUP_SIZE
-"""4 bits, plus a float32 scale and bias per group."""
+BYTES_PER_VALUE = {4: 4 / 8 + 2 * 4 / 64, 32: 4.0}
+"""By bits; 4 bits with a float32 scale and bias for each group of 64."""
 
 EXPONENT = 0.8
 """Exponent of Zipf's law that the planner assumes."""
@@ -60,11 +62,13 @@ class StreamingFiles:
         folder: folder with the store of rank 0.
         use: file with the use of experts that an earlier run has learned; it may not exist yet.
         exponent: exponent of the popularity of experts.
+        bits: bits of the experts' weights.
     """
 
     folder: Path
     use: Path
     exponent: float
+    bits: int
 
     @property
     def manifest(self) -> Manifest:
@@ -77,13 +81,20 @@ class StreamingFiles:
         return self.manifest.size_bytes
 
 
-def streaming_config(size_gb: float, **changes: object) -> Config:
-    """Return the `config.json` of a checkpoint whose experts take at least this size; `changes` replace fields."""
-    values = 3 * EXPERT_SHAPE["hidden_size"] * EXPERT_SHAPE["moe_intermediate_size"]
-    num_experts = max(16, -int(-size_gb * GB // (MOE_LAYERS * values * BYTES_PER_VALUE)))
+def streaming_config(size_gb: float, bits: int = 4, **changes: object) -> Config:
+    """Return the `config.json` of a checkpoint whose experts take at least this size.
+
+    Args:
+        size_gb: size of the experts.
+        bits: bits of their weights, a key of EXPERT_SHAPES.
+        changes: fields to replace.
+    """
+    shape = EXPERT_SHAPES[bits]
+    values = 3 * shape["hidden_size"] * shape["moe_intermediate_size"]
+    num_experts = max(16, -int(-size_gb * GB // (MOE_LAYERS * values * BYTES_PER_VALUE[bits])))
     return {
         **COMMON,
-        **EXPERT_SHAPE,
+        **shape,
         "torch_dtype": "float32",
         "vocab_size": 4096,
         "num_hidden_layers": 1 + MOE_LAYERS,
@@ -102,12 +113,13 @@ def streaming_config(size_gb: float, **changes: object) -> Config:
 
 
 def make_files(
-    config: Config, exponent: float = EXPONENT, progress: Progress = lambda action, done, total: None
+    config: Config, bits: int = 4, exponent: float = EXPONENT, progress: Progress = lambda action, done, total: None
 ) -> StreamingFiles:
     """Create the store in the user's cache folder, if it does not exist. While it is built, it takes twice its size.
 
     Args:
         config: configuration, from streaming_config.
+        bits: bits of the experts' weights.
         exponent: exponent of Zipf's law.
         progress: callback.
 
@@ -117,16 +129,16 @@ def make_files(
     """
     if exponent < 0:
         raise UsageError("the exponent of the popularity of experts must be at least 0")
-    identity = json.dumps([FORMAT, SEED, config, exponent], sort_keys=True)
+    identity = json.dumps([FORMAT, SEED, config, bits, exponent], sort_keys=True)
     base = require_cache_folder() / "synthetic" / f"streaming-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     stores, use = base / "stores", base / "expert_use.npz"
     try:
         if not stores.is_dir():
             base.mkdir(parents=True, exist_ok=True)
-            check_space(base, int(2.1 * _expert_bytes(config)))
+            check_space(base, int(2.1 * _expert_bytes(config, bits)))
             part = Path(tempfile.mkdtemp(dir=base, suffix=".part"))
             try:
-                _make(part, config, exponent, progress)
+                _make(part, config, bits, exponent, progress)
                 use.unlink(missing_ok=True)
                 os.replace(part / "stores", stores)
             finally:
@@ -134,21 +146,22 @@ def make_files(
     except (OSError, RuntimeError) as error:  # MLX raises RuntimeError if it cannot write
         raise synthetic_error(base, error) from error
     (manifest,) = stores.rglob("rank-0/manifest.json")
-    return StreamingFiles(manifest.parents[1], use, exponent)
+    return StreamingFiles(manifest.parents[1], use, exponent, bits)
 
 
-def _expert_bytes(config: Config) -> int:
+def _expert_bytes(config: Config, bits: int) -> int:
     num_values = 3 * config["hidden_size"] * config["moe_intermediate_size"] * config["n_routed_experts"]
-    return int((config["num_hidden_layers"] - 1) * num_values * BYTES_PER_VALUE)
+    return int((config["num_hidden_layers"] - 1) * num_values * BYTES_PER_VALUE[bits])
 
 
-def _make(folder: Path, config: Config, exponent: float, progress: Progress) -> None:
+def _make(folder: Path, config: Config, bits: int, exponent: float, progress: Progress) -> None:
     """Write a checkpoint, and build the store from it."""
     random = np.random.default_rng(SEED)
     bias = zipf_bias(config["n_routed_experts"], config["num_experts_per_tok"], exponent)
 
     def change(tensors: Tensors) -> Tensors:
-        return {name: _changed(name, tensor, bias, random) for name, tensor in tensors.items()}
+        changed = {name: _changed(name, tensor, bias, random) for name, tensor in tensors.items()}
+        return changed if bits == 4 else _with_float_experts(changed, config, random)
 
     checkpoint = folder / "checkpoint"
     write_synthetic(checkpoint, config, lambda done, total: progress("creating the checkpoint", done, total), change)
@@ -166,3 +179,15 @@ def _changed(name: str, tensor: mx.array, bias: np.ndarray, random: np.random.Ge
     if name.endswith("e_score_correction_bias"):
         return mx.array(random.permutation(bias))
     return tensor.astype(mx.float32) if tensor.dtype == mx.bfloat16 else tensor
+
+
+def _with_float_experts(tensors: Tensors, config: Config, random: np.random.Generator) -> Tensors:
+    """Return the tensors of a file with experts in float32."""
+    hidden, width, num_experts = (config[name] for name in ("hidden_size", "moe_intermediate_size", "n_routed_experts"))
+    others = {name: tensor for name, tensor in tensors.items() if ".switch_mlp." not in name}
+    for name in tensors:
+        if ".switch_mlp." in name and name.endswith(".weight"):
+            rows, columns = (hidden, width) if ".down_proj." in name else (width, hidden)
+            values = random.standard_normal((num_experts, rows, columns), np.float32)
+            others[name] = mx.array(values * columns**-0.5)
+    return others

@@ -1,4 +1,4 @@
-"""Plain LRU as the policy of the streamer: an expert that is read takes the place of the one whose use is longest ago."""
+"""Plain LRU as the policy of the streamer: an expert that is read replaces the least recently used one."""
 
 from __future__ import annotations
 
