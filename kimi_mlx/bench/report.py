@@ -11,7 +11,18 @@ from rich.table import Table
 from kimi_mlx.bench.machine import OURS, PACKAGES
 from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run
 from kimi_mlx.bench.prediction import Predict
-from kimi_mlx.bench.results import Percentiles, ResultRow, ShareOf, SpeedRatio, Spread, agreements, notes, ratios, rows
+from kimi_mlx.bench.results import (
+    ExpertFigures,
+    Percentiles,
+    ResultRow,
+    ShareOf,
+    SpeedRatio,
+    Spread,
+    agreements,
+    notes,
+    ratios,
+    rows,
+)
 from kimi_mlx.bench.sides import Side
 from kimi_mlx.bench.towers import TowerRow, ratio_lines
 from kimi_mlx.units import format_bytes, format_count
@@ -108,13 +119,21 @@ class Report:
                     f"{agreement.side}: same tokens as kimi-mlx in {agreement.equal} of {agreement.answers} "
                     f"answers; earliest difference at token {agreement.first_difference}"
                 )
-        lines += self._prediction_lines()
+        lines += [*self._expert_lines(), *self._prediction_lines()]
         lines += notes(self.runs, self.sides)
         if roofline := self.settings.get("roofline"):
             lines.append(f"roofline: {roofline['bytes_per_s'] / 1e9:.1f} GB/s ({roofline['source']})")
         if not self.is_complete:
             lines.append(f"interrupted after {len(self.runs)} of {self.plan.total * len(self.sides)} runs")
         return lines
+
+    def _expert_lines(self) -> list[str]:
+        """Return a line for each row whose experts were read from the SSD."""
+        return [
+            f"{row.case}: {describe_experts(row.experts)} (`{row.side}`)"
+            for row in self.rows
+            if row.experts is not None
+        ]
 
     def _prediction_lines(self) -> list[str]:
         """Return the predicted speeds of kimi-mlx beside the measured ones, with an empty cache and one request."""
@@ -211,7 +230,7 @@ COLUMNS: Sequence[Column] = (
 
 @dataclass(frozen=True)
 class RatioRow:
-    """Speed of kimi-mlx relative to mlx-lm in one case.
+    """Speed of kimi-mlx relative to what it is compared with, in one case.
 
     Args:
         case: the case.
@@ -261,7 +280,18 @@ def _ratio_lines(all_ratios: Sequence[SpeedRatio]) -> list[str]:
     for ratio in all_ratios:
         text = f"{_ratio(ratio)} in {FIGURE_NAMES[ratio.figure]} (`{ratio.against}`)"
         by_case.setdefault(ratio.case, []).append(text)
-    return [f"{case}: kimi-mlx / mlx-lm = {', '.join(texts)}" for case, texts in by_case.items()]
+    others = " or ".join(dict.fromkeys(ratio.against.split()[0] for ratio in all_ratios))
+    return [f"{case}: kimi-mlx / {others} = {', '.join(texts)}" for case, texts in by_case.items()]
+
+
+def describe_experts(experts: ExpertFigures) -> str:
+    """Return the figures of experts that were read from the SSD, for people."""
+    guesses = "" if experts.guesses_right is None else f", {experts.guesses_right:.0%} of the guesses right"
+    return (
+        f"{experts.hit_rate:.0%} of the needed experts in memory, {format_bytes(experts.read_bytes_per_token)} read "
+        f"per token, {experts.wait_share:.0%} of the time waiting for reads ({1000 * experts.wait_s_per_token:.1f} ms "
+        f"per token){guesses}; {format_bytes(experts.prompt_read_bytes)} read for the prompt"
+    )
 
 
 def _ratio(ratio: SpeedRatio) -> str:

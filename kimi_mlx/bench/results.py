@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from statistics import median
 from typing import Any
 
@@ -13,6 +14,7 @@ from kimi_mlx.bench.machine import OURS
 from kimi_mlx.bench.measure import Case, Run
 from kimi_mlx.bench.sides import Side
 from kimi_mlx.engine.events import Statistics
+from kimi_mlx.model.expert_stats import ExpertStats
 
 ShareOf = Callable[[Case, float], float | None]
 """Returns the share of the roofline at a decode rate."""
@@ -66,6 +68,48 @@ class Encoding:
 
 
 @dataclass(frozen=True)
+class ExpertFigures:
+    """Experts that were read from the SSD of the first rank, over all answers of a case.
+
+    Reads of a step count for each answer that it belongs to.
+
+    Args:
+        hit_rate: share of the needed experts that had been in memory, after the first token.
+        read_bytes_per_token: bytes read for each token after the first.
+        wait_share: share of the time after the first token that steps waited for reads.
+        wait_s_per_token: that time for each token.
+        guesses_right: share of the experts that were read before the router had chosen them, and then were chosen; None
+            without such reads.
+        prompt_read_bytes: median of the bytes that were read until the first token.
+    """
+
+    hit_rate: float
+    read_bytes_per_token: float
+    wait_share: float
+    wait_s_per_token: float
+    guesses_right: float | None
+    prompt_read_bytes: int
+
+    @classmethod
+    def of(cls, statistics: Sequence[Statistics]) -> ExpertFigures | None:
+        """Return the figures of answers; None if nothing is read from the SSD."""
+        counted = [(answer.experts, answer) for answer in statistics if answer.experts is not None]
+        total = reduce(ExpertStats.with_earlier, (experts for experts, _ in counted), ExpertStats())
+        num_tokens = sum(answer.generated_tokens - 1 for _, answer in counted)
+        seconds = sum(answer.decode_s for _, answer in counted)
+        if total.hit_rate is None or not num_tokens or not seconds:
+            return None
+        return cls(
+            total.hit_rate,
+            total.bytes_read / num_tokens,
+            min(total.wait_seconds / seconds, 1.0),
+            total.wait_seconds / num_tokens,
+            total.guesses_right / total.guesses if total.guesses else None,
+            round(median(answer.prompt_read_bytes for _, answer in counted)),
+        )
+
+
+@dataclass(frozen=True)
 class ResultRow:
     """Statistics of one side in one case.
 
@@ -81,6 +125,7 @@ class ResultRow:
         joules_per_token: energy of this machine per new token, including prefill; None if not known.
         roofline_share: share of the memory bandwidth that decode uses; None if not applicable.
         encoding: figures of the images; None without images.
+        experts: figures of the experts that were read from the SSD; None if all are in memory.
     """
 
     side: str
@@ -93,6 +138,7 @@ class ResultRow:
     joules_per_token: float | None
     roofline_share: float | None
     encoding: Encoding | None = None
+    experts: ExpertFigures | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row for JSON."""
@@ -170,6 +216,7 @@ def _row(runs: Sequence[Run], share_of: ShareOf | None) -> ResultRow:
         median(joules) if joules else None,
         None if share_of is None else share_of(runs[0].case, rates["decode_tok_per_s"].median),
         _encoding(runs[0].image_tokens, [answer.statistics for answer in answers]),
+        ExpertFigures.of([answer.statistics for answer in answers]),
     )
 
 

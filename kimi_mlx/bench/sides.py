@@ -90,11 +90,17 @@ MAX_KEPT_RUNS = 8
 
 
 class SessionSide:
-    """kimi-mlx, through the session that all commands use."""
+    """kimi-mlx, through the session that all commands use.
 
-    def __init__(self, name: str, session: Session):
+    Args:
+        name: name of the side.
+        session: the session.
+        other_bytes: MLX's memory in this process that belongs to another side.
+    """
+
+    def __init__(self, name: str, session: Session, other_bytes: int = 0):
         self.name = name
-        self._session = session
+        self._session, self._other_bytes = session, other_bytes
         self._ring = session if isinstance(session, RingSession) else None
         self.not_batched_because: str | None = None
         self._prefix: tuple[int, ...] = ()
@@ -110,7 +116,7 @@ class SessionSide:
         self._fill_cache(batch)
         started = time.perf_counter()
         answers = self._run_concurrently(batch.requests, started)
-        own_peak = [max(answer.statistics.peak_memory_bytes for answer in answers)]
+        own_peak = [max(answer.statistics.peak_memory_bytes for answer in answers) - self._other_bytes]
         return BatchResult(tuple(answers), started, tuple(self._ring.peak_memory_bytes if self._ring else own_peak))
 
     def _fill_cache(self, batch: RequestBatch) -> None:

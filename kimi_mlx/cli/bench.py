@@ -1,4 +1,4 @@
-"""`kimi-mlx bench`: prefill and decode speed, waiting times, memory; alone or against mlx-lm."""
+"""`kimi-mlx bench`: prefill and decode speed, waiting times, memory; alone or compared."""
 
 from __future__ import annotations
 
@@ -96,11 +96,12 @@ class MeasurementOptions:
         ),
     ] = None
     against: Annotated[
-        Literal["mlx-lm", "mlx-vlm"] | None,
+        Literal["mlx-lm", "mlx-vlm", "resident"] | None,
         typer.Option(
             "--against",
             help="`mlx-lm`: also run mlx-lm on the same checkpoint, alternating, and print the ratios. `mlx-vlm`: with "
-            "--images, also compare the vision tower alone, with random weights, with that of mlx-vlm.",
+            "--images, also compare the vision tower alone, with random weights, with that of mlx-vlm. `resident`: "
+            "with --expert-memory, also run the model with all experts in memory, alternating.",
             rich_help_panel=MEASUREMENT,
         ),
     ] = None

@@ -1,4 +1,4 @@
-"""The models that `kimi-mlx bench` measures, on launched hosts or on this machine, and mlx-lm beside them."""
+"""The models that `kimi-mlx bench` measures, on launched hosts or on this machine, and what they are compared with."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kimi_mlx.bench.sides import SessionSide, Side
 from kimi_mlx.bench.slow_link import slow_links
 from kimi_mlx.bench.workloads import synthetic_checkpoint, synthetic_config
 from kimi_mlx.cli.bench import MeasurementOptions
+from kimi_mlx.cli.bench_resident import check_setting, open_resident_sides
 from kimi_mlx.cli.calibration import calibrate_on
 from kimi_mlx.cli.open_model import (
     LaunchContext,
@@ -47,7 +48,7 @@ class BenchmarkModels:
 
     Attributes:
         prepared: the model with its placement.
-        sides: kimi-mlx, then each mode of mlx-lm.
+        sides: kimi-mlx, then what it is compared with: each mode of mlx-lm, or all experts in memory.
         config: dimensions of the model.
         plan: cases to run, with the model's settings for images.
         roofline: limit by this machine's memory bandwidth; None on launched hosts.
@@ -128,6 +129,8 @@ def open_models(
         context = load_config(prepared.folder).max_position_embeddings
         _with_preprocessing(plan, prepared.folder).check_context(context)
     options = replace(session_options(run), cluster=cluster if run.ranks > 1 else None)
+    if measurement.against == "resident":
+        check_setting(options)
     opened = open_session(prepared, options, run.ranks, is_quiet)
     session = stack.enter_context(closing_with_status(opened.session, is_quiet))
     config = load_config(opened.tokenizer_folder)
@@ -140,6 +143,8 @@ def open_models(
         return BenchmarkModels(prepared, sides, config, plan, expectation=opened.expectation)
     if measurement.against == "mlx-lm":
         sides += _open_mlx_lm_sides(options_on_this_machine(prepared, options, run.ranks), stack, is_quiet)
+    if measurement.against == "resident":
+        sides = [*open_resident_sides(prepared, options, run.ranks, session, is_quiet, stack)]
     roofline = Roofline.of(config, _dtype_name(run.dtype, config), measurement.generation_tokens)
     predict = predictor_here(config) if run.ranks == 1 and opened.expectation is None else None
     return BenchmarkModels(prepared, sides, config, plan, roofline, predict, opened.expectation)

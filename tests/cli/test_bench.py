@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from kimi_mlx.bench.sides import BatchResult, RequestBatch, SessionSide
 from kimi_mlx.bench.workloads import SHAPES
 from kimi_mlx.cli.app import app
-from kimi_mlx.errors import EngineError, KimiMlxError, UsageError
+from kimi_mlx.errors import EngineError, KimiMlxError, MemoryLimitError, UsageError
 from tests.bench.tiny import TINY, write_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +123,31 @@ def test_against_mlx_lm_on_two_ranks(tiny: Path) -> None:
     assert all(agreement["equal"] == agreement["answers"] == 6 for agreement in report["same_tokens"])
 
 
+def test_streamed_experts_are_compared_with_all_in_memory() -> None:
+    quick = ["--prompt-tokens", "8", "--generation-tokens", "4", "--repeat", "1", "--expert-memory", "35%"]
+    report = json.loads(bench("kimi-mini", *quick, "--against", "resident", "--json").stdout)
+    streamed, resident = report["results"]
+    assert (streamed["side"], resident["side"]) == ("kimi-mlx", "resident")
+    assert streamed["experts"]["read_bytes_per_token"] > 0
+    assert streamed["experts"]["prompt_read_bytes"] > 0
+    assert 0 < streamed["experts"]["hit_rate"] < 1
+    assert resident["experts"] is None
+    assert streamed["peak_memory_bytes"][0] < resident["peak_memory_bytes"][0]
+    assert report["same_tokens"] == [{"side": "resident", "answers": 2, "equal": 2, "first_difference": None}]
+    assert {ratio["against"] for ratio in report["ratios"]} == {"resident"}
+
+
+def test_nothing_is_compared_if_all_experts_are_in_memory() -> None:
+    with pytest.raises(UsageError, match="all experts are in memory"):  # after loading: they fit
+        bench("kimi-mini", "--prompt-tokens", "8", "--against", "resident")
+
+
+def test_a_model_that_does_not_fit_beside_the_streamed_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kimi_mlx.cli.bench_resident.free_memory_bytes", lambda: 1024**2)
+    with pytest.raises(MemoryLimitError, match=r"needs [\d.]+ MiB beside the one that reads them; 1.0 MiB are free"):
+        bench("kimi-mini", "--prompt-tokens", "8", "--expert-memory", "35%", "--against", "resident")
+
+
 @pytest.mark.slow
 def test_synthetic_checkpoints_are_made_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -160,6 +185,7 @@ def test_a_model_without_vision_is_refused_before_it_is_loaded() -> None:
         (["--images", "1", "--image-size", "1024"], "--image-size is `1024`"),
         (["--images", "1", "--against", "mlx-lm"], "mlx-lm does not see images"),
         (["--against", "mlx-vlm"], "compares vision towers"),
+        (["--expert-memory", "all", "--against", "resident"], "all experts are in memory"),
         (["--json", "--markdown"], "exclude each other"),
         (["--output", "/no/such/folder/out.json"], "--output: cannot write `/no/such/folder/out.json`: No such"),
         (["--output", "."], "--output: cannot write `.`: Is a directory"),
