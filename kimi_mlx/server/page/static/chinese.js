@@ -214,7 +214,7 @@ export default {
   draftsOn: "启用",
   accepted: "接受率",
   acceptedOf: "{share}%（{drafted} 个草稿 token 中接受 {accepted} 个）",
-  experts: "磁盘上的专家",
+  expertsOnDisk: "磁盘上的专家",
   keptOf: "{total} 个中的 {kept} 个（{share}%）",
   readFromDisk: "已从磁盘读取",
   waited: "等待读取",

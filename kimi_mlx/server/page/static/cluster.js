@@ -63,7 +63,7 @@ export class ClusterView {
       section(text("answers"), answersOf(status)),
       section(text("promptCache"), cacheOf(status)),
       status.drafts && section(text("drafts"), draftsOf(status)),
-      status.ranks.some(({ experts }) => experts) && section(text("experts"), expertsOf(status)),
+      status.ranks.some(({ experts }) => experts) && section(text("expertsOnDisk"), expertsOf(status)),
       section(text("restarts"), restartsOf(status)),
       !hasProblems && findings,
     ];

@@ -214,7 +214,7 @@ export default {
   draftsOn: "on",
   accepted: "Accepted",
   acceptedOf: "{share}% ({accepted} of {drafted} draft tokens)",
-  experts: "Experts on disk",
+  expertsOnDisk: "Experts on disk",
   keptOf: "{kept} of {total} ({share}%)",
   readFromDisk: "Read from disk",
   waited: "Waited for reads",
