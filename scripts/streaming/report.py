@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from rich.table import Table
@@ -24,6 +25,7 @@ class StreamingRow:
     Args:
         side: name of the side.
         tok_per_s: rate of decode.
+        cpu_s_per_token: median of the processor time of a token; other load on the machine hardly changes it.
         hit_rate: share of the needed experts that were in memory; None without counters.
         read_bytes_per_token: bytes read from the disk per token, as the system counts them; None if it does not.
         waited: share of the time that steps waited for reads.
@@ -33,6 +35,7 @@ class StreamingRow:
 
     side: str
     tok_per_s: Spread
+    cpu_s_per_token: float
     hit_rate: float | None
     read_bytes_per_token: float | None
     waited: float | None
@@ -70,6 +73,7 @@ def _row(side: str, runs: Sequence[StreamingRun]) -> StreamingRow:
     return StreamingRow(
         side,
         Spread.of([run.tok_per_s for run in runs]),
+        median([run.result.cpu_seconds / len(run.result.seconds) for run in runs]),
         total("hits") / needed if needed else None,
         sum(disk) / num_tokens if disk else None,
         total("wait_seconds") / seconds if counts else None,
@@ -184,6 +188,7 @@ def heading(files: StreamingFiles, memory: Memory, runs: Sequence[StreamingRun],
 COLUMNS: Sequence[tuple[str, Callable[[StreamingRow], str]]] = (
     ("side", lambda row: row.side),
     ("tok/s", lambda row: f"{row.tok_per_s.median:.2f} ({row.tok_per_s.min:.2f}-{row.tok_per_s.max:.2f})"),
+    ("CPU ms per token", lambda row: f"{1000 * row.cpu_s_per_token:.0f}"),
     ("hits", lambda row: _percent(row.hit_rate)),
     (
         "MB read per token",

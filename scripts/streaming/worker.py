@@ -74,6 +74,7 @@ class WorkerResult:
 
     Args:
         seconds: time of each timed token.
+        cpu_seconds: processor time of all of them, of all threads of the process.
         stats: counters of the streamer for these tokens; None for sides without one.
         disk_bytes: bytes that the process read from the disk meanwhile, as the system counts them; None without /proc.
         load_s: time to load.
@@ -85,6 +86,7 @@ class WorkerResult:
     """
 
     seconds: Sequence[float] = ()
+    cpu_seconds: float = 0.0
     stats: dict[str, Any] | None = None
     disk_bytes: int | None = None
     load_s: float = 0.0
@@ -119,14 +121,14 @@ def run_side(options: WorkerOptions) -> WorkerResult:
     step = stepper(model)
     for token in tokens[: options.warmup]:
         step(int(token))
-    counts_before, disk_before = model.expert_stats, bytes_read()
+    counts_before, disk_before, cpu_before = model.expert_stats, bytes_read(), time.process_time()
     digest, seconds = hashlib.sha256(), list[float]()
     for token in tokens[options.warmup :]:
         began = time.perf_counter()
         logits = step(int(token))
         seconds.append(time.perf_counter() - began)
         digest.update(np.asarray(logits).tobytes())
-    counts, disk = model.expert_stats, bytes_read()
+    counts, disk, cpu = model.expert_stats, bytes_read(), time.process_time()
     if options.side == "learn":
         assert model.streamer is not None
         write_atomically(Path(options.use), model.streamer.use.to_bytes())
@@ -135,6 +137,7 @@ def run_side(options: WorkerOptions) -> WorkerResult:
         difference = asdict(counts.since(counts_before))
     return WorkerResult(
         seconds,
+        cpu - cpu_before,
         difference,
         None if disk is None or disk_before is None else disk[1] - disk_before[1],
         load_s,
