@@ -21,7 +21,9 @@ THIS_MAC = "this Mac"
 """Name of the own machine in a plan."""
 
 
-def planned_shape(name: str, context: int | None, expert_bits: int | None, preset: str | None) -> ModelShape:
+def planned_shape(
+    name: str, context: int | None = None, expert_bits: int | None = None, preset: str | None = None
+) -> ModelShape:
     """Return a model's dimensions and sizes as the options say.
 
     Args:

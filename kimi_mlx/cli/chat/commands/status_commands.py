@@ -77,7 +77,7 @@ class StatusCommands:
         from kimi_mlx.cli.plan_inputs import planned_shape, this_machine  # the tables of the planner
 
         try:
-            shape = planned_shape(self._state.conversation.model.name, None, None)
+            shape = planned_shape(self._state.conversation.model.name)
             plan = make_plan(shape, (this_machine(),), (), min(CONTEXT_TOKENS, shape.context_tokens))
         except KimiMlxError as error:
             return error.message

@@ -217,6 +217,8 @@ def test_the_commands_of_status(chat: Chat) -> None:
     assert "the server has placed the model" in chat.type("/plan")
     chat.state.placement = Choice("hybrid", "one rank has the whole model")
     assert "hybrid: one rank has the whole model" in chat.type("/plan")
+    chat.state.conversation.model.name = "kimi-k2"
+    assert "predict" in chat.type("/plan")  # a prediction, or the reason why there is none
     chat.type("hi")
     assert "last answer: " in chat.type("/stats")
 
