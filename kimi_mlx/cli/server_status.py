@@ -211,7 +211,7 @@ def _describe_drafts(drafts: Mapping[str, Any]) -> str:
 
 
 def _describe_experts(stats: ExpertStats) -> str:
-    """Return the number of experts in memory, and the share of the needed ones that were among them."""
+    """Return the number of experts in memory, the hit rate, and the reads of the others."""
     kept = f"{stats.kept_experts:,} of {stats.num_experts:,} kept in memory"
     if stats.hit_rate is None:
         return kept

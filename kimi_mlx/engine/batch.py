@@ -358,7 +358,7 @@ class Batch:
             yield entry.sequence.request_id, token
 
     def _on_prefilled(self, step: InFlightStep, index: int) -> Events:
-        """Yield the events of a part of a prompt: its log probabilities, the progress, and the end if that was all."""
+        """Yield the events of a chunk of a prompt: log probabilities, progress, and the end for `max_tokens` 0."""
         entry = step.entries[index]
         sequence = entry.sequence
         if not entry.is_prefill or sequence.generated:
@@ -369,7 +369,7 @@ class Batch:
                 logprobs = step.sampled.prompt_logprobs_of(step.entries, index)
                 yield sequence.request_id, PromptLogprobs(start, logprobs)
         yield sequence.request_id, Prefilled(entry.stop, len(sequence.request.prompt))
-        if not sequence.max_tokens and entry.num_logits:  # the sampled token is not wanted
+        if not sequence.max_tokens and entry.num_logits:  # the sampled token is not needed
             yield self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> tuple[int, Event | KimiMlxError]:

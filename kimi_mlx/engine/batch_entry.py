@@ -24,7 +24,7 @@ class BatchEntry:
         draft: draft tokens, the last ones of `tokens`.
         is_prefill: whether the tokens are a chunk of a prompt.
         features: features of images among the tokens; their positions count from the first token of the entry.
-        num_prompt_logits: number of input tokens before those of `num_logits`, the last ones, whose logits give log
+        num_prompt_logits: number of input tokens, just before those of `num_logits`, whose logits are needed for log
             probabilities of the prompt.
     """
 

@@ -1,4 +1,4 @@
-"""The tokens with which a model may write the id of a tool call: `functions.NAME:INDEX` of an offered tool."""
+"""Allowed tokens in the id of a tool call, `functions.NAME:INDEX` of an offered tool."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_CACHED = 4096
 
 
 class CallIdTokens:
-    """The ids of calls of one set of tools, token by token.
+    """The allowed tokens in the ids of calls of one set of tools.
 
     Args:
         names: ids without their index: `functions.NAME`.
@@ -24,7 +24,7 @@ class CallIdTokens:
         self._cache: dict[tuple[bytes, int], tuple[int, ...]] = {}
 
     def next_tokens(self, text: bytes, index: int) -> tuple[int, ...]:
-        """Return the tokens that continue an id; empty if it is complete, or no id begins like this.
+        """Return the tokens that continue an id; empty if it is complete, or if no id begins with the text.
 
         Args:
             text: the id so far.
@@ -39,16 +39,16 @@ class CallIdTokens:
 
     def is_beginning(self, text: bytes, index: int) -> bool:
         """Return whether an id with this index begins with the text."""
-        return next(self._rests(text, index), None) is not None
+        return next(self._remainders(text, index), None) is not None
 
     def is_complete(self, text: bytes, index: int) -> bool:
         """Return whether the text is an id with this index."""
-        return b"" in self._rests(text, index)
+        return b"" in self._remainders(text, index)
 
-    def _rests(self, text: bytes, index: int) -> Iterator[bytes]:
+    def _remainders(self, text: bytes, index: int) -> Iterator[bytes]:
         """Yield, for each id that begins with the text, the bytes after it."""
         digits = str(index).encode()
-        # Names that begin with the text follow each other.
+        # names that begin with the text are next to each other
         for name in self._names[bisect_left(self._names, text) : bisect_left(self._names, text + b"\xff")]:
             yield (name + digits)[len(text) :]
         written = text[: text.rfind(b":") + 1]
@@ -57,10 +57,10 @@ class CallIdTokens:
             yield (written + digits)[len(text) :]
 
     def _find(self, text: bytes, index: int) -> set[int]:
-        """Return the tokens whose bytes some id continues with."""
+        """Compute the tokens that continue an id."""
         beginnings = {
             rest[:length]
-            for rest in self._rests(text, index)
+            for rest in self._remainders(text, index)
             for length in range(1, min(len(rest), self._max_bytes) + 1)
         }
         return {token for beginning in beginnings for token in self._token_ids.get(beginning, ())}

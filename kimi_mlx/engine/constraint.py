@@ -9,105 +9,33 @@ An answer consists of parts, and control tokens lead from one to the next:
 Only the JSON of a response and the arguments of each tool are grammars, compiled by llguidance. In the other parts the
 masks follow from the vocabulary and from the names of the tools. In FREE there is no mask at all.
 
-A mask has a bit for each token, 32 per word, lowest bit first: (ceil(vocab_size / 32),) uint32. It depends only on the
-rules of the answer and the tokens so far, so all ranks compute the same masks.
+A mask (kimi_mlx.engine.token_mask) depends only on the rules of the answer and the tokens so far, so all ranks compute
+the same masks.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
+from kimi_mlx.engine.answer_rules import AnswerRules, Part
 from kimi_mlx.engine.call_id_tokens import CallIdTokens
-from kimi_mlx.engine.grammar_compiler import WORD_BITS, GrammarCompiler, TokenVocabulary, first_line
+from kimi_mlx.engine.grammar_compiler import GrammarCompiler, TokenVocabulary, first_line
 from kimi_mlx.engine.json_closing import BEGINNING, JsonPlace
+from kimi_mlx.engine.token_mask import EVERYTHING, WORD_BITS, Mask, first_token, has_token, set_tokens
 from kimi_mlx.errors import EngineError
-from kimi_mlx.model.device import compile_on_gpu
 
 if TYPE_CHECKING:
     import llguidance
 
-Mask: TypeAlias = npt.NDArray[np.uint32]
-
-EVERYTHING = 0xFFFFFFFF
-"""Word of a mask that allows all its tokens."""
-
 CLOSING_MARGIN = 48
-"""Number of spare tokens with which an answer is brought to its end; at most an eighth of all its tokens.
-
-One token may open several objects."""
+"""Spare tokens when an answer is closed, at most an eighth of its maximum: one token may open several objects."""
 
 MAX_CLOSING = 1024
-"""Maximum number of tokens for that."""
-
-
-class Part(Enum):
-    """Part of an answer that the next token belongs to."""
-
-    FREE = auto()
-    """Anything; calls begin with their control tokens."""
-    START = auto()
-    """`<think>`, or the content."""
-    REASONING = auto()
-    CONTENT = auto()
-    """Text, a response, or the beginning of a section."""
-    RESPONSE = auto()
-    """The rest of a response."""
-    SECTION = auto()
-    """The beginning of the first call."""
-    CALL_ID = auto()
-    ARGUMENTS = auto()
-    AFTER_CALL = auto()
-    """The next call, or the end of the section."""
-    END = auto()
-    """An end token."""
-
-
-@dataclass(frozen=True)
-class AnswerRules:
-    """Rules of an answer, as kimi_mlx.text.grammar writes them in JSON.
-
-    Args:
-        start: name of the part that the answer begins with.
-        has_text: whether the content may be text.
-        response: grammar of a response; None if the content cannot be one.
-        arguments: grammar of each tool's arguments, by the id of its calls without the index: `functions.NAME`.
-        any_object: grammar of any JSON object, for arguments whose grammar exceeds the limits.
-        first_index: index of the first call.
-        max_calls: maximum number of calls; None for no limit.
-        ends_in_time: whether the answer is brought to its end before the maximum number of tokens is reached.
-        tokens: ids of control tokens.
-    """
-
-    start: str
-    has_text: bool
-    response: str | None
-    arguments: Mapping[str, str]
-    any_object: str
-    first_index: int
-    max_calls: int | None
-    ends_in_time: bool
-    tokens: Mapping[str, int]
-
-    @classmethod
-    def from_json(cls, grammar: str) -> AnswerRules:
-        """Read rules.
-
-        Raises:
-            EngineError: they are not in the form that kimi_mlx.text.grammar writes.
-        """
-        try:
-            values: dict[str, Any] = json.loads(grammar)
-            return cls(**{field.name: values[field.name] for field in fields(cls)})
-        except (ValueError, TypeError, KeyError) as error:
-            raise EngineError(f"the grammar cannot be compiled: {error!r}") from error
+"""Maximum number of tokens that close an answer."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +48,10 @@ class _State:
         call_id: id of the call so far.
         matcher: matcher of its arguments; it changes with each token.
         grammar: grammar of the matcher.
-        place: place in the arguments.
+        place: position in the JSON of the arguments.
         num_tokens: number of tokens of the answer.
-        next_check: number of tokens at which to check again whether the answer must come to its end.
-        is_closing: whether only tokens are allowed that bring the answer to its end.
+        next_check: number of tokens at which to check again whether to close the answer.
+        is_closing: whether only the tokens that end the answer soonest are allowed.
     """
 
     part: Part
@@ -146,7 +74,7 @@ class _LimitError(Exception):
 
 
 class Constraint:
-    """The state of a sequence in the rules of its answer.
+    """The rules of one answer, and its state in them.
 
     Each matcher is created when it is first needed, which waits until its grammar is compiled.
 
@@ -174,12 +102,12 @@ class Constraint:
         self._grammars = {name.encode(errors="replace"): grammar for name, grammar in rules.arguments.items()}
         self._response_matcher: llguidance.LLMatcher | None = None
         self._arguments: list[int] = []
-        """Tokens of the arguments that have begun."""
+        """Tokens of the call's arguments so far."""
         self._too_complex: set[str] = set()
-        """Grammars that have exceeded the limits, and are replaced by any object."""
+        """Grammars of arguments that exceeded the limits; any object is allowed instead."""
         self._max_tokens: int | None = None
         self.is_finished = False
-        """Whether an end token was appended; not known in an answer without masks."""
+        """Whether an end token was appended; always False in the part FREE."""
 
     def limit_tokens(self, max_tokens: int) -> None:
         """Set the maximum number of tokens of the answer; call it before the first token."""
@@ -188,7 +116,7 @@ class Constraint:
 
     @property
     def was_shortened(self) -> bool:
-        """Whether the answer was brought to its end because of the maximum number of tokens."""
+        """Whether the answer was closed early because of its maximum number of tokens."""
         return self._state.is_closing
 
     def start_compiling(self) -> None:
@@ -286,7 +214,7 @@ class Constraint:
         begin = self._state
         matchers: list[llguidance.LLMatcher] = []
         try:
-            self._check_end()
+            self._check_closing()
             self._write_mask(masks[0])
             for row, token in enumerate(draft, 1):
                 if token in self._vocabulary.end_ids or not self._append(token, matchers):
@@ -308,30 +236,30 @@ class Constraint:
             matcher.rollback(1)
 
     def _write_mask(self, mask: Mask) -> None:
-        """Write the mask of the next token. It allows everything when it is called."""
+        """Write the mask of the next token into a mask that allows everything."""
         self._write_full_mask(mask)
         if self._state.is_closing:
             closing = [token for token in self._closing_tokens(mask) if token is not None]
             if closing:
                 mask[:] = 0
-                _set_tokens(mask, closing)
+                set_tokens(mask, closing)
 
     def _closing_tokens(self, mask: Mask) -> Sequence[int | None]:
-        """Return those tokens of a mask that bring the answer to its end soonest; none if all are as good."""
+        """Return the tokens of a mask that end the answer soonest; none if all are equally good."""
         part = self._state.part
         if part is Part.CALL_ID:
-            if _has_token(mask, self._argument_begin):
+            if has_token(mask, self._argument_begin):
                 return [self._argument_begin]
             tokens, texts = self._call_ids.next_tokens(self._state.call_id, self._call_index), self._vocabulary.tokens
             return [max(tokens, key=lambda token: len(texts[token]))] if tokens else []
         if part is Part.ARGUMENTS:
-            if _has_token(mask, self._call_end):
+            if has_token(mask, self._call_end):
                 return [self._call_end]
             groups = self._compiler.json_closing.groups(self._state.place)
-            allowed = ([token for token in group if _has_token(mask, token)] for group in groups)
+            allowed = ([token for token in group if has_token(mask, token)] for group in groups)
             return next(filter(None, allowed), [])
         best = (self._think_end, self._section_begin, self._section_end, self._call_begin)
-        return [next((token for token in best if _has_token(mask, token)), None)]
+        return [next((token for token in best if has_token(mask, token)), None)]
 
     def _write_full_mask(self, mask: Mask) -> None:
         """Write the mask of all tokens that may come next."""
@@ -341,7 +269,7 @@ class Constraint:
                 return
             case Part.ARGUMENTS:
                 self._write_matcher_mask(state.matcher, state.grammar, mask)
-                _set_tokens(mask, vocabulary.end_ids, False)  # the answer cannot end inside a call
+                set_tokens(mask, vocabulary.end_ids, False)  # the answer cannot end inside a call
                 if state.matcher is not None and state.matcher.is_accepting():
                     self._allow(mask, self._call_end)
                 return
@@ -358,7 +286,7 @@ class Constraint:
                 self._allow(mask, self._call_begin)
             case Part.CALL_ID:
                 mask[:] = 0
-                _set_tokens(mask, self._call_ids.next_tokens(state.call_id, self._call_index))
+                set_tokens(mask, self._call_ids.next_tokens(state.call_id, self._call_index))
                 if self._call_ids.is_complete(state.call_id, self._call_index):
                     self._allow(mask, self._argument_begin)
             case Part.AFTER_CALL:
@@ -366,7 +294,7 @@ class Constraint:
                 self._allow(mask, self._section_end, *([self._call_begin] if self._may_call else []))
             case Part.END:
                 mask[:] = 0
-                _set_tokens(mask, vocabulary.end_ids)
+                set_tokens(mask, vocabulary.end_ids)
 
     def _write_content_mask(self, mask: Mask) -> None:
         vocabulary = self._vocabulary
@@ -374,7 +302,7 @@ class Constraint:
             self._write_matcher_mask(self._response(), self._rules.response, mask)
         elif self._rules.has_text:
             mask[:] = vocabulary.text_mask
-            _set_tokens(mask, vocabulary.end_ids)
+            set_tokens(mask, vocabulary.end_ids)
         else:
             mask[:] = 0
         if self._may_call:
@@ -388,7 +316,7 @@ class Constraint:
         self._check(matcher, grammar)
 
     def _allow(self, mask: Mask, *tokens: int | None) -> None:
-        _set_tokens(mask, [token for token in tokens if token is not None])
+        set_tokens(mask, [token for token in tokens if token is not None])
 
     def _can_end(self) -> bool:
         """Return whether the answer may end."""
@@ -407,11 +335,11 @@ class Constraint:
         if not self._accept(token, matchers):
             return False
         self._state = replace(self._state, num_tokens=self._state.num_tokens + 1)
-        self._check_end()
+        self._check_closing()
         return True
 
-    def _check_end(self) -> None:
-        """Begin to bring the answer to its end, if only as many tokens are left as that takes, and some more."""
+    def _check_closing(self) -> None:
+        """Start to close the answer if the remaining tokens are only just enough for that."""
         state = self._state
         if self._max_tokens is None or state.is_closing or state.num_tokens < state.next_check:
             return
@@ -423,7 +351,7 @@ class Constraint:
             self._state = replace(state, next_check=state.num_tokens + 1 + spare // 4)
 
     def _num_closing_tokens(self) -> int:
-        """Return the number of tokens that bring the answer to its end."""
+        """Return the number of tokens that closing the answer takes, at most MAX_CLOSING + 1."""
         begin = self._state
         matchers: list[llguidance.LLMatcher] = []
         mask = np.empty(self._vocabulary.num_words, np.uint32)
@@ -433,7 +361,7 @@ class Constraint:
                 self._state = replace(self._state, is_closing=True)
                 mask[:] = EVERYTHING
                 self._write_mask(mask)
-                token = _first_token(mask)
+                token = first_token(mask)
                 if token is None or not self._accept(token, matchers):
                     return MAX_CLOSING
                 count += 1
@@ -446,7 +374,7 @@ class Constraint:
 
         Args:
             token: token.
-            matchers: list to which the matcher is appended that has accepted the token, if one has.
+            matchers: list to which the matcher that accepts the token is appended, if there is one.
         """
         state = self._state
         part = state.part
@@ -558,39 +486,3 @@ class Constraint:
             if matcher.try_consume_tokens(self._arguments) != len(self._arguments):
                 raise limit.error
             self._state = replace(self._state, matcher=matcher, grammar=rules.any_object)
-
-
-def _has_token(mask: Mask, token: int | None) -> bool:
-    return token is not None and bool((int(mask[token // WORD_BITS]) >> token % WORD_BITS) & 1)
-
-
-def _first_token(mask: Mask) -> int | None:
-    """Return the smallest id that a mask allows."""
-    words = np.flatnonzero(mask)
-    if not words.size:
-        return None
-    word = int(mask[words[0]])
-    return int(words[0]) * WORD_BITS + (word & -word).bit_length() - 1
-
-
-def _set_tokens(mask: Mask, tokens: Iterable[int], is_allowed: bool = True) -> None:
-    """Allow or forbid some tokens."""
-    for token in tokens:
-        bit = np.uint32(1 << token % WORD_BITS)
-        if is_allowed:
-            mask[token // WORD_BITS] |= bit
-        else:
-            mask[token // WORD_BITS] &= ~bit
-
-
-@compile_on_gpu
-def masked(logits: mx.array, masks: mx.array) -> mx.array:
-    """Return logits with -inf for the tokens that a mask forbids.
-
-    Args:
-        logits: (B, vocab_size).
-        masks: (B, words) uint32.
-    """
-    bits = (masks[..., None] >> mx.arange(WORD_BITS, dtype=mx.uint32)) & mx.array(1, mx.uint32)
-    is_allowed = bits.flatten(-2)[..., : logits.shape[-1]].astype(mx.bool_)
-    return mx.where(is_allowed, logits, mx.array(-mx.inf, logits.dtype))

@@ -46,7 +46,7 @@ RESERVED_TOKENS = 256
 """Number of new tokens that must fit in the caches before a sequence is admitted."""
 
 MIN_SHARED_TOKENS = 64
-"""A request waits while another one is about to prefill at least this many tokens that both begin with."""
+"""A request waits while another one is about to prefill a common prefix of at least this many tokens."""
 
 
 class Engine:
@@ -317,7 +317,7 @@ class Engine:
                 running and not self._pool.has_room(sequence.tokens, new_tokens, sequence.max_cached_tokens)
             ):
                 return
-            can_wait = not sequence.needs_prompt_logprobs  # otherwise it computes all of its prompt itself
+            can_wait = not sequence.needs_prompt_logprobs  # otherwise it must compute all of its prompt itself
             if can_wait and any(_is_about_to_prefill(other, sequence) for other in prefilling):
                 continue
             if running and self._runner.communicator is None and not sequence.sampler.is_ready:
@@ -406,6 +406,6 @@ class Engine:
 
 
 def _is_about_to_prefill(other: Sequence, sequence: Sequence) -> bool:
-    """Return whether another sequence is about to prefill tokens that this one begins with, too."""
+    """Return whether another sequence is about to prefill a prefix that this one has in common with it."""
     end = other.num_computed_tokens + MIN_SHARED_TOKENS
     return end <= len(other.tokens) and end <= len(sequence.tokens) and sequence.shares_prefix(other, end)

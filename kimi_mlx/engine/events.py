@@ -133,7 +133,7 @@ class PromptLogprobs:
     """Log probabilities of tokens of the prompt, given all tokens before them.
 
     Args:
-        start: position in the prompt of the first of these tokens; they follow those of the event before.
+        start: position in the prompt of the first of these tokens; events are in order, without gaps.
         tokens: log probabilities of each token.
     """
 

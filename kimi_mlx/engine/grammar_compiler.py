@@ -11,17 +11,14 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from kimi_mlx.engine.call_id_tokens import CallIdTokens
 from kimi_mlx.engine.json_closing import JsonClosing
+from kimi_mlx.engine.token_mask import WORD_BITS, Mask
 from kimi_mlx.errors import EngineError, KimiMlxError
 
 if TYPE_CHECKING:  # importing it takes 0.1 s, and most requests have no grammar
     import llguidance
-
-WORD_BITS = 32
-"""Number of tokens per word of a mask."""
 
 MAX_GRAMMARS = 1024
 """Maximum number of grammars in the cache: agents send the same tools with every request."""
@@ -59,7 +56,7 @@ class TokenVocabulary:
                 self.token_ids[text].append(id)
         is_text = np.zeros(self.num_words * WORD_BITS, np.uint8)
         is_text[[id for ids in self.token_ids.values() for id in ids]] = 1
-        self.text_mask: npt.NDArray[np.uint32] = np.packbits(is_text, bitorder="little").view(np.uint32)
+        self.text_mask: Mask = np.packbits(is_text, bitorder="little").view(np.uint32)
         ends = sorted(self.end_ids)
         wrapped = llguidance.TokenizerWrapper(_Tokens(self.tokens, [i for i in special_ids if i < vocab_size], ends[0]))
         self._tokenizer = llguidance.LLTokenizer(wrapped, eos_token=ends)
@@ -206,7 +203,7 @@ class GrammarCompiler:
 
     @cached_property
     def json_closing(self) -> JsonClosing:
-        """The tokens that end JSON soonest."""
+        """Finder of the tokens that end JSON soonest."""
         return JsonClosing(self.vocabulary.token_ids)
 
     def drop(self, grammar: str) -> None:

@@ -1,4 +1,4 @@
-"""The tokens that bring JSON to its end soonest, among those that a grammar allows."""
+"""Find the tokens that end JSON soonest, among those that a grammar allows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ OUTSIDE_STRINGS = (
     *((b"}",), (b"]",), (b":",), (b'"',), tuple(b"%d" % digit for digit in range(10)), (b",",)),
     *((b"null", b"true", b"false"), (b"n", b"t", b"f"), (b"-", b"."), (b"[",), (b"{",)),
 )
-"""Groups of tokens, the best ones first."""
+"""Groups of tokens outside of strings, the best ones first."""
 
 
 @dataclass(frozen=True)
 class JsonPlace:
-    """A place in JSON text: inside or outside a string.
+    """A position in JSON text: inside or outside of a string.
 
     Args:
-        in_string: whether it is inside a string.
+        in_string: whether it is inside of a string.
         is_escaped: whether a backslash precedes it there.
     """
 
@@ -27,7 +27,7 @@ class JsonPlace:
     is_escaped: bool = False
 
     def after(self, text: bytes) -> JsonPlace:
-        """Return the place after more text."""
+        """Return the position after more text."""
         in_string, is_escaped = self.in_string, self.is_escaped
         for byte in text:
             if is_escaped:

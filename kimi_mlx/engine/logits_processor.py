@@ -1,7 +1,7 @@
 """Changes to the logits of some tokens of a sequence: logit bias, minimum length and penalties.
 
 Order and formulas are those of vLLM: first the bias, and -inf for stop tokens of an answer that is too short; then
-repetition penalty, frequency penalty and presence penalty. Log probabilities are computed before all of them.
+repetition penalty, frequency penalty and presence penalty. Log probabilities are those before all these changes.
 
 Sources: Sampler.forward in vLLM's vllm/v1/sample/sampler.py, apply_penalties in vllm/model_executor/layers/utils.py;
 the repetition penalty is from Keskar et al. 2019 (https://arxiv.org/abs/1909.05858).
@@ -31,7 +31,7 @@ class LogitChanges:
 
     Args:
         ids: (K,) int32, different tokens.
-        values: (3, K) float32: their bias, their repetition penalty, and what is subtracted at the end.
+        values: (3, K) float32: bias, repetition penalty, and sum of frequency and presence penalties.
     """
 
     ids: npt.NDArray[np.int32]
@@ -44,8 +44,8 @@ class LogitsProcessor:
     Only tokens with a change take memory and time. All ranks that sample compute the same changes.
 
     Args:
-        request: request of the sequence; tokens of `answered` must be passed to `advance`.
-        has_min_tokens: whether stop tokens are forbidden here; False if the grammar's mask does it.
+        request: request of the sequence. Pass the tokens that it has `answered` to `advance`.
+        has_min_tokens: whether this enforces the minimum length; False if the grammar's mask does.
     """
 
     def __init__(self, request: Request, *, has_min_tokens: bool = True):
@@ -129,11 +129,11 @@ def _has_penalties(sampling: Sampling) -> bool:
 
 
 def change_logits(logits: mx.array, changes: Sequence[tuple[int, LogitChanges]]) -> mx.array:
-    """Return changed logits, (M, vocab_size) float32: one gather and one scatter for all rows.
+    """Return changed logits, (M, vocab_size) float32, with one gather and one scatter for all rows.
 
     Args:
         logits: (M, vocab_size).
-        changes: pairs of a row and its changes. If no token has any, the logits are returned as they are.
+        changes: pairs of a row and its changes. Without any changed token the logits are returned unchanged.
     """
     rows = np.concatenate([np.full(change.ids.size, row, np.int32) for row, change in changes])
     if not rows.size:

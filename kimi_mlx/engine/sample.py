@@ -54,7 +54,7 @@ class SampledTokens:
         tokens: (M,) integers, one for each row of the logits.
         logprobs: log probabilities of the tokens in the rows `logprob_rows`; None if there are none.
         logprob_rows: rows of tokens with log probabilities.
-        prompt_logprobs: log probabilities of tokens of prompts, those of all entries one after the other.
+        prompt_logprobs: log probabilities of tokens of prompts, in the order of the entries.
     """
 
     tokens: mx.array
@@ -83,7 +83,7 @@ class SampledTokens:
         return None if top_logprobs is None else _cut(self._token_logprobs[row], top_logprobs)
 
     def prompt_logprobs_of(self, entries: Sequence[BatchEntry], index: int) -> tuple[Logprobs, ...]:
-        """Return the log probabilities of tokens of a prompt that an entry gives.
+        """Return the log probabilities of tokens of a prompt that an entry has computed.
 
         Args:
             entries: entries of the step.
@@ -137,7 +137,7 @@ def sample_tokens(logits: mx.array, entries: Sequence[BatchEntry]) -> SampledTok
 
 
 def _sample_together(logits: mx.array, entries: Sequence[BatchEntry]) -> mx.array:
-    """Sample the tokens of all entries, (M,); those with equal sampling parameters at once."""
+    """Sample the tokens of all entries, (M,); entries with equal sampling parameters are sampled at once."""
     changes = [
         (row, change)
         for entry in entries
@@ -192,7 +192,7 @@ def logprobs_of(logits: mx.array, tokens: mx.array, top_logprobs: int) -> Logpro
 def _largest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
     """Return ids and values of the largest logits, each (N, count), largest first.
 
-    The `count` blocks with the largest maxima have all of them, so only these are sorted.
+    The `count` blocks with the largest maxima contain all of the `count` largest logits, so only these are sorted.
 
     Args:
         logits: (N, vocab_size).

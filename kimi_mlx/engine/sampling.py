@@ -1,6 +1,6 @@
 """Samplers: temperature, min-p, top-k and top-p, with random numbers that depend only on the seed and the position.
 
-The order is vLLM's: the temperature comes first, then min-p, top-k and top-p, each of what the one before keeps.
+The order is vLLM's: first the temperature, then min-p, top-k and top-p, each applied to the tokens that remain.
 Source: Sampler.sample and apply_top_k_top_p in vLLM's vllm/v1/sample.
 """
 
@@ -49,7 +49,7 @@ class Sampler:
 
 
 def sample_rows(logits: mx.array, sampling: Sampling, seeds: Sequence[int]) -> mx.array:
-    """Sample a token from each row of logits, also of different sequences, (n,) integers.
+    """Sample a token from each row of logits, (n,) integers. Rows may belong to different sequences.
 
     Args:
         logits: (n, vocab_size); -inf for forbidden tokens.
@@ -73,8 +73,8 @@ def sample_rows(logits: mx.array, sampling: Sampling, seeds: Sequence[int]) -> m
 def keep_likely(logprobs: mx.array, sampling: Sampling) -> mx.array:
     """Return log probabilities with -inf for the tokens that min_p, top_k or top_p remove.
 
-    Each of them keeps the tokens from a least probability up, so tokens of equal probability are kept together. top_p
-    counts probabilities of the tokens that min_p and top_k keep.
+    Each filter has a threshold, so tokens of equal probability are kept or removed together. top_p refers to the
+    distribution over the tokens that min_p and top_k keep.
 
     Args:
         logprobs: (n, vocab_size) float32, at the temperature of `sampling`.

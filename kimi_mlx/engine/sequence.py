@@ -37,8 +37,8 @@ class Sequence:
         draft: tokens proposed to come next; on ranks that do not sample only their number matters.
         drafts: record of the drafts, on the leader.
         token_array: the same as `tokens`, for searches.
-        next_logprob: position of the next token of the prompt whose log probability was not read yet; the length of the
-            prompt if none is left.
+        next_logprob: position of the next token of the prompt whose log probability is needed; the length of the
+            prompt if there are no more.
     """
 
     def __init__(

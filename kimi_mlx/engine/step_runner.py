@@ -156,7 +156,7 @@ class StepRunner:
         mx.async_eval(step.sampled.arrays, [] if step.header is None else step.header.arrays)
 
     def _sample_with_prompts(self, step: InFlightStep, states: mx.array) -> SampledTokens:
-        """Sample the tokens of a step, and compute the log probabilities of its prompts, some positions at a time.
+        """Sample the tokens of a step, and compute log probabilities of its prompts, PROMPT_ROWS positions at a time.
 
         Args:
             step: the step.
@@ -180,8 +180,8 @@ class StepRunner:
         logits = self._model.head(states)[0]
         if self._communicator is not None:
             header = self._communicator.header
-            has_own = self._pipeline is None and step.header is not None  # ranks that sum send one with each gather
-            step.header = replace(header, previous=step.header) if has_own else header
+            has_earlier = self._pipeline is None and step.header is not None  # ranks that sum send one with each gather
+            step.header = replace(header, previous=step.header) if has_earlier else header
         return logits
 
     def read(
@@ -243,7 +243,7 @@ class StepRunner:
 
 
 def _divide_rows(entries: list[BatchEntry]) -> tuple[list[int], list[int], list[int]]:
-    """Return the rows of a step that are sampled from, those of prompts, and the tokens that follow the latter."""
+    """Return the rows of a step for sampling, those for log probabilities of prompts, and the tokens of the latter."""
     sampled_rows: list[int] = []
     prompt_rows: list[int] = []
     targets: list[int] = []

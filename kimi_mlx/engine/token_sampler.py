@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import cast
 
 import mlx.core as mx
-import numpy as np
 
-from kimi_mlx.engine.constraint import Constraint, Mask, masked
-from kimi_mlx.engine.grammar_compiler import WORD_BITS
+from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.logits_processor import LogitsProcessor, change_logits
 from kimi_mlx.engine.request import Request
 from kimi_mlx.engine.sampling import GREEDY_BELOW, Sampler
+from kimi_mlx.engine.token_mask import Mask, masked, set_tokens
 from kimi_mlx.errors import EngineError
 
 
@@ -49,13 +48,14 @@ class TokenSampler:
 
     @property
     def was_shortened(self) -> bool:
-        """Whether the grammar has brought the answer to its end because of its maximum number of tokens."""
+        """Whether the grammar has closed the answer early because of its maximum number of tokens."""
         return self._constraint is not None and self._constraint.was_shortened
 
     def is_greedy(self, draft: Sequence[int] = ()) -> bool:
-        """Return whether the most likely token is taken, after the sequence and after each token of a draft.
+        """Return whether the token with the largest logit is sampled, without changes to the logits and without a mask.
 
-        That is without changes to the logits and without a mask.
+        Args:
+            draft: draft tokens; the result holds after the sequence and after each of them.
         """
         return self._is_greedy and self._is_free(draft)
 
@@ -83,8 +83,8 @@ class TokenSampler:
         Args:
             logits: (1, vocab_size), of the draft model.
             length: number of known tokens.
-            draft: the draft so far, (1,) each. Penalties, a minimum length and a grammar wait for it, but a grammar
-                that allows every token after the sequence does not.
+            draft: the draft so far, (1,) each. It is read, which waits, only if penalties, a minimum length or a mask
+                depend on it.
 
         Returns:
             (1,), the token; None if the grammar fails or has failed.
@@ -140,8 +140,7 @@ class TokenSampler:
         masks = constraint.allowed_for_draft(draft)
         for row in range(min(len(masks), self._min_tokens - self._num_answered)):
             longer = masks[row].copy()
-            for token in self._stop_ids:
-                longer[token // WORD_BITS] &= ~np.uint32(1 << token % WORD_BITS)
+            set_tokens(longer, self._stop_ids, False)
             if longer.any():
                 masks[row] = longer
         return masks

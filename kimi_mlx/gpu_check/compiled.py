@@ -9,7 +9,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from kimi_mlx.engine.constraint import masked
+from kimi_mlx.engine.token_mask import masked
 from kimi_mlx.gpu_check.context import Context
 from kimi_mlx.gpu_check.random_model import RandomWeights, model_config
 from kimi_mlx.model.moe import Router, router_scores, swiglu

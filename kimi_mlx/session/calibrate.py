@@ -23,7 +23,7 @@ def calibrate(cluster: Cluster, shape: ModelShape, dtype: str | None = None) -> 
 
     Args:
         cluster: hosts and addresses of the ranks.
-        shape: the model, of which no file is needed.
+        shape: dimensions of the model; its files are not needed.
         dtype: compute dtype; None for the default of the ranks' device.
 
     Raises:

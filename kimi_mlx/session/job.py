@@ -30,8 +30,8 @@ class Job:
         is_running: True once a rank has reported anything about the request.
         submitted_at: time of submission, on the clock of time.perf_counter.
         first_token_at: time of the first token; 0 before it.
-        next_logprob: position of the next token of the prompt whose log probability the caller does not have; 0 before
-            the first.
+        next_logprob: position of the next token of the prompt whose log probability was not sent to the caller; 0
+            before the first.
         rank_statistics: statistics of the ranks that have finished the request, by rank.
     """
 
@@ -106,7 +106,7 @@ class Job:
         return Finished(reason, own)
 
     def outcome_of_ranks(self) -> Finished | KimiMlxError | None:
-        """Return the outcome with the experts that all ranks read, after the last rank has finished."""
+        """Return the outcome, with the sum of the ranks' counters of experts, after the last rank has finished."""
         ranks = [statistics.experts for statistics in self.rank_statistics.values() if statistics.experts is not None]
         if not isinstance(self.outcome, Finished) or self.was_interrupted or not ranks:
             return self.outcome

@@ -386,7 +386,7 @@ class RingSession:
                 self._end_job(job, outcome)
 
     def _set_usage(self, rank: int, message: Message) -> None:
-        """Set what a rank counts of its prompt cache and its experts, together with the rings before this one."""
+        """Update a rank's use of its prompt cache and its experts, which includes that of the rings before this one."""
         usage = CacheUsage.from_dict(message["cache_usage"])
         self._cache_usage[rank] = usage.with_earlier(self._earlier_cache_usage[rank])
         if message["experts"] is not None:

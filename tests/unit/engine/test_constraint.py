@@ -13,11 +13,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kimi_mlx.engine.constraint import Constraint, _LimitError, masked
+from kimi_mlx.engine.constraint import Constraint, _LimitError
 from kimi_mlx.engine.engine import Engine
 from kimi_mlx.engine.events import Token
 from kimi_mlx.engine.grammar_compiler import GrammarCompiler
 from kimi_mlx.engine.request import Request
+from kimi_mlx.engine.token_mask import masked
 from kimi_mlx.errors import EngineError, GrammarError
 from kimi_mlx.model.decoder import Model
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer

@@ -37,12 +37,12 @@ def statistics_line(statistics: Statistics) -> str:
 
 
 def describe_experts(experts: ExpertStats, bytes_per_token: float, seconds: float) -> str:
-    """Return how many experts were in memory, what was read from the disk, and the share of the time that it took.
+    """Return the hit rate of experts, the bytes read from the disk, and the share of the time spent waiting.
 
     Args:
-        experts: counters of some time.
+        experts: counters of a period.
         bytes_per_token: bytes read per token.
-        seconds: that time.
+        seconds: length of the period.
     """
     if experts.hit_rate is None:
         return "experts on disk"
