@@ -31,11 +31,11 @@ class AnswerFormat:
         tools: tools in OpenAI's format, `{"type": "function", "function": {...}}`.
         tool_choice: `auto`, `none`, `required`, or `{"name": ...}` of the tool that must be called.
         parallel_tool_calls: whether one answer may call several tools.
-        constrains_arguments: whether the arguments of calls keep to the schemas of their tools. If not, they are as the
-            model writes them, unless a call is required or a tool is `strict`.
+        constrains_arguments: whether the schemas of tools are enforced in the arguments of calls. If not, only those of
+            required calls and of `strict` tools are.
         response_schema: JSON schema of the answer; True for any JSON object, None for any text.
         input_rules: bodies of grammar rules for the calls of tools whose input is free text, by the name of the tool.
-        response_rule: body of a grammar rule that the answer matches, instead of a schema (kimi_mlx.text.answer_rules).
+        response_rule: body of a grammar rule that the answer matches, instead of a schema (kimi_mlx.text.lark_rules).
         response_schema_name: location of the schema or the rule, for error messages.
     """
 

@@ -13,6 +13,9 @@ from kimi_mlx.text.messages import Delta, Message, join
 
 StopReason = Literal["stop", "length", "tool_calls"]
 
+NOTES_FIELD = "kimi_mlx_notes"
+"""Field of responses with the notes on a request; it is our own."""
+
 
 @dataclass(frozen=True)
 class GenerationParams:
@@ -29,7 +32,7 @@ class GenerationParams:
         logit_bias: pairs of a token id and a number to add to its logit.
         min_tokens: number of tokens of the answer before a stop token or a stop text may end it.
         return_progress: whether the events of the answer include ProgressEvents.
-        notes: what of the body is not done, each a sentence; the response has them as `kimi_mlx_notes`.
+        notes: sentences about parts of the body that have no effect; the response has them as NOTES_FIELD.
     """
 
     max_tokens: int | None = None

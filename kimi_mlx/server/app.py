@@ -16,11 +16,11 @@ from kimi_mlx.server.anthropic.routes import anthropic_routes
 from kimi_mlx.server.cluster import cluster_status
 from kimi_mlx.server.health import health_problem, health_report
 from kimi_mlx.server.http.access_log import AccessLog
-from kimi_mlx.server.http.addresses import AddressMiddleware
 from kimi_mlx.server.http.body import JsonResponse
 from kimi_mlx.server.http.context import Context
 from kimi_mlx.server.http.errors_middleware import ErrorFormat, ErrorMiddleware
 from kimi_mlx.server.http.limits import BodyLimitMiddleware
+from kimi_mlx.server.http.request_paths import PathMiddleware
 from kimi_mlx.server.http.security import AuthMiddleware, Security
 from kimi_mlx.server.http.sse import STREAM_HEADERS
 from kimi_mlx.server.openai.response_fields import openai_error
@@ -79,7 +79,7 @@ def build_app(
         )
     unlogged = {*(route.path for route in page), EVENTS_PATH}
     app = AccessLog(app, context.service.metrics, [*routes, *page], unlogged, log_prompts=log_prompts)
-    return AddressMiddleware(app, [*routes, *page])
+    return PathMiddleware(app, [*routes, *page])
 
 
 def _status_routes(context: Context) -> list[Route]:

@@ -56,8 +56,8 @@ class ApiError(KimiMlxError):
 class PromptTooLongError(ApiError):
     """A prompt that does not fit the context.
 
-    Clients recognise it by its words rather than by its code, and then shorten the conversation. The message has the
-    words of OpenAI's APIs; `anthropic_message` has those of the Messages API.
+    Clients recognise it by the wording of its message rather than by its code, and then shorten the conversation. The
+    message has OpenAI's wording; `anthropic_message` has Anthropic's.
 
     Args:
         num_tokens: number of tokens of the prompt.
@@ -84,7 +84,7 @@ class PromptTooLongError(ApiError):
 
     @property
     def anthropic_message(self) -> str:
-        """Message with the words of the Messages API."""
+        """Message with the wording of the Messages API."""
         return f"prompt is too long: {self.num_tokens} tokens > {self.context_tokens} maximum"
 
 

@@ -1,6 +1,6 @@
-"""Calls of tools that another server ran, in older messages of a conversation: the model reads them as text.
+"""Hosted tool calls, which another server ran, in older messages of a conversation: the model reads them as text.
 
-A client that changes its server in the middle of a conversation sends such calls back, with their results: Anthropic's
+A client that switches servers in the middle of a conversation sends such calls with their results: Anthropic's
 `server_tool_use` and `web_search_tool_result`, OpenAI's `web_search_call`, `local_shell_call` and others.
 """
 
@@ -20,11 +20,11 @@ BOOKKEEPING = ("type", "id", "call_id", "tool_use_id", "status", "cache_control"
 """Fields that mean nothing to the model."""
 
 MAX_DEPTH = 20
-"""Depth from which on values are left out: results are not nested that deeply."""
+"""Maximum depth of values; deeper ones are left out. Results are not nested that deeply."""
 
 
 def is_hosted(content_type: object) -> bool:
-    """Return whether a type of content or of an item belongs to a call that another server ran."""
+    """Return whether a type of content or of an item is that of a hosted call or its result."""
     if not isinstance(content_type, str) or content_type in OWN_TYPES:
         return False
     return content_type.endswith(HOSTED_ENDINGS) or content_type in OTHER_HOSTED_TYPES
@@ -39,7 +39,7 @@ def hosted_text(part: Mapping[str, Any]) -> str:
 
 
 def read_hosted_parts(content: Any) -> Any:
-    """Return the content of a message with a text in the place of each hosted call; other content is unchanged."""
+    """Return the content of a message with each hosted call replaced by text; other content is unchanged."""
     if not isinstance(content, list):
         return content
     parts = cast("list[Any]", content)

@@ -39,14 +39,14 @@ POST_PATHS: dict[str, tuple[type[Body], str]] = {
 CANCEL_PATH = "/v1/responses/{id}/cancel"
 """POST path without a body."""
 
-DELETE_PATHS = {"/v1/responses/{id}": "Drop a response that is kept in memory"}
+DELETE_PATHS = {"/v1/responses/{id}": "Delete a response from memory"}
 """DELETE paths, each with a summary."""
 
 GET_PATHS = {
     "/v1/models": "The model",
     "/v1/models/{name}": "The model, under any of its names",
     "/tokenizer_info": "Configuration of the tokenizer, with the chat template",
-    "/v1/responses/{id}": "A response that is running or kept in memory",
+    "/v1/responses/{id}": "A response that is in progress or kept in memory",
     "/v1/responses/{id}/input_items": "The items from which a response was generated",
     "/v1/cluster": "Status of the model: ranks, memory, queue, answers in progress, restarts",
     "/v1/cluster/events": "The same status as server-sent events, whenever it changes",
@@ -88,7 +88,7 @@ def openapi_document(model_info: ModelInfo) -> dict[str, Any]:
     gets = {path: {"get": _get(path, title)} for path, title in GET_PATHS.items()}
     for path, title in DELETE_PATHS.items():
         gets[path]["delete"] = _get(path, title)
-    posts[CANCEL_PATH] = {"post": _get(CANCEL_PATH, "End the answer of a response that is running")}
+    posts[CANCEL_PATH] = {"post": _get(CANCEL_PATH, "Cancel a response that is in progress")}
     return {
         "openapi": "3.1.0",
         "info": {"title": "kimi-mlx", "version": __version__, "description": _description(model_info)},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -11,13 +10,14 @@ from typing import Any
 
 from kimi_mlx.engine.request import ImageInput, Request, Sampling
 from kimi_mlx.errors import CallIdError, GrammarError, ImageError, TextError, UsageError
-from kimi_mlx.runtime.answer_grammar import AnswerFormat, AnswerGrammar
+from kimi_mlx.runtime.answer_grammar import AnswerGrammar
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.prompt import Prompt
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest, GenerationParams
 from kimi_mlx.server.errors import ApiError, PromptTooLongError
 from kimi_mlx.server.media import image_error, resolve_media
 from kimi_mlx.server.message_content import texts_of
+from kimi_mlx.server.request_grammar import plain_grammar, request_grammar, schema_error
 from kimi_mlx.server.response_builder import ChatReader, PlainReader, StopTokenReader, TokenReader
 from kimi_mlx.server.template_variables import template_variables
 from kimi_mlx.text.call_ids import CallIds, to_kimi_ids
@@ -48,21 +48,15 @@ CALL_TOKENS = 6
 """Minimum number of tokens of a tool call: three markers, and the parts of its id."""
 
 MANY_MESSAGES = 1_000
-"""Number of messages from which on an error of the template names their number."""
+"""An error of the template mentions the number of messages from this many on."""
 
 ASSISTANT_BEGIN, HEADER_END = "<|im_assistant|>", "<|im_middle|>"
 """Control tokens around the name of the assistant, in Kimi's templates."""
 
-LEADING_NAME = re.compile(r"`([^`]+)`")
-"""Location of the error, at the beginning of a GrammarError's message."""
-
-SCHEMA_PATH = re.compile(r"`([^`]+): \$([^`]*)`")
-"""Location of a schema, and of the error in it, at the beginning of a GrammarError's message."""
-
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A request for the engine, and what is needed to read its answers. It can be pickled.
+    """A request for the engine, with all that is needed to read its answers. It can be pickled.
 
     Args:
         request: request for the first of several answers.
@@ -73,8 +67,8 @@ class PreparedRequest:
         free_text_tools: names of those tools whose arguments are any text instead of JSON.
         return_progress: whether the events of the answers include ProgressEvents.
         place: location of the prompt in the body, for error messages.
-        stop_token_ids: tokens that end an answer, and are not control tokens.
-        notes: what of the request is not done, for the response.
+        stop_token_ids: tokens of the request that end an answer and are not part of it.
+        notes: sentences about parts of the request that have no effect, for the response.
     """
 
     request: Request
@@ -107,7 +101,7 @@ class PromptBuilder:
         context_tokens: size of the context.
         instant_sampling: recommended sampling values, by name of the field, for answers without thinking.
         text_only_reason: reason why the model sees no images, for the log; None if it does.
-        constrains_arguments: whether the arguments of calls keep to the schemas of their tools.
+        constrains_arguments: whether the schemas of tools are enforced in the arguments of calls.
         fetched: contents of the URLs of images that have been fetched.
     """
 
@@ -282,7 +276,7 @@ class PromptBuilder:
         messages: Sequence[Message],
         variables: Mapping[str, Any],
     ) -> Prompt:
-        """Return the prompt of the messages of a request, whose tool calls have other ids."""
+        """Return the prompt of the messages of a request, which have Kimi's tool call ids."""
         try:
             return self.tokenizer.prompt(messages, request.prompt_tools, **variables)
         except ImageError as error:
@@ -398,50 +392,6 @@ def _load_builder(
     """Load a pickled builder in another process. The last one is cached, so each process loads it once."""
     tokenizer = replace(ChatTokenizer.load(folder), sampling=sampling, max_tokens=max_tokens)
     return PromptBuilder(tokenizer, context_tokens, dict(instant_sampling), text_only_reason, constrains_arguments)
-
-
-def request_grammar(
-    request: ChatRequest, special_tokens: Mapping[str, int], prompt: Sequence[int], num_calls: int
-) -> AnswerGrammar:
-    """Return the grammar of an answer.
-
-    Args:
-        request: chat request.
-        special_tokens: special tokens of the tokenizer.
-        prompt: prompt of the answer.
-        num_calls: number of tool calls in the conversation so far.
-
-    Raises:
-        ApiError: 400, a schema or a tool is invalid; `param` is its location.
-    """
-    if request.partial is not None and (request.response_schema is not None or request.response_rule is not None):
-        message = "a partial message cannot be combined with a schema or a grammar for the answer"
-        raise ApiError(400, message, param=request.response_schema_name)
-    try:
-        return request.grammar(special_tokens, prompt, num_calls)
-    except GrammarError as error:
-        raise schema_error(error) from error
-
-
-def plain_grammar(answer_format: AnswerFormat) -> AnswerGrammar:
-    """Return the grammar of an answer without reasoning and tool calls.
-
-    Raises:
-        ApiError: 400, the schema or the rule is invalid; `param` is its location.
-    """
-    try:
-        answer_format.check_schemas()
-        return answer_format.grammar({}, (), 0)
-    except GrammarError as error:
-        raise schema_error(error) from error
-
-
-def schema_error(error: GrammarError) -> ApiError:
-    """Return the response for a schema or a tool that is refused; its hint is for the client too."""
-    message = SCHEMA_PATH.sub(r"`\1\2`", error.message, 1) if SCHEMA_PATH.match(error.message) else error.message
-    name = LEADING_NAME.match(message)
-    message = message if error.hint is None else f"{message} ({error.hint})"
-    return ApiError(400, message, "invalid_schema", name.group(1) if name else None)
 
 
 def request_for_choice(request: Request, index: int, client: str = "") -> Request:

@@ -49,7 +49,7 @@ class ServingOptions:
         has_page: whether the web page is served at `/`.
         keep_responses: maximum number of responses of the Responses API that are kept in memory.
         starts_worker: whether a worker process for long requests is started with the server, before one is needed.
-        constrains_arguments: whether the arguments of calls keep to the schemas of their tools.
+        constrains_arguments: whether the schemas of tools are enforced in the arguments of calls.
     """
 
     security: Security = field(default_factory=Security)

@@ -41,14 +41,14 @@ MAX_WAIT_S = 600.0
 
 
 class AnswerHandle:
-    """Ends the answers to one request from outside of the task that receives them, in the event loop."""
+    """Ends the answers to one request from another task than the one that receives them, in the event loop."""
 
     def __init__(self) -> None:
         self._cancel: Callable[[ApiError], None] | None = None
         self._error: ApiError | None = None
 
     def stop(self, error: ApiError) -> None:
-        """End the answers, also those that have not begun yet; their receiver gets the first error."""
+        """End the answers, even if they have not begun yet. The task that receives them gets the first error."""
         if self._error is not None:
             return
         self._error = error
@@ -143,7 +143,7 @@ class Service:
         Args:
             requests: requests, each for one or several answers.
             client: client that sent them; waiting requests of different clients take turns.
-            handle: handle that ends the answers from outside.
+            handle: handle with which another task can end the answers.
 
         Raises:
             ApiError: the requests cannot be served, or an answer failed; raised before the first event if possible.

@@ -1,4 +1,4 @@
-"""Options of thinking, with the same meaning in every API."""
+"""Options of thinking, which mean the same in every API."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ThinkingOptions(Body):
 
     @property
     def is_on(self) -> bool:
-        """Whether the model thinks: unless it is turned off, by its type or else by its effort."""
+        """Whether the model thinks. `type` takes precedence over `effort`; without either it does."""
         return self.effort not in OFF if self.type is None else self.type != "disabled"
 
 
@@ -35,11 +35,11 @@ def thinking_fields(
     """Return the fields of a ChatRequest about thinking.
 
     Args:
-        options: options of the API; they count more than `switch`, and that more than `effort`.
-        effort: effort, if it is not among the options.
+        options: options of the API. They take precedence over `switch`, and that over `effort`.
+        effort: effort from another field, if `options` has none.
         switch: another switch that turns thinking on or off.
-        default: what counts if nothing is given; None leaves it to the chat template.
-        keeps_all: whether the prompt keeps the reasoning of all earlier answers, besides `keep` of the options.
+        default: whether the model thinks if no option is given; None leaves it to the chat template.
+        keeps_all: True to keep the reasoning of all earlier answers in the prompt, as `keep: all` of the options does.
     """
     effort = (options and options.effort) or effort
     is_on = default

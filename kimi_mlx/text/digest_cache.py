@@ -1,4 +1,4 @@
-"""A cache of what is computed from long texts, which does not keep the texts."""
+"""A cache for functions of long texts that keeps digests instead of the texts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Find the subschemas that only something infinite satisfies, such as an object that requires itself.
+"""Find endless subschemas, which only infinite values satisfy, such as an object that requires itself.
 
-A model that begins such a value can never end it. So they are replaced by `false`: what is left allows the same finite
-values.
+A model that begins such a value can never end it. So endless subschemas are replaced by `false`; the schema then allows
+the same finite values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SCALARS = frozenset({"null", "boolean", "integer", "number", "string"})
 
 
 def find_endless(parts: list[Schema], resolve: Resolve) -> set[int]:
-    """Return the ids (of Python) of the subschemas that no finite value satisfies.
+    """Return the ids, as by id(), of the subschemas that no finite value satisfies.
 
     Args:
         parts: all subschemas of a checked schema, innermost first.
@@ -55,7 +55,7 @@ def drop_endless(parts: list[Schema], endless: set[int]) -> None:
 
 
 def _is_finite(part: Schema, finite: set[int], resolve: Resolve) -> bool:
-    """Return whether a finite value is known to satisfy a schema, given that some subschemas have one."""
+    """Return whether a finite value satisfies a schema, given the subschemas that are known to have one."""
 
     def has_value(schema: Any) -> bool:
         return schema is not False and (schema is True or id(schema) in finite)

@@ -4,8 +4,8 @@
     section: section-begin call+ section-end
     call:    call-begin functions.NAME:INDEX argument-begin JSON call-end
 
-The rules are JSON, which kimi_mlx.engine.constraint reads (`AnswerRules`). If tools are offered and none must be
-called, only the calls have rules: what the model writes around them is as it would be without rules.
+The rules are JSON, which kimi_mlx.engine.answer_rules reads. If tools are offered and none must be
+called, only the calls have rules; the text around them is unconstrained.
 
 The arguments of each tool are a grammar of their own, in llguidance's dialect of Lark. They are compiled once, whatever
 the other tools of a request are.
@@ -22,17 +22,17 @@ from typing import Any, cast
 from kimi_mlx.errors import GrammarError
 from kimi_mlx.text.json_schema import ANY_OBJECT, check_schema, find_problem, rule_grammar, to_grammar
 from kimi_mlx.text.output import CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTION_END, THINK_BEGIN, THINK_END
-from kimi_mlx.text.tool_arguments import ANY_ARGUMENTS, arguments_grammar, is_known
+from kimi_mlx.text.tool_arguments import ANY_ARGUMENTS, arguments_grammar, is_cached
 from kimi_mlx.text.tool_calls import ARGUMENT_BEGIN, PREFIX
 
 MAX_CALLS = 16
 """Maximum number of tool calls in an answer that consists of calls, or of a response or calls."""
 MAX_NOTES = 8
-"""Maximum number of keywords per tool that are noted one by one."""
+"""Maximum number of notes per tool; the other keywords that are not enforced are only counted."""
 CHECK_S = 2.0
-"""Time for reading the schemas of all tools of a request that were not read before; usually it takes milliseconds each.
+"""Time limit for converting the schemas of a request that are not cached; each usually takes milliseconds.
 
-The schemas that are left are not enforced in this request, and are read with the next ones."""
+The remaining schemas are not enforced in this request; later requests convert them."""
 ANY_TEXT = rule_grammar(r"/(.|\n)*/")
 """Grammar of any text."""
 CHOICES = ("auto", "none", "required")
@@ -62,11 +62,11 @@ class Thinking(Enum):
 
 
 STARTS = {Thinking.OPEN: "REASONING", Thinking.POSSIBLE: "START", Thinking.NONE: "CONTENT"}
-"""Part that an answer begins with, by its name in kimi_mlx.engine.constraint."""
+"""Part that an answer begins with, by its name in kimi_mlx.engine.answer_rules."""
 
 
 def detect_thinking(special_tokens: Ids, prompt: Sequence[int]) -> Thinking:
-    """Return whether the answer to a prompt begins with reasoning."""
+    """Return how the answer to a prompt begins."""
     last = prompt[-1] if prompt else None
     if THINK_BEGIN not in special_tokens or last == special_tokens.get(THINK_END):
         return Thinking.NONE
@@ -103,8 +103,8 @@ def build_grammar(
         schema_name: name of the answer's schema or rule in error messages.
         response_rule: body of a rule in llguidance's dialect of Lark that the answer matches, instead of a schema.
         input_rules: bodies of such rules for the calls of tools whose input is not JSON, by the name of the tool.
-        constrains_arguments: False to leave calls that the model may choose to make as it writes them, unless a tool is
-            `strict` or only one call is allowed.
+        constrains_arguments: False to leave optional calls unconstrained, unless a tool is `strict` or only one call is
+            allowed.
         notes: list to which the parts of the tools' schemas are appended that are not enforced, with reasons.
 
     Raises:
@@ -202,8 +202,8 @@ def _arguments(
         if not constrains_all and not _is_strict(tool):
             continue
         where = f"tools[{i}].function.parameters"
-        if time.monotonic() > deadline and not is_known(function.get("parameters")):
-            problems = [("", f"the schemas of all tools take more than {CHECK_S:.0f} s to read")]
+        if time.monotonic() > deadline and not is_cached(function.get("parameters")):
+            problems = [("", f"the schemas of all tools take more than {CHECK_S:.0f} s to convert")]
         else:
             grammars[PREFIX + name], problems = arguments_grammar(function.get("parameters"))
         if notes is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from kimi_mlx.text.digest_cache import DigestCache
 from kimi_mlx.text.finite_schema import drop_endless, find_endless
 from kimi_mlx.text.schema_bounds import check_value
 from kimi_mlx.text.schema_rewrites import rewrite
+from kimi_mlx.text.schema_values import CHECKS, COUNTS, LOWER_BOUNDS, UPPER_BOUNDS, largest_float, num_keys
 
 Schema = dict[str, Any]
 OnProblem = Callable[[str, str], None]
@@ -35,24 +35,17 @@ MAX_NAMES = {"patternProperties": 32, "required": 1_000, "properties": 1_000}
 """Maximum number of names in a whole schema: the time to compile an object grows with their square.
 
 Other keywords count as `properties`."""
-MAX_EXACT = 2**53
-"""Integers up to this value are exact as floats, in which llguidance computes."""
-MAX_BOUND = 2**63 - 1024
-"""The largest float that fits in 64 bits; larger bounds are reduced to it."""
-MAX_FLOAT = sys.float_info.max
 LOCATE_S = 0.3
 """Time limit for the search for the subschema with the error."""
 
 MAX_COMPILATIONS = 4096
-"""Maximum number of grammars of which it is remembered whether they are valid."""
+"""Maximum number of cached results of compilation."""
 
 WHITESPACE = r"[ \t]{1,4}|\r?\n[ \t]{0,64}"
-"""Whitespace between the parts of JSON, limited to what models usually write: a confused model could
-write nothing else."""
+"""Whitespace between the parts of JSON, limited to the amounts that models usually write.
 
-TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
-COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-LOWER_BOUNDS, UPPER_BOUNDS = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+A confused model could otherwise write nothing else."""
+
 SINGLE_SCHEMAS, SCHEMA_LISTS = (
     ("items", "additionalItems", "additionalProperties"),
     ("prefixItems", "anyOf", "oneOf", "allOf"),
@@ -66,7 +59,7 @@ DEPENDENT: Mapping[str, Sequence[str]] = {
     "prefixItems": ("items",),
     "items": ("additionalItems",),
 }
-"""Keywords that mean something else without the one before them, and are dropped with it."""
+"""Keywords, each with those that depend on it and are dropped with it."""
 UNSUPPORTED = (
     *("not", "if", "contains", "minContains", "maxContains", "propertyNames", "dependencies"),
     *("dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"),
@@ -122,7 +115,7 @@ def clean_schema(schema: Any, on_problem: OnProblem) -> Schema:
     if any("$ref" in part for part in parts):
         endless = find_endless(parts, lambda reference: _target(reference, clean))
         if id(clean) in endless:
-            on_problem("$", "only something infinite satisfies it")
+            on_problem("$", "only an infinite value satisfies it")
         else:
             drop_endless(parts, endless)
     return clean
@@ -147,7 +140,7 @@ def find_problem(grammar: str) -> str | None:
 
 
 def compile_s(grammar: str) -> float:
-    """Return the time of a thread to compile a grammar and its first mask."""
+    """Return the CPU time in seconds to compile a grammar and its first mask."""
     return _compilations(grammar)[1]
 
 
@@ -175,7 +168,7 @@ def _byte_tokenizer() -> llguidance.LLTokenizer:
 
 
 def _reason(error: str) -> str:
-    """Return the sentence with the reason from an error of llguidance."""
+    """Return the reason from an error of llguidance, as one line."""
     if "oneOf constraints are not supported" in error:
         return "`oneOf`: a value may match several alternatives; use `anyOf`"
     lines = error.splitlines()
@@ -244,7 +237,7 @@ class SchemaCleaner:
         problem = CHECKS[keyword](value)
         if problem:
             self._drop(at, problem)
-        self._count(keyword, len(value) if keyword == "required" else _num_keys(value), at)
+        self._count(keyword, len(value) if keyword == "required" else num_keys(value), at)
         return value
 
     def _one(self, value: Any, at: str, depth: int) -> Schema | bool:
@@ -274,75 +267,6 @@ class SchemaCleaner:
         raise _DropError
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _type(value: Any) -> str | None:
-    listed = cast("list[Any]", value) if isinstance(value, list) else [value]
-    unknown = [name for name in listed if name not in TYPES]
-    if not unknown and listed:
-        return None
-    return f"`{unknown[0] if unknown else value}` is not a type; types are {', '.join(TYPES)}"
-
-
-def _count(value: Any) -> str | None:
-    is_whole = _is_number(value) and value >= 0 and value == int(value)
-    return None if is_whole else f"`{value}` is not a whole number of 0 or more"
-
-
-def _number(value: Any) -> str | None:
-    if not _is_number(value):
-        return f"`{value}` is not a number"
-    return f"a number beyond {MAX_FLOAT:.2g} is not supported" if abs(value) > MAX_FLOAT else None
-
-
-def _positive(value: Any) -> str | None:
-    return _number(value) or (None if value > 0 else f"`{value}` is not a number above 0")
-
-
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) else f"`{value}` is not a string"
-
-
-def _names(value: Any) -> str | None:
-    is_list = isinstance(value, list) and all(isinstance(name, str) for name in cast("list[Any]", value))
-    return None if is_list else "not a list of names"
-
-
-def _values(value: Any) -> str | None:
-    return _value(cast("list[Any]", value)) if isinstance(value, list) and value else "not a list of values"
-
-
-def _value(value: Any) -> str | None:
-    """Return an error for numbers that would be rounded."""
-    if _is_number(value) and abs(value) > MAX_EXACT:
-        return f"{value} is beyond {MAX_EXACT}, where numbers are not exact"
-    inner = list(cast("Schema", value).values()) if isinstance(value, dict) else value
-    return next(filter(None, map(_value, cast("list[Any]", inner))), None) if isinstance(inner, list) else None
-
-
-def _num_keys(value: Any) -> int:
-    """Return the number of names in the objects of an `enum` or `const`."""
-    inner = list(cast("Schema", value).values()) if isinstance(value, dict) else value
-    names = len(cast("Schema", value)) if isinstance(value, dict) else 0
-    return names + sum(map(_num_keys, cast("list[Any]", inner))) if isinstance(inner, list) else 0
-
-
-CHECKS: Mapping[str, Callable[[Any], str | None]] = {
-    "type": _type,
-    "enum": _values,
-    "const": _value,
-    "required": _names,
-    "$ref": _text,
-    "pattern": _text,
-    "format": _text,
-    "multipleOf": _positive,
-    **dict.fromkeys(COUNTS, _count),
-    **dict.fromkeys((*LOWER_BOUNDS, *UPPER_BOUNDS), _number),
-}
-
-
 def _has_inexact_bound(clean: Schema) -> bool:
     """Return whether an exclusive integer bound is less than 1 from the other one: llguidance would allow the bound."""
     low, high = clean.get("exclusiveMinimum"), clean.get("exclusiveMaximum")
@@ -360,18 +284,10 @@ def _normalize(clean: Schema) -> Schema:
     for keyword in clean.keys() & {*COUNTS}:
         clean[keyword] = int(clean[keyword])
     for keyword in clean.keys() & {*LOWER_BOUNDS}:
-        clean[keyword] = -_largest_float(-clean[keyword])
+        clean[keyword] = -largest_float(-clean[keyword])
     for keyword in clean.keys() & {*UPPER_BOUNDS}:
-        clean[keyword] = _largest_float(clean[keyword])
+        clean[keyword] = largest_float(clean[keyword])
     return clean
-
-
-def _largest_float(bound: float) -> float:
-    """Return the largest number up to `bound` that is exact as a float and fits in 64 bits."""
-    if not isinstance(bound, int) or abs(bound) <= MAX_EXACT:
-        return bound
-    bound = min(MAX_BOUND, bound)
-    return int(float(bound) if float(bound) <= bound else math.nextafter(float(bound), -math.inf))
 
 
 def _check_reference(part: Schema, root: Schema, path: str, on_problem: OnProblem) -> None:

@@ -79,9 +79,8 @@ class OutputParser:
         self._held = ""  # text that may become a misspelled marker
         self._call_id: list[str] = []
         self._arguments: list[str] = []
-        self._is_object: bool | None = (
-            None  # whether the arguments begin with `{` or are text; None while they are blank
-        )
+        # whether the arguments are text or begin with `{`; None while they are blank
+        self._is_object: bool | None = None
         self._num_emitted = 0  # parts of the arguments that are in deltas
         self._tool_names = frozenset(tool_names)
         self._free_text_tools = frozenset(free_text_tools)

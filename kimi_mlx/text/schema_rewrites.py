@@ -1,7 +1,7 @@
-"""Replace keywords of JSON Schema that llguidance does not know by equal ones that it does, where that is possible.
+"""Replace keywords of JSON Schema that llguidance does not support by equivalent ones, where possible.
 
 Each rule takes a schema whose other keywords it may change, and removes its own keyword only if the result has the same
-instances. What no rule can replace is left. The schemas are those of users: any keyword may have any value.
+instances; otherwise the keyword stays. The schemas are those of users: any keyword may have any value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANY_TYPES = ("null", "boolean", "number", "string", "array", "object")
 
 
 def rewrite(schema: Mapping[str, Any]) -> Schema:
-    """Return an equal schema, with as few keywords as possible that cannot be enforced. Subschemas are not changed."""
+    """Return an equivalent schema with fewer unsupported keywords. Subschemas are not changed."""
     copy = dict(schema)
     for keyword, rule in RULES.items():
         if keyword in copy:
@@ -45,7 +45,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _add(schema: Schema, *conditions: Schema) -> None:
-    """Add schemas that must hold, too."""
+    """Add schemas that instances must satisfy, too."""
     both = schema.get("allOf", [])
     schema["allOf"] = [*(cast("list[Any]", both) if isinstance(both, list) else []), *conditions]
 
@@ -79,7 +79,7 @@ def _single_type(schema: Schema) -> None:
 
 
 def _boolean_bound(exclusive: str, inclusive: str) -> Callable[[Schema], None]:
-    """Return a rule for the boolean form of draft 4."""
+    """Return a rule for exclusive bounds as booleans, the form of draft 4."""
 
     def rule(schema: Schema) -> None:
         if schema[exclusive] is True and inclusive in schema:
@@ -117,7 +117,7 @@ def _dependent_schemas(schema: Schema) -> None:
 
 
 def _add_dependencies(schema: Schema, schemas: Schema) -> bool:
-    """Require, for each property that is there, a schema; return False if there are too many cases."""
+    """Require a schema for each property that is present; return False if there are too many cases."""
     if len(schemas) > MAX_DEPENDENCIES or (schemas and schema.get("type") != "object"):
         return False
     required = _names(schema.get("required"))
@@ -176,7 +176,7 @@ def _not(schema: Schema) -> None:
 
 
 def _negations(schema: Schema, negated: Any) -> list[Schema] | None:
-    """Return schemas that together negate one, for the instances of a schema that may be changed; None if unknown."""
+    """Return schemas that, together with `schema`, express the negation of `negated`; None if there are none."""
     table = _table(negated)
     if table is None or len(table) != 1:
         return None
@@ -287,7 +287,7 @@ def _unique_items(schema: Schema) -> None:
 
 
 def _unevaluated(keyword: str, own: str) -> Callable[[Schema], None]:
-    """Return a rule for what is left after other schemas have been applied, if there are no others."""
+    """Return a rule that replaces an `unevaluated...` keyword in a schema without applied subschemas."""
 
     def rule(schema: Schema) -> None:
         if not any(other in schema for other in COMBINATIONS):

@@ -1,7 +1,7 @@
 """Grammars for the arguments of tools.
 
 A tool is never refused for its schema. What cannot be enforced is dropped from the grammar, and noted; the grammar then
-accepts more than the schema, never less. If nothing helps, the arguments are any JSON object.
+accepts more than the schema, never less. If that is not enough, the arguments are any JSON object.
 
 Models choose the order of optional arguments themselves, so these may come in any order, after the required ones.
 """
@@ -36,18 +36,18 @@ NO_ARGUMENTS = to_grammar({**ANY_OBJECT, "additionalProperties": False})
 """Grammar of the arguments of a tool without arguments."""
 
 MAX_COMPILE_S = 0.25
-"""Longest time of a thread to compile a grammar: other answers may have to wait for it."""
+"""Maximum CPU time to compile a grammar, because other answers may have to wait for it."""
 
 MAX_RELAX_S = 0.5
-"""Time of a thread from which on no more keywords are dropped to make a schema acceptable."""
+"""Maximum CPU time for dropping keywords to make a schema acceptable."""
 
 MAX_ANY_ORDER = 16
-"""Maximum number of optional properties of an object that may come in any order: each is compiled as a pattern."""
+"""Maximum number of optional properties of an object that may come in any order; each is compiled as a pattern."""
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_.$ -]+")
 """Names of properties that can be written as patterns."""
 
-MAX_KNOWN = 2048
+MAX_CACHED = 2048
 """Maximum number of cached grammars: agents send the same tools with every request."""
 
 SUSPECTS = (
@@ -72,13 +72,13 @@ def arguments_grammar(parameters: Any) -> tuple[str, Sequence[Problem]]:
     if parameters is None:
         return NO_ARGUMENTS, ()
     text = _to_json(parameters)
-    return (ANY_ARGUMENTS, [("", "it is not plain JSON")]) if text is None else _known(text)
+    return (ANY_ARGUMENTS, [("", "it is not plain JSON")]) if text is None else _cached_grammars(text)
 
 
-def is_known(parameters: Any) -> bool:
-    """Return whether the grammar of these arguments is available at once."""
+def is_cached(parameters: Any) -> bool:
+    """Return whether the grammar of these arguments is cached."""
     text = None if parameters is None else _to_json(parameters)
-    return text is None or text in _known
+    return text is None or text in _cached_grammars
 
 
 def _to_json(parameters: Any) -> str | None:
@@ -106,11 +106,11 @@ def _compute(text: str) -> tuple[str, Sequence[Problem]]:
 
 
 def _grammar_in_time(schema: Schema, text: str) -> str | None:
-    """Return the grammar of a schema if llguidance takes it and compiles it in time, if possible in any order.
+    """Return the grammar of a schema, if possible for properties in any order; None if it compiles too slowly or not.
 
     Args:
         schema: schema.
-        text: its original, whose references may need the properties where they are.
+        text: its original; a reference in it may point into `properties`, which must then stay in place.
     """
     in_any_order = [] if "/properties/" in text else [_in_any_order(schema)]
     for candidate in map(to_grammar, [*in_any_order, schema]):
@@ -119,11 +119,11 @@ def _grammar_in_time(schema: Schema, text: str) -> str | None:
     return None
 
 
-_known = DigestCache(_compute, MAX_KNOWN)
+_cached_grammars = DigestCache(_compute, MAX_CACHED)
 
 
 def _as_object(schema: Any, problems: list[Problem]) -> Schema:
-    """Return the schema of arguments, which are always an object."""
+    """Return the schema with the type that arguments always have, `object`."""
     if schema is True:
         return ANY_OBJECT
     if not isinstance(schema, dict):
@@ -137,7 +137,7 @@ def _as_object(schema: Any, problems: list[Problem]) -> Schema:
 
 
 def _drop_suspect(part: Schema, root: Schema) -> str:
-    """Drop what makes a subschema unacceptable; return its keyword after a dot, or an empty text for all of them."""
+    """Drop the keyword that makes a subschema unacceptable; return it after a dot, or "" if all were dropped."""
     definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
     if "oneOf" in part and "anyOf" not in part:
         relaxed = {**part, "anyOf": part["oneOf"]}
@@ -161,7 +161,7 @@ def _replace(part: Schema, schema: Schema) -> None:
 
 
 def _in_any_order(schema: Any) -> Any:
-    """Return an equal schema in which optional properties are patterns: llguidance takes these in any order."""
+    """Return an equivalent schema with optional properties as patterns, which llguidance accepts in any order."""
     if not isinstance(schema, dict):
         return schema
     table = cast("Schema", schema)

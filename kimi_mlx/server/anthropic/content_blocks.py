@@ -1,4 +1,4 @@
-"""Blocks of Anthropic's Messages API that become content of a message: texts, images, documents and search results."""
+"""Convert blocks of Anthropic's Messages API to content of a message: text, images, documents and search results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def add_block(content: ContentBuilder, block: ResultBlock, place: str) -> None:
 
 
 def add_result_block(content: ContentBuilder, block: ResultBlock, place: str) -> None:
-    """Append a block to the result of a tool; a note if it is not supported: the client cannot change the result."""
+    """Append a block to the result of a tool. Unsupported blocks become notes: the client cannot change results."""
     try:
         add_block(content, block, place)
     except ApiError:
@@ -56,7 +56,7 @@ def _image_url(block: ImageBlock, place: str) -> str:
 
 
 def _document_text(block: DocumentBlock, place: str) -> str:
-    """Return the text of a document, after its title and its context."""
+    """Return the title, the context and the text of a document."""
     source = block.source
     if source.type not in ("text", "content"):
         subject = f"a document whose source has the type `{source.type:.60}` is"
@@ -69,7 +69,7 @@ def _document_text(block: DocumentBlock, place: str) -> str:
 
 
 def _joined(content: Any) -> str | None:
-    """Return the text of a document's content: a text, or a list of blocks; None if it has another type."""
+    """Return the text of a document's content, a string or a list of blocks; None for any other type."""
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
     blocks = [cast("dict[str, Any]", block) for block in cast("list[Any]", content) if isinstance(block, dict)]

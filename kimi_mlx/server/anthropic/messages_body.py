@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from kimi_mlx.server.hosted_calls import read_hosted_parts
 from kimi_mlx.server.http.body import Body
-from kimi_mlx.server.other_fields import CheckedBody
 from kimi_mlx.server.request_fields import (
     UNSUPPORTED,
     Arguments,
@@ -25,6 +24,7 @@ from kimi_mlx.server.request_fields import (
     type_discriminator,
 )
 from kimi_mlx.server.thinking_options import Effort, ThinkingOptions
+from kimi_mlx.server.unsupported_fields import CheckedBody
 
 MAX_STOP_SEQUENCES = 64
 

@@ -13,7 +13,15 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kimi_mlx.server.api_types import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, KeepAlive, Usage
+from kimi_mlx.server.api_types import (
+    NOTES_FIELD,
+    AnswerEvent,
+    CompleteAnswer,
+    DeltaEvent,
+    FinishEvent,
+    KeepAlive,
+    Usage,
+)
 from kimi_mlx.server.errors import ApiError, PromptTooLongError
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.tool_calls import CallSequencer
@@ -89,7 +97,7 @@ class MessageFormatter:
             "stop_reason": stop_reason,
             "stop_sequence": stop_sequence,
             "usage": _usage(usage),
-            **({"kimi_mlx_notes": [*self.notes]} if self.notes else {}),  # our own
+            **({NOTES_FIELD: [*self.notes]} if self.notes else {}),
         }
 
     def _delta_events(self, delta: Delta) -> Iterator[StreamEvent]:

@@ -58,7 +58,7 @@ class ApiFormatter(Protocol):
     """Formats the answers to one request for one API. It does no I/O.
 
     Attributes:
-        notes: what of the request is not done; the response has them as `kimi_mlx_notes`, if there are any.
+        notes: sentences about parts of the request that have no effect; a response has them as NOTES_FIELD, if any.
     """
 
     notes: Sequence[str]

@@ -12,10 +12,10 @@ from pydantic import Field
 from kimi_mlx.errors import GrammarError
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
-from kimi_mlx.server.other_fields import CheckedBody
-from kimi_mlx.server.prompts import schema_error
 from kimi_mlx.server.request_fields import ListOf
-from kimi_mlx.text.answer_rules import choice_rule, grammar_rule, regex_rule
+from kimi_mlx.server.request_grammar import schema_error
+from kimi_mlx.server.unsupported_fields import CheckedBody
+from kimi_mlx.text.lark_rules import choice_rule, grammar_rule, regex_rule
 
 Schema = Mapping[str, Any] | bool
 SchemaField = dict[str, Any] | str | None
@@ -32,7 +32,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """The format of the answer. `schema` beside the type is llama.cpp's form."""
+    """The format of the answer. `schema` next to the type is llama.cpp's form."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -54,7 +54,7 @@ class StructuredOutputs(Body):
 
 @dataclass(frozen=True)
 class AnswerConstraint:
-    """What the text of an answer must match.
+    """The constraint of an answer's text.
 
     Args:
         name: location in the body, for error messages.
@@ -145,7 +145,7 @@ def _of_structured_outputs(outputs: StructuredOutputs) -> Iterator[AnswerConstra
 
 
 def _of_values(values: Mapping[str, Any]) -> Iterator[AnswerConstraint]:
-    """Yield the constraints of fields, whose names end in their kind."""
+    """Yield the constraints of fields; the last part of a name is the kind of constraint."""
     for name, value in values.items():
         if value is None or value == "":
             continue
@@ -163,7 +163,7 @@ def _of_values(values: Mapping[str, Any]) -> Iterator[AnswerConstraint]:
 
 
 def _schema(value: dict[str, Any] | str, name: str) -> Mapping[str, Any]:
-    """Return a schema, which may be a JSON text."""
+    """Return a schema that may be given as JSON text."""
     if isinstance(value, dict):
         return value
     try:

@@ -1,7 +1,7 @@
 """Messages of Chat Completions, and their conversion to the messages of a ChatRequest.
 
-Reasoning, tool calls and contents of other servers and routers are understood, because clients send back what another
-server has answered.
+They may have the reasoning, tool calls and content of other servers and routers, because clients send back the answers
+of those.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ChatToolCall(Body):
         if call["type"] == "custom" or call["type"] == "custom_tool_call":
             function = {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}
         elif is_hosted(call["type"]):
-            function = {"name": call["type"], "arguments": _other_fields(call)}
+            function = {"name": call["type"], "arguments": _arguments_of_hosted_call(call)}
         else:
             return call
         return {"id": call.get("call_id") or call.get("id") or secrets.token_hex(8), "function": function}
@@ -188,7 +188,7 @@ def _content(message: ChatMessage, location: str) -> tuple[Content, tuple[str, .
 
 
 def _reasoning(message: ChatMessage) -> str | None:
-    """Return the reasoning of an earlier answer. Some clients send it in several of its forms: the first one counts."""
+    """Return the reasoning of an earlier answer. Some clients send it in several forms; the first one is used."""
     content = message.content if isinstance(message.content, list) else ()
     in_content = [part for part in content if part.type in REASONING_TYPES]
     details = (message.reasoning_details, message.thinking_blocks, in_content)
@@ -196,6 +196,6 @@ def _reasoning(message: ChatMessage) -> str | None:
     return next(filter(None, (message.reasoning_content, message.reasoning, *joined)), None)
 
 
-def _other_fields(call: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments_of_hosted_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a call that are neither its type nor its ids."""
     return {name: value for name, value in call.items() if name not in ("type", "id", "call_id", "status")}

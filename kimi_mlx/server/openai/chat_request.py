@@ -242,7 +242,7 @@ class ChatBody(GenerationBody):
 
     @property
     def token_limit(self) -> int | None:
-        """Maximum number of new tokens, under its newer name or the older one; None if it is not given."""
+        """Maximum number of new tokens, from either of its two fields; None if it is not given."""
         return self.max_completion_tokens or self.max_tokens
 
     @property

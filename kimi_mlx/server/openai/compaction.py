@@ -1,7 +1,7 @@
-"""POST /v1/responses/compact: a conversation as the messages of its user, and a summary that the model writes.
+"""POST /v1/responses/compact: replace a conversation by the messages of its user and a summary by the model.
 
-The summary is sealed in an item of type `compaction`. A client sends the items back as the beginning of `input`, where
-the model reads the summary as a message.
+The summary is sealed in an item of type `compaction`. A client sends the items back at the beginning of `input`, and
+the model then reads the summary as a message.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class CompactionFormatter:
         return ()
 
     def full_response(self, answers: Sequence[CompleteAnswer]) -> dict[str, Any]:
-        """Return the conversation with its summary; an answer that is only reasoning is itself the summary."""
+        """Return the user's messages and the summary; if the answer has only reasoning, that is the summary."""
         (answer,) = answers
         summary = answer.delta.text.strip() or answer.delta.reasoning
         item = {"type": "compaction", "id": f"cmp_{secrets.token_hex(12)}", "encrypted_content": seal(summary)}

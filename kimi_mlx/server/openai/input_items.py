@@ -49,7 +49,7 @@ class Page:
 
 
 def page_of(query: Mapping[str, str]) -> Page:
-    """Return the page that the parameters of a URL describe.
+    """Return the page that the query parameters of a URL describe.
 
     Raises:
         ApiError: a parameter is invalid.
@@ -66,7 +66,7 @@ def list_items(response_id: str, builder: PromptBuilder, data: bytes) -> list[Va
     """Return the items of a stored request and of the responses before it, the oldest first; a `Work`.
 
     Args:
-        response_id: id of the response, from which the ids of items without an id are made.
+        response_id: id of the response; ids for items without one are derived from it.
         builder: not used.
         data: JSON text of a ContinuedBody.
     """

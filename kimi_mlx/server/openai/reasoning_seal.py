@@ -1,4 +1,4 @@
-"""Texts that a client keeps for the server without reading them: `encrypted_content` of the Responses API.
+"""Sealed texts, which a client keeps for the server without reading them: `encrypted_content` of the Responses API.
 
 A sealed text is compressed, with a checksum, so that a text of another server or a damaged one is recognized. It is not
 secret: the same client has received the same text as reasoning, and may write any reasoning into a conversation. So it

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from kimi_mlx.engine.events import Encoded, Interrupted, Prefilled, Resumed, Statistics
-from kimi_mlx.server.api_types import ProgressEvent, Usage
+from kimi_mlx.server.api_types import NOTES_FIELD, ProgressEvent, Usage
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
 
@@ -29,8 +29,8 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
 
 
 def notes_dict(notes: Sequence[str]) -> dict[str, Any]:
-    """Return the field of a response that says what of the request is not done; it is our own."""
-    return {"kimi_mlx_notes": [*notes]} if notes else {}
+    """Return the field of a response with the notes on its request, if there are any."""
+    return {NOTES_FIELD: [*notes]} if notes else {}
 
 
 def progress_dict(event: ProgressEvent) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Responses that are kept in memory, so that later requests can continue them.
 
-A response is kept with its request as it arrived and with its output, and refers to the response before it. So each
-item of a conversation is kept once, however long the conversation becomes. The least recently used responses are
+A response is kept with the body of its request and with its output, and refers to the response before it. So each item
+of a conversation is kept once, however long the conversation becomes. The least recently used responses are
 dropped first; one that a kept response continues stays in memory, but is not found by its id.
 """
 
@@ -28,7 +28,7 @@ HINT = "start the server with a larger --keep-responses"
 
 @dataclass(eq=False)
 class StoredResponse:
-    """A response with what is needed to continue it. Its texts are JSON in UTF-8.
+    """A response with all that is needed to continue it. Its texts are JSON in UTF-8.
 
     Args:
         id: id of the response.
@@ -47,8 +47,8 @@ class StoredResponse:
     items: Mapping[str, bytes]
     references: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
     previous: StoredResponse | None = None
-    users: int = 0
-    """Number of kept responses that continue it, and 1 if it is itself kept."""
+    ref_count: int = 0
+    """Number of responses in memory that continue it, plus 1 if it can be found by its id."""
 
     @property
     def size_bytes(self) -> int:
@@ -61,7 +61,7 @@ class StoredResponse:
         return {**json.loads(self.fields), "output": [json.loads(item) for item in self.items.values()]}
 
     def chain(self) -> list[StoredResponse]:
-        """Return this response and all before it, the oldest first."""
+        """Return this response and all that it continues, the oldest first."""
         responses: list[StoredResponse] = []
         response: StoredResponse | None = self
         while response is not None:
@@ -104,7 +104,7 @@ class ResponseStore:
         self.max_responses, self.max_bytes = max_responses, max_bytes
         self.size_bytes = 0
         self._responses: OrderedDict[str, StoredResponse] = OrderedDict()  # the least recently used first
-        self._owners: dict[str, StoredResponse] = {}  # by id of an item
+        self._response_of_item: dict[str, StoredResponse] = {}  # by id of the item
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -114,8 +114,8 @@ class ResponseStore:
         """Keep a response; return False if it is too large."""
         with self._lock:
             self._responses[response.id] = response
-            self._owners |= dict.fromkeys(response.items, response)
-            self._use(response)
+            self._response_of_item |= dict.fromkeys(response.items, response)
+            self._retain(response)
             while len(self._responses) > self.max_responses or self.size_bytes > self.max_bytes:
                 self._remove(next(iter(self._responses)))
             return response.id in self._responses
@@ -148,7 +148,7 @@ class ResponseStore:
         references: dict[str, bytes] = {}
         with self._lock:
             for id in item_ids:
-                response = self._owners.get(id)
+                response = self._response_of_item.get(id)
                 if response is None or response.owner != owner:
                     raise self._missing("item", id, "input")
                 self._responses.move_to_end(response.id)
@@ -179,26 +179,26 @@ class ResponseStore:
     def _remove(self, id: str) -> None:
         response = self._responses.pop(id)
         for item in response.items:
-            if self._owners.get(item) is response:
-                del self._owners[item]
+            if self._response_of_item.get(item) is response:
+                del self._response_of_item[item]
         self._release(response)
 
-    def _use(self, response: StoredResponse) -> None:
-        """Count a user of a response; the first one also makes it a user of the response before it."""
+    def _retain(self, response: StoredResponse) -> None:
+        """Increment the reference count of a response; the first reference also counts for the response before it."""
         node: StoredResponse | None = response
         while node is not None:
-            node.users += 1
-            if node.users > 1:
+            node.ref_count += 1
+            if node.ref_count > 1:
                 return
             self.size_bytes += node.size_bytes
             node = node.previous
 
     def _release(self, response: StoredResponse) -> None:
-        """End a use of a response; the last one also ends its use of the response before it."""
+        """Decrement the reference count of a response; without references it releases the response before it."""
         node: StoredResponse | None = response
         while node is not None:
-            node.users -= 1
-            if node.users > 0:
+            node.ref_count -= 1
+            if node.ref_count > 0:
                 return
             self.size_bytes -= node.size_bytes
             node = node.previous

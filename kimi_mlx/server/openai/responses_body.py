@@ -12,7 +12,6 @@ from pydantic_core import PydanticCustomError
 
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.openai.media_parts import MediaFields
-from kimi_mlx.server.other_fields import CheckedBody
 from kimi_mlx.server.request_fields import (
     UNSUPPORTED,
     AlternativeCount,
@@ -25,10 +24,11 @@ from kimi_mlx.server.request_fields import (
     type_discriminator,
 )
 from kimi_mlx.server.thinking_options import Effort, ThinkingOptions
+from kimi_mlx.server.unsupported_fields import CheckedBody
 
 
 class OpenBody(Body):
-    """A part of a body that also keeps the fields that are not listed, for responses that repeat it."""
+    """A part of a body that keeps unknown fields, because the response echoes it."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -83,7 +83,7 @@ class CallOutputItem(Body):
 
 
 class ReasoningItem(Body):
-    """Reasoning of the model: what the server has sealed, or else its content, or else its summary."""
+    """Reasoning of the model: the text that the server has sealed, or else its content, or else its summary."""
 
     type: Literal["reasoning"]
     content: ListOf[ItemPart] | None = None
@@ -220,7 +220,7 @@ class TextConfig(Body):
 
 
 class ConversationBody(CheckedBody):
-    """The fields of a body that decide on the prompt."""
+    """The fields of a body that determine the prompt."""
 
     model: str | None = None
     input: Items | None = None
@@ -256,7 +256,7 @@ class ResponsesBody(ConversationBody):
 
 
 class StoredRequest(Body):
-    """The part of an earlier request that counts for a later one."""
+    """The part of an earlier request that a later one needs."""
 
     input: Items | None = None
 
@@ -269,11 +269,11 @@ class StoredTurn(Body):
 
 
 class ContinuedBody(Body):
-    """A request with what it refers to.
+    """A request with the stored responses and items that it refers to.
 
     Args:
         history: stored responses before it, the oldest first.
-        items: items to which references refer, by id.
+        items: targets of item references, by id.
         request: body of the request.
     """
 

@@ -1,7 +1,7 @@
-"""The items of the Responses API as messages.
+"""Convert the items of the Responses API to messages.
 
 Reasoning, text and calls of one assistant message are separate items. Calls that ran at OpenAI, in conversations that
-began there, become text if they say something that the model can use; otherwise they are left out.
+began there, become text if that is useful to the model; otherwise they are left out.
 """
 
 from __future__ import annotations
@@ -26,15 +26,8 @@ from kimi_mlx.server.openai.responses_body import (
     OtherItem,
     ReasoningItem,
 )
-from kimi_mlx.server.openai.responses_tools import (
-    CALL_SUFFIX,
-    OUTPUT_SUFFIX,
-    TOOL_SEARCH_OUTPUT,
-    TYPED_TOOLS,
-    ToolTable,
-    encode_input,
-    model_name,
-)
+from kimi_mlx.server.openai.responses_tools import ToolTable, encode_input, model_name
+from kimi_mlx.server.openai.typed_tools import CALL_SUFFIX, OUTPUT_SUFFIX, TOOL_SEARCH_OUTPUT, TYPED_TOOLS
 from kimi_mlx.server.request_fields import earlier_call, placeholder, unsupported_content
 from kimi_mlx.text.messages import Message, ToolCall
 
@@ -50,7 +43,7 @@ WITHOUT_TEXT = (
     *("image_generation_call", "computer_call", "computer_call_output", "mcp_list_tools", "mcp_approval_request"),
     *("program", "program_output"),
 )
-"""Items that are left out, because the model cannot use what they say."""
+"""Items that are left out, because they have no text that is useful to the model."""
 
 
 class Conversation:
@@ -58,7 +51,7 @@ class Conversation:
 
     Args:
         instructions: system message before all items.
-        table: tools of the request, which decide on the form of the arguments of custom tools.
+        table: tools of the request, which determine the form of the arguments of custom tools.
     """
 
     def __init__(self, instructions: str | None, table: ToolTable):
@@ -95,7 +88,7 @@ class Conversation:
         self._end_message()
 
     def add_message(self, role: str, text: str, place: str) -> None:
-        """Append a message with a text."""
+        """Append a message of plain text."""
         self._end_message()
         self.messages.append(Message(role, text))
         self.places.append(place)
@@ -181,7 +174,7 @@ class Conversation:
 
 
 def _reasoning(item: ReasoningItem) -> str:
-    """Return the reasoning of an item: the sealed text, which is complete, before what clients may have shortened."""
+    """Return the reasoning of an item: its sealed text, or else the visible text, which clients may have shortened."""
     sealed = unseal(item.encrypted_content) if item.encrypted_content else None
     return sealed if sealed is not None else "".join(part.text or "" for part in item.content or item.summary or ())
 
@@ -234,7 +227,7 @@ def _typed_result(item: Mapping[str, Any]) -> str:
 
 
 def _command_output(part: Mapping[str, Any]) -> str:
-    """Return the text of one command of a shell."""
+    """Return the output of one command of a shell as text."""
     outcome = part.get("outcome")
     details: Any = cast("object", outcome) if isinstance(outcome, dict) else {}
     code = details.get("exit_code")

@@ -1,17 +1,12 @@
-"""The items of tool calls in responses of the Responses API."""
+"""Items of tool calls in the output of the Responses API."""
 
 from __future__ import annotations
 
 import secrets
 from typing import Any
 
-from kimi_mlx.server.openai.responses_tools import (
-    CALL_SUFFIX,
-    TYPED_TOOLS,
-    ToolName,
-    decode_input,
-    decode_object,
-)
+from kimi_mlx.server.openai.responses_tools import ToolName, decode_input
+from kimi_mlx.server.openai.typed_tools import CALL_SUFFIX, TYPED_TOOLS, decode_object
 
 Value = dict[str, Any]
 
@@ -27,7 +22,7 @@ ID_PREFIXES = {
 
 
 def call_item(tool: ToolName, call_id: str) -> Value:
-    """Return the item at the beginning of a call, without its status."""
+    """Return the item of a call that begins, without its status."""
     item: Value = {"id": f"{ID_PREFIXES[tool.type]}_{secrets.token_hex(12)}", "call_id": call_id}
     if tool.type in TYPED_TOOLS:
         return {"type": f"{tool.type}{CALL_SUFFIX}", **item, **TYPED_TOOLS[tool.type].to_fields({})}
@@ -38,7 +33,7 @@ def call_item(tool: ToolName, call_id: str) -> Value:
 
 
 def completed_call(item: Value, tool: ToolName, arguments: str, status: str) -> Value:
-    """Return the item at the end of a call.
+    """Return the item of a call that has ended.
 
     Args:
         item: item at its beginning.

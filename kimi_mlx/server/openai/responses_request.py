@@ -97,7 +97,7 @@ def _check_input(body: ConversationBody) -> None:
 
 
 def read_tools(body: ConversationBody, state: State = NO_STATE) -> ToolTable:
-    """Return the tools of a body, and those that searches of its conversation have found.
+    """Return the tools of a body, and those that tool searches in its conversation have found.
 
     Raises:
         ApiError: a tool is invalid.
@@ -148,7 +148,7 @@ def to_chat_request(body: ResponsesBody, state: State = NO_STATE, table: ToolTab
 
 
 def read_conversation(body: ConversationBody, state: State, table: ToolTable) -> Conversation:
-    """Return the messages of a body and of the responses before it, whose instructions do not count any more.
+    """Return the messages of a body and of the responses before it, without the instructions of those.
 
     Raises:
         ApiError: an item has content that the model cannot have.
@@ -163,7 +163,7 @@ def read_conversation(body: ConversationBody, state: State, table: ToolTable) ->
 
 
 def _refuse_unsupported(body: ConversationBody) -> None:
-    """Refuse requests that need what only OpenAI stores."""
+    """Refuse requests that refer to prompts and conversations stored at OpenAI."""
     if body.conversation is not None:
         raise unsupported("`conversation` is", "conversation", "use `previous_response_id`, or send all of `input`")
     if body.prompt is not None:

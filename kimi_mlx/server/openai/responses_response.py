@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kimi_mlx.server.api_types import AnswerEvent, CompleteAnswer, DeltaEvent, FinishEvent, TokenLogprobs, Usage
+from kimi_mlx.server.api_types import (
+    NOTES_FIELD,
+    AnswerEvent,
+    CompleteAnswer,
+    DeltaEvent,
+    FinishEvent,
+    TokenLogprobs,
+    Usage,
+)
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.http.sse import StreamEvent
@@ -27,17 +35,15 @@ from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta
 
 Value = dict[str, Any]
 
-NOTES = "kimi_mlx_notes"
-"""Key of the response's metadata that says which tools of the request were left out."""
-
 MAX_METADATA_CHARS = 512
+"""Maximum length of a value of a response's metadata; one value has the notes on the request."""
 
 CANCELLED = "response_cancelled"
 """Code of the error that ends the answer of a cancelled response."""
 
 
 def cancelled() -> ApiError:
-    """Return the error of requests whose response was cancelled with POST /v1/responses/{id}/cancel."""
+    """Return the error that ends an answer after POST /v1/responses/{id}/cancel."""
     return ApiError(409, "the response was cancelled", CANCELLED)
 
 
@@ -88,7 +94,7 @@ class ResponseFormatter:
         self._reasoning_part = "summary_text" if is_summary else "reasoning_text"
         self._seals_reasoning = "reasoning.encrypted_content" in (body.include or ())
         self.notes: Sequence[str] = ()
-        """Sentences about what was left out and what is not enforced."""
+        """Sentences about tools that were left out and grammars that are not enforced."""
         self._calls = CallSequencer()
         self._output: list[Value] = []  # complete items
         self._open: _OpenItem | None = None
@@ -150,7 +156,7 @@ class ResponseFormatter:
         empty: Value = {"error": None, "incomplete_details": None, "usage": None}
         values: Value = {**self.fields, **empty, "status": status, "output": list(self._output), **fields}
         if self.notes:
-            values["metadata"] = self.fields["metadata"] | {NOTES: "; ".join(self.notes)[:MAX_METADATA_CHARS]}
+            values["metadata"] = self.fields["metadata"] | {NOTES_FIELD: "; ".join(self.notes)[:MAX_METADATA_CHARS]}
         return values
 
     def _final_response(self, finish: FinishEvent) -> Value:

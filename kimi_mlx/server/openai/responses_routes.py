@@ -65,7 +65,7 @@ class RunningResponse:
         owner: client that may use it.
         formatter: formatter of the answer.
         handle: handle that ends the answer.
-        is_kept: whether the response is kept when it is complete.
+        is_kept: whether the response can be found by its id; False once it is deleted.
     """
 
     owner: str
@@ -88,7 +88,7 @@ class ResponsesApi:
         self._background: set[asyncio.Task[None]] = set()
 
     async def create(self, request: Request) -> Response:
-        """Create a response, in the background if the client wants that."""
+        """Create a response, in the background if requested."""
         state, call = await self._prepare(request, partial(_prepare_response, self._context.model_info))
         formatter = call.formatter
         assert isinstance(formatter, ResponseFormatter)
@@ -109,7 +109,7 @@ class ResponsesApi:
             raise
 
     def _begin(self, request: Request, formatter: ResponseFormatter, state: StoredState) -> RunningResponse:
-        """Register a response, which is kept when it ends if the client and the server want that."""
+        """Register a running response; it is stored when it ends, unless client or server turned that off."""
         running = RunningResponse(_owner(request), formatter)
         is_kept = formatter.wants_store and self._store.max_responses > 0
         formatter.fields["store"] = is_kept
@@ -123,7 +123,7 @@ class ResponsesApi:
         return running
 
     def _keep(self, running: RunningResponse, body: bytes, state: StoredState, response: dict[str, Any]) -> None:
-        """Keep a response that has ended, unless it was deleted meanwhile; in any thread."""
+        """Store a response that has ended, unless it was deleted meanwhile. Safe from any thread."""
         if not running.is_kept:
             return
         items = {item["id"]: _encode(item) for item in response["output"]}
@@ -136,7 +136,7 @@ class ResponsesApi:
     async def _while_running(
         self, running: RunningResponse, events: AsyncGenerator[AnswerEvent, None]
     ) -> AsyncGenerator[AnswerEvent, None]:
-        """Yield the events of an answer; the response is running until they end."""
+        """Yield the events of an answer; the response counts as running until they end."""
         try:
             async with aclosing(events):
                 async for event in events:
@@ -157,7 +157,7 @@ class ResponsesApi:
             self._running.pop(formatter.id, None)
 
     async def count_input_tokens(self, request: Request) -> Response:
-        """Count the tokens of the prompt that the same body would make."""
+        """Count the tokens of the prompt of a body."""
         _, count = await self._prepare(request, partial(_count_tokens, self._context.model_info))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": count})
 
@@ -178,7 +178,7 @@ class ResponsesApi:
         return JsonResponse(self._find(request).to_dict())
 
     async def delete(self, request: Request) -> Response:
-        """Drop a response. One that is running is dropped when it ends; its stream is not disturbed."""
+        """Delete a response. One that is running is not stored when it ends; its stream continues."""
         running = self._find_running(request)
         if running is not None:
             running.is_kept = False
@@ -187,7 +187,7 @@ class ResponsesApi:
         return JsonResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
 
     async def cancel(self, request: Request) -> Response:
-        """End the answer of a response that is running; one that has ended is returned as it is."""
+        """Cancel a response that is running; one that has ended is returned unchanged."""
         running = self._find_running(request)
         if running is None:
             return JsonResponse(self._find(request).to_dict())
@@ -195,7 +195,7 @@ class ResponsesApi:
         return JsonResponse(running.formatter.response("cancelled", output=[]))
 
     async def list_input_items(self, request: Request) -> Response:
-        """Return the items from which a response was generated, those of the responses before it included."""
+        """Return the items from which a response was generated, including those of the responses before it."""
         stored = self._find(request)
         page = page_of(request.query_params)
         state = StoredState(stored.previous, stored.references)
@@ -217,7 +217,7 @@ class ResponsesApi:
 
         Args:
             request: request.
-            work: function of whether the body has been extended by stored responses, and of the arguments of a `Work`.
+            work: a `Work` whose first argument is True if the body has been extended by stored responses.
 
         Raises:
             ApiError: the body is invalid, or continues a response that is not kept.

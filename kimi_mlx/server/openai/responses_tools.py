@@ -1,10 +1,10 @@
-"""Tools of the Responses API as functions of the model, and the model's calls as items of the API.
+"""Convert the tools of the Responses API to functions for the model.
 
-| type                              | for the model                                 | item of a call      |
+| type                              | for the model                                 | item of its calls   |
 | --------------------------------- | --------------------------------------------- | ------------------- |
 | function                          | the function                                  | function_call       |
 | custom                            | a function with one text, or free text        | custom_tool_call    |
-| namespace                         | its functions, as NAMESPACE__NAME             | as of its functions |
+| namespace                         | its functions, as NAMESPACE__NAME             | as for a function   |
 | local_shell, shell, apply_patch,  | a function with the fields of the item        | local_shell_call,   |
 | tool_search (execution: client)   |                                               | shell_call, ...     |
 | all others                        | nothing: they run at OpenAI                   |                     |
@@ -16,16 +16,17 @@ input is JSON like that of any function, `{"input": TEXT}`.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from kimi_mlx.errors import GrammarError
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.openai.responses_body import CustomToolFormat, OtherItem, ResponsesTool, ToolChoice
+from kimi_mlx.server.openai.typed_tools import TOOL_SEARCH_OUTPUT, TYPED_TOOLS, object_schema
 from kimi_mlx.server.request_fields import check_tool_choice, unsupported
-from kimi_mlx.text.answer_rules import grammar_rule, regex_rule
 from kimi_mlx.text.json_schema import find_problem
+from kimi_mlx.text.lark_rules import grammar_rule, regex_rule
 
 Value = dict[str, Any]
 
@@ -45,141 +46,14 @@ ANY_OBJECT: Value = {"type": "object", "properties": {}}
 
 
 @dataclass(frozen=True)
-class TypedTool:
-    """A type of tool that the client runs, and whose calls have items of their own.
-
-    Args:
-        name: name of the function for the model.
-        description: its description, unless the tool has one.
-        parameters: schema of its arguments, unless the tool has one.
-        to_fields: function that returns the fields of a call's item for its arguments.
-        to_arguments: function that returns the arguments of a call for the fields of its item.
-    """
-
-    name: str
-    description: str
-    parameters: Value
-    to_fields: Callable[[Value], Value]
-    to_arguments: Callable[[Value], Value]
-
-
-def _shell_command(arguments: Value) -> Value:
-    command, env = arguments.get("command"), arguments.get("env")
-    words = ["bash", "-lc", command] if isinstance(command, str) else _strings(command)
-    variables = cast("Value", env) if isinstance(env, dict) else {}
-    fields: Value = {"command": words, "env": {name: str(value) for name, value in variables.items()}}
-    fields |= {"timeout_ms": _integer(arguments.get("timeout_ms"))}
-    fields |= {name: _string(arguments.get(name)) for name in ("user", "working_directory")}
-    return {"action": {"type": "exec", **fields}}
-
-
-def _shell_commands(arguments: Value) -> Value:
-    commands = arguments.get("commands")
-    lines = [commands] if isinstance(commands, str) else _strings(commands)
-    limits = {name: _integer(arguments.get(name)) for name in ("timeout_ms", "max_output_length")}
-    return {"action": {"commands": lines, **limits}}
-
-
-def _operation(arguments: Value) -> Value:
-    kind = arguments.get("type")
-    fields = {name: _string(arguments.get(name)) or "" for name in ("path", "diff")}
-    return {"operation": {"type": kind if kind in PATCH_TYPES else "update_file", **fields}}
-
-
-def _strings(value: Any) -> list[str]:
-    values = cast("list[Any]", value) if isinstance(value, list) else []
-    return [word if isinstance(word, str) else json.dumps(word) for word in values]
-
-
-def _string(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _integer(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _action(item: Value) -> Value:
-    action = cast("Value", item.get("action")) if isinstance(item.get("action"), dict) else {}
-    return {name: value for name, value in action.items() if value not in (None, {}) and name != "type"}
-
-
-def _object(properties: Value, *required: str) -> Value:
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
-
-
-PATCH_TYPES = ("create_file", "update_file", "delete_file")
-MILLISECONDS: Value = {"type": "integer", "minimum": 0, "description": "Time limit in milliseconds"}
-
-TYPED_TOOLS = {
-    "local_shell": TypedTool(
-        "local_shell",
-        "Run a command on the user's machine and return its output.",
-        _object(
-            {
-                "command": {"type": "array", "items": {"type": "string"}, "description": "Program and its arguments"},
-                "working_directory": {"type": "string"},
-                "timeout_ms": MILLISECONDS,
-                "env": {"type": "object", "additionalProperties": {"type": "string"}},
-            },
-            "command",
-        ),
-        _shell_command,
-        _action,
-    ),
-    "shell": TypedTool(
-        "shell",
-        "Run shell commands on the user's machine and return their output.",
-        _object(
-            {
-                "commands": {"type": "array", "items": {"type": "string"}, "description": "Lines for the shell"},
-                "timeout_ms": MILLISECONDS,
-                "max_output_length": {"type": "integer", "minimum": 0, "description": "Limit in characters"},
-            },
-            "commands",
-        ),
-        _shell_commands,
-        _action,
-    ),
-    "apply_patch": TypedTool(
-        "apply_patch",
-        "Create, update or delete a file. The diff of a file has lines that begin with ` `, `+` or `-`, in hunks that "
-        "begin with `@@`; a new file has only lines with `+`.",
-        _object(
-            {
-                "type": {"enum": list(PATCH_TYPES)},
-                "path": {"type": "string"},
-                "diff": {"type": "string"},
-            },
-            "type",
-            "path",
-        ),
-        _operation,
-        lambda item: cast("Value", item.get("operation")) if isinstance(item.get("operation"), dict) else {},
-    ),
-    "tool_search": TypedTool(
-        "tool_search",
-        "Find further tools.",
-        _object({"query": {"type": "string"}}, "query"),
-        lambda arguments: {"arguments": arguments, "execution": "client"},
-        lambda item: cast("Value", item.get("arguments")) if isinstance(item.get("arguments"), dict) else {},
-    ),
-}
-"""Typed tools that clients run, by type."""
-
-CALL_SUFFIX, OUTPUT_SUFFIX = "_call", "_call_output"
-TOOL_SEARCH_OUTPUT = "tool_search_output"
-
-
-@dataclass(frozen=True)
 class ToolName:
-    """A tool as the API names it.
+    """The name of a tool in the API.
 
     Args:
         type: `function`, `custom`, or one of TYPED_TOOLS.
         name: its name.
         namespace: namespace of its name.
-        is_free_text: whether the arguments of its calls are its input itself.
+        is_free_text: whether the arguments of its calls are plain text, not JSON.
     """
 
     type: str
@@ -257,7 +131,9 @@ class ToolTable:
             return
         rule = self._input_rule(tool, f"{place}.format")
         if rule is None:
-            parameters = _object({INPUT: {"type": "string", "description": "Input of the tool, as plain text"}}, INPUT)
+            parameters = object_schema(
+                {INPUT: {"type": "string", "description": "Input of the tool, as plain text"}}, INPUT
+            )
             self._insert(_function(name, description or None, parameters), named, place, is_optional)
             return
         assert tool.format is not None
@@ -294,7 +170,7 @@ class ToolTable:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Which tools were left out, and what is not enforced."""
+        """Sentences about tools that were left out and grammars that are not enforced."""
         names = ", ".join(dict.fromkeys(self._left_out))
         left_out = [f"left out, because they run at OpenAI: {names}"] if names else []
         return (*left_out, *self._notes)
@@ -318,7 +194,7 @@ class ToolTable:
         return check_tool_choice({"name": name}, self.functions)
 
     def _chosen(self, choice: ToolChoice) -> str | None:
-        """Return the name of the function that a choice means; None for a tool that the model cannot call."""
+        """Return the name of the function that a choice refers to; None for a tool that the model cannot call."""
         if choice.type in TYPED_TOOLS:
             return TYPED_TOOLS[choice.type].name
         name = choice.name or (choice.function.name if choice.function else None)
@@ -414,12 +290,3 @@ def decode_input(arguments: str) -> str:
 def encode_input(text: str, *, is_free_text: bool) -> str:
     """Return the arguments of a call of a custom tool."""
     return text if is_free_text else json.dumps({INPUT: text}, ensure_ascii=False)
-
-
-def decode_object(arguments: str) -> Value:
-    """Return the arguments of a typed tool; empty if they are not an object."""
-    try:
-        value: Any = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return {}
-    return cast("Value", value) if isinstance(value, dict) else {}

@@ -23,7 +23,8 @@ from kimi_mlx.server.openai.responses_request import (
     to_chat_request,
 )
 from kimi_mlx.server.openai.responses_response import ResponseFormatter
-from kimi_mlx.server.openai.responses_tools import TYPED_TOOLS, ToolName
+from kimi_mlx.server.openai.responses_tools import ToolName
+from kimi_mlx.server.openai.typed_tools import TYPED_TOOLS
 
 ITEM_TYPES = (
     *("message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output", "reasoning"),

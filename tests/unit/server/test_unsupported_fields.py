@@ -14,7 +14,7 @@ from kimi_mlx.server.http.body import parse
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.completions import CompletionBody
 from kimi_mlx.server.openai.responses_body import ResponsesBody
-from kimi_mlx.server.other_fields import NO_CONTENT, OTHER_FIELDS, CheckedBody
+from kimi_mlx.server.unsupported_fields import NO_CONTENT, UNSUPPORTED_FIELDS, CheckedBody
 
 PAGE = Path(__file__).parents[3] / "docs" / "request-fields.md"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -29,7 +29,7 @@ BODIES: list[tuple[type[CheckedBody], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("model", "base"), BODIES)
 def test_fields_that_a_body_does_not_have_are_refused(model: type[CheckedBody], base: dict[str, Any]) -> None:
-    for name, neutral in OTHER_FIELDS.items():
+    for name, neutral in UNSUPPORTED_FIELDS.items():
         if name in model.model_fields:
             continue
         for value in (*NO_CONTENT, *neutral):
@@ -42,4 +42,4 @@ def test_fields_that_a_body_does_not_have_are_refused(model: type[CheckedBody], 
 
 def test_every_field_is_documented() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert not [name for name in OTHER_FIELDS if f"`{name}" not in page and f".{name}`" not in page]
+    assert not [name for name in UNSUPPORTED_FIELDS if f"`{name}" not in page and f".{name}`" not in page]

@@ -1,7 +1,7 @@
-"""Addresses that are not quite those of a route, but whose meaning is clear.
+"""Correct the paths of requests from clients whose base URL is set differently than they expect.
 
 People type the base URL of a client with or without `/v1`, with a slash at its end, or with the path of an endpoint.
-What clients make of it arrives here: `/v1/v1/models`, `/chat/completions`, `/v1//models/`, `/v1/messages/v1/messages`.
+The clients then send paths such as `/v1/v1/models`, `/chat/completions`, `/v1//models/` and `/v1/messages/v1/messages`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ VERSION = "v1"
 """First part of the paths of all APIs."""
 
 
-class AddressMiddleware:
-    """Replaces the path of a request by that of the route that it means, before anything else reads it.
+class PathMiddleware:
+    """Replaces the path of a request by that of the intended route, before anything else reads it.
 
-    Keys, limits, metrics and the log thus treat such a request like any other. Nothing is redirected, because a
+    So API keys, limits, metrics and the log treat such a request like any other. Nothing is redirected, because a
     redirect would lose the path of a reverse proxy.
 
     Args:
@@ -36,7 +36,7 @@ class AddressMiddleware:
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, with the path of a route if its own means one."""
+        """Pass the request on, with its path corrected."""
         if scope["type"] == "http":
             path = self.route_path(scope["path"])
             if path != scope["path"]:
@@ -44,13 +44,13 @@ class AddressMiddleware:
         await self._app(scope, receive, send)
 
     def route_path(self, path: str) -> str:
-        """Return the path of the route that a path means; the path itself if it means none."""
+        """Return the path of the intended route; the path itself if no route fits."""
         candidates = ("/" + "/".join(parts) for parts in self._candidates(_parts(path)))
         found = (route_path for candidate in candidates if (route_path := self._find(candidate)) is not None)
         return next(found, path)
 
     def _candidates(self, parts: list[str]) -> Iterator[list[str]]:
-        """Yield the parts of the paths that may be meant, most likely first."""
+        """Yield the parts of the paths that may be intended, most likely first."""
         rest = _without_version(parts)
         if not rest and not parts:
             yield []
@@ -63,7 +63,7 @@ class AddressMiddleware:
                 yield [VERSION, *after]
 
     def _find(self, path: str) -> str | None:
-        """Return the path of the first route that a path matches, apart from upper and lower case."""
+        """Return the path of the first route that a path matches, ignoring case."""
         for route, pattern in self._routes:
             if match := pattern.match(path):
                 return route.path_format.format(**match.groupdict())
@@ -75,7 +75,7 @@ def _parts(path: str) -> list[str]:
 
 
 def _without_version(parts: list[str]) -> list[str]:
-    """Return the parts after the first ones that are the version."""
+    """Return the parts after any leading `v1`."""
     return next((parts[at:] for at, part in enumerate(parts) if part.lower() != VERSION), list[str]())
 
 

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from kimi_mlx.server.http.addresses import AddressMiddleware
+from kimi_mlx.server.http.request_paths import PathMiddleware
 
 
 async def _unused(scope: Scope, receive: Receive, send: Send) -> None:
@@ -30,7 +30,7 @@ ROUTES = [
     Route("/page/app.js", _endpoint),
     Route("/", _endpoint),
 ]
-ADDRESSES = AddressMiddleware(_unused, ROUTES)
+ADDRESSES = PathMiddleware(_unused, ROUTES)
 
 
 @pytest.mark.parametrize(

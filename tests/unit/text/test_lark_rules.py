@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import GrammarError
-from kimi_mlx.text.answer_rules import choice_rule, grammar_rule, regex_rule
 from kimi_mlx.text.grammar import Thinking, build_grammar
 from kimi_mlx.text.json_schema import find_problem
+from kimi_mlx.text.lark_rules import choice_rule, grammar_rule, regex_rule
 
 
 def accepts(rule: str, text: str) -> bool:

@@ -1,7 +1,7 @@
-"""Fields of other servers' APIs that would change an answer, and that this server does not have.
+"""Fields of other servers' APIs that would change an answer, but that an API of this server does not have.
 
 A client that sends one gets an error that names it, unless its value has no effect. All other unknown fields are
-ignored; docs/serve.md lists those that are known.
+ignored. docs/request-fields.md lists the fields of other servers.
 
 Sources: `ChatCompletionRequest` of vLLM and of SGLang, the README of llama.cpp's server, and the API references of
 OpenAI, Anthropic and Moonshot.
@@ -20,7 +20,7 @@ from kimi_mlx.server.http.body import Body
 NO_CONTENT: tuple[Any, ...] = (None, "", [], {})
 """Values that have no effect in any field."""
 
-OTHER_FIELDS: Mapping[str, tuple[Any, ...]] = {
+UNSUPPORTED_FIELDS: Mapping[str, tuple[Any, ...]] = {
     # sampling: vLLM, SGLang
     "allowed_token_ids": (),
     "bad_words": (),
@@ -133,22 +133,24 @@ OTHER_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "top_p": (1,),
 }
-"""Names of the fields, each with the values besides NO_CONTENT that have no effect."""
+"""Names of the fields, each with the values besides NO_CONTENT that have no effect.
+
+Each API supports some of them; the others are refused."""
 
 
 class CheckedBody(Body):
-    """A request body that refuses the fields of OTHER_FIELDS, except those that it has itself."""
+    """A request body that refuses those of UNSUPPORTED_FIELDS that it does not have."""
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_other_fields(cls, value: Any) -> Any:
+    def _refuse_unsupported_fields(cls, value: Any) -> Any:
         if isinstance(value, dict):
             for name, sent in cast("dict[str, Any]", value).items():
-                if name in OTHER_FIELDS and name not in cls.model_fields and not _has_no_effect(sent, name):
+                if name in UNSUPPORTED_FIELDS and name not in cls.model_fields and not _has_no_effect(sent, name):
                     message = f"`{name:.80}` is not supported: leave it out"
                     raise ApiError(400, message, "unsupported_parameter", name)
         return cast("Any", value)
 
 
 def _has_no_effect(value: Any, name: str) -> bool:
-    return any(value == neutral for neutral in (*NO_CONTENT, *OTHER_FIELDS[name]))
+    return any(value == neutral for neutral in (*NO_CONTENT, *UNSUPPORTED_FIELDS[name]))

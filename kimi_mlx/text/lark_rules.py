@@ -1,6 +1,6 @@
-"""Grammar rules for answers that are not JSON: one of several texts, a regular expression, or a grammar of the client.
+"""Grammar rules in Lark for answers that are not JSON: a choice of texts, a regular expression, or a client's grammar.
 
-Each is the body of a rule in llguidance's dialect of Lark, which `build_grammar` checks and makes part of an answer's
+Each is the body of a rule in llguidance's dialect of Lark. `build_grammar` checks it and makes it part of an answer's
 grammar.
 """
 
