@@ -1,4 +1,4 @@
-"""A checkpoint that gives the answers of a script, for tests of programs that need more than kimi-mini can do.
+"""A checkpoint that gives the answers of a script, for tests of programs that need more than kimi-mini's abilities.
 
 It is a real checkpoint of the K2 family with one layer, so every command takes it as MODEL. It has kimi-mini's tokens,
 some more, and nearly its chat template. The next token depends on the last ones:
@@ -8,9 +8,9 @@ some more, and nearly its chat template. The next token depends on the last ones
 
 The template counts the assistant's messages of the conversation, or looks for a text in its last message. Head 0 of the
 layer attends to the number of the answer, the others to the token one, two, ... positions back, by rotation alone; the
-last token itself is in the residual stream. Each of these adds to the logits of all tokens that have ever followed it,
-so the token of the script, which has followed all of them, has the largest logit. For that, an answer has no token of
-text twice.
+last token itself is in the residual stream. Each of these increases the logits of all tokens that ever follow it in the
+script. The next token of the script follows all of them, so it has the largest logit. For this to work, an answer has
+no token of text twice.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Answer:
         text: text of the answer.
         reasoning: reasoning before it, if the conversation has thinking on.
         calls: tool calls after the text.
-        after: text in the last message of the prompt to which this is the answer; None if the number of earlier
-            answers in the conversation chooses it, among those without `after`. The last of these is repeated.
+        after: text in the last message of the prompt that selects this answer. Answers without it are given in turn, by
+            the number of earlier answers in the conversation; the last of them is repeated.
         num_earlier_calls: number of calls in the conversation before this answer; None counts those of the earlier
             answers without `after`.
     """
@@ -234,10 +234,18 @@ def _weights(chain: _Chain, base: dict[str, Any], context_tokens: int) -> tuple[
         **{f"{layer}.mlp.{name}_proj.weight": np.zeros((32, hidden), np.float32) for name in ("gate", "up")},
         f"{layer}.mlp.down_proj.weight": np.zeros((hidden, 32), np.float32),
     }
+    config = _config(base, chain.vocab_size, num_units, num_heads, context_tokens)
+    return config, {name: mx.array(value) for name, value in tensors.items()}
+
+
+def _config(
+    base: dict[str, Any], vocab_size: int, num_units: int, num_heads: int, context_tokens: int
+) -> dict[str, Any]:
+    """Return kimi-mini's config with the dimensions of the scripted model."""
     dropped = ("quantization", "quantization_config", "rope_scaling")
-    config = {name: value for name, value in base.items() if name not in dropped} | {
-        "vocab_size": chain.vocab_size,
-        "hidden_size": hidden,
+    return {name: value for name, value in base.items() if name not in dropped} | {
+        "vocab_size": vocab_size,
+        "hidden_size": num_units * (num_heads + 1),
         "num_hidden_layers": 1,
         "intermediate_size": 32,
         "num_attention_heads": num_heads,
@@ -251,7 +259,6 @@ def _weights(chain: _Chain, base: dict[str, Any], context_tokens: int) -> tuple[
         "rope_theta": ROPE_THETA,
         "max_position_embeddings": context_tokens,
     }
-    return config, {name: mx.array(value) for name, value in tensors.items()}
 
 
 def _write_text_files(folder: Path, answers: Sequence[Answer], script: Sequence[bytes | str]) -> None:

@@ -89,7 +89,7 @@ ToolArgumentsOption = Annotated[
     Literal["schema", "as-written"],
     typer.Option(
         "--tool-arguments",
-        help="Hold the arguments of tool calls to the schemas of their tools, or leave them as the model writes them.",
+        help="Enforce the schemas of tools in the arguments of calls, or leave the arguments as the model writes them.",
         rich_help_panel=TOOLS,
     ),
 ]

@@ -217,8 +217,8 @@ def _describe_experts(stats: ExpertStats) -> str:
         return kept
     guessed = f", {stats.guesses_right / stats.guesses:.0%} of guesses right" if stats.guesses else ""
     return (
-        f"{kept}; {stats.hit_rate:.0%} of those needed were there, {format_bytes(stats.bytes_read)} read, waited "
-        f"{format_seconds(stats.wait_seconds)} for them{guessed}"
+        f"{kept}; hit rate {stats.hit_rate:.0%}, {format_bytes(stats.bytes_read)} read, waited "
+        f"{format_seconds(stats.wait_seconds)} for reads{guessed}"
     )
 
 

@@ -126,14 +126,7 @@ def build_grammar(
             return None  # the model has no calls
         tokens |= CALL_TOKENS
         arguments = _arguments(tools, tool_choice, constrains_arguments or is_call_required, input_rules or {}, notes)
-    response = None
-    if response_schema is not None and not is_call_required:
-        schema = ANY_OBJECT if response_schema is True else check_schema(response_schema, schema_name)
-        response = to_grammar(schema)
-    if response_rule is not None and not is_call_required:
-        response = rule_grammar(response_rule)
-        if problem := find_problem(response):
-            raise GrammarError(f"`{schema_name}`: {problem}")
+    response = None if is_call_required else _response_grammar(response_schema, response_rule, schema_name)
     max_calls = 1 if not parallel_tool_calls or isinstance(tool_choice, Mapping) else None if is_free else MAX_CALLS
     rules: dict[str, Any] = {
         "start": "FREE" if is_free else STARTS[thinking],
@@ -147,6 +140,18 @@ def build_grammar(
         "tokens": {name: _id(token, special_tokens) for name, token in tokens.items()},
     }
     return json.dumps(rules)
+
+
+def _response_grammar(schema: Mapping[str, Any] | bool | None, rule: str | None, where: str) -> str | None:
+    """Return the grammar of an answer without calls; None for any text. `where` is its location for error messages."""
+    if rule is not None:
+        grammar = rule_grammar(rule)
+        if problem := find_problem(grammar):
+            raise GrammarError(f"`{where}`: {problem}")
+        return grammar
+    if schema is None:
+        return None
+    return to_grammar(ANY_OBJECT if schema is True else check_schema(schema, where))
 
 
 def _check_choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> None:

@@ -112,7 +112,7 @@ def _declare(name: str, tool: ServerTool) -> DeclaredTool:
 
 
 def _not_enforced(schema: Mapping[str, Any]) -> str:
-    """Return what of a schema arguments are not held to, and why."""
+    """Return the keywords of a schema that are not enforced, with reasons."""
     from kimi_mlx.text.tool_arguments import arguments_grammar
 
     try:

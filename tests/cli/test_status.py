@@ -137,7 +137,7 @@ def test_experts_on_the_disk_have_a_line() -> None:
     rank = {"rank": 0, "host": "h", "experts": experts | {"kept_experts": 5, "num_experts": 20}}
     with _Answering(OURS | {"ranks": [rank]}) as streaming:
         text = " ".join(run(streaming.url).stdout.split())
-    assert "5 of 20 kept in memory; 75% of those needed were there, 2.0 kB read" in text
+    assert "5 of 20 kept in memory; hit rate 75%, 2.0 kB read" in text
     assert "50% of guesses right" in text
 
 

@@ -103,7 +103,7 @@ def test_codex_runs_commands_and_a_tool_of_a_namespace(tmp_path: Path) -> None:
 
 
 def test_codex_applies_a_patch_and_finds_a_tool(tmp_path: Path) -> None:
-    """The patch is the input of a custom tool with a grammar; the search of tools is run by Codex."""
+    """The patch is the input of a custom tool with a grammar; Codex runs the tool search."""
     folder = write_scripted_model(tmp_path / "model", PATCHING)
     model = "gpt-5.5"  # a model for which Codex has these tools
     with (

@@ -1,4 +1,4 @@
-"""What clients of other servers send: long prompts, Moonshot's options, constraints, odd addresses, older history."""
+"""Requests of clients written for other servers: long prompts, Moonshot's options, constraints, odd paths, history."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.server.running_server import RunningServer, serving
 HI: dict[str, Any] = {"role": "user", "content": "hi"}
 LONG = "9 8 " * 35_000
 
-OPENAI_WORDS = re.compile(
+OPENAI_MESSAGE = re.compile(
     r"This model's maximum context length is (\d+) tokens\. However, your messages resulted in (\d+) tokens"
     r"( or more)?\. Please reduce the length of the messages\."
 )
-ANTHROPIC_WORDS = re.compile(r"prompt is too long: (\d+) tokens > (\d+) maximum")
+ANTHROPIC_MESSAGE = re.compile(r"prompt is too long: (\d+) tokens > (\d+) maximum")
 
 
 def post(running: RunningServer, path: str, **body: Any) -> httpx2.Response:
@@ -45,7 +45,7 @@ def post(running: RunningServer, path: str, **body: Any) -> httpx2.Response:
     ],
     ids=["chat", "tools", "many messages", "stream", "responses", "text", "mixed prompts", "several prompts"],
 )  # fmt: skip
-def test_prompts_that_are_too_long_have_the_words_of_openai(
+def test_openais_message_for_prompts_that_are_too_long(
     running: RunningServer, path: str, body: dict[str, Any], param: str | None
 ) -> None:
     response = post(running, path, **body)
@@ -54,19 +54,19 @@ def test_prompts_that_are_too_long_have_the_words_of_openai(
         return
     error = response.json()["error"]
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "context_length_exceeded", param)
-    words = OPENAI_WORDS.fullmatch(error["message"])
+    words = OPENAI_MESSAGE.fullmatch(error["message"])
     assert words is not None, error["message"]
     assert int(words[2]) > int(words[1]) == 65_536
 
 
-def test_prompts_that_are_too_long_have_the_words_of_anthropic(running: RunningServer) -> None:
+def test_anthropics_message_for_prompts_that_are_too_long(running: RunningServer) -> None:
     for stream in (False, True):
         response = post(
             running, "/v1/messages", max_tokens=5, messages=[{"role": "user", "content": LONG}], stream=stream
         )
         assert response.status_code == 400
         error = response.json()["error"]
-        words = ANTHROPIC_WORDS.fullmatch(error["message"])
+        words = ANTHROPIC_MESSAGE.fullmatch(error["message"])
         assert words is not None, error["message"]
         assert (error["type"], int(words[2])) == ("invalid_request_error", 65_536)
         assert int(words[1]) > 65_536
@@ -142,7 +142,7 @@ def test_a_partial_message_with_a_name(running: RunningServer) -> None:
         ({"response_format": {"type": "json_schema", "schema": {"enum": [4]}}}, "4"),
     ],
 )  # fmt: skip
-def test_constraints_of_other_servers_are_obeyed(running: RunningServer, fields: dict[str, Any], allowed: str) -> None:
+def test_constraints_of_other_servers(running: RunningServer, fields: dict[str, Any], allowed: str) -> None:
     body = {"messages": [HI], "thinking": {"type": "disabled"}, "max_tokens": 100, "temperature": 0, **fields}
     (choice,) = post(running, "/v1/chat/completions", **body).json()["choices"]
     assert choice["finish_reason"] == "stop"
@@ -174,7 +174,7 @@ def test_constraints_of_other_servers_are_obeyed(running: RunningServer, fields:
         ({"continue_final_message": True}, "messages[0]"),
     ],
 )
-def test_what_cannot_be_obeyed_is_refused_by_name(
+def test_unsupported_and_invalid_fields_are_refused_by_name(
     running: RunningServer, fields: dict[str, Any], param: str | None
 ) -> None:
     response = post(running, "/v1/chat/completions", messages=[HI], max_tokens=1, **fields)
@@ -198,7 +198,7 @@ def test_the_messages_api_refuses_constraints_by_name(running: RunningServer) ->
     assert "guided_choice" in response.json()["error"]["message"]
 
 
-def test_constraints_and_ends_of_plain_completions(running: RunningServer) -> None:
+def test_constraints_and_stop_tokens_of_plain_completions(running: RunningServer) -> None:
     def complete(**fields: Any) -> Any:
         return post(running, "/v1/completions", prompt="The", temperature=0, **fields).json()
 
@@ -221,7 +221,7 @@ def test_constraints_and_ends_of_plain_completions(running: RunningServer) -> No
     assert complete(ignore_eos=True)["error"]["param"] == "ignore_eos"
 
 
-def test_a_chat_can_ignore_its_end(running: RunningServer) -> None:
+def test_ignore_eos_in_a_chat(running: RunningServer) -> None:
     usage = post(running, "/v1/chat/completions", messages=[HI], max_tokens=40, ignore_eos=True).json()["usage"]
     assert usage["completion_tokens"] == 40
 
@@ -296,13 +296,13 @@ def protected(session: Session) -> Iterator[RunningServer]:
         "/MODELS/",
     ],
 )
-def test_addresses_with_a_clear_meaning_need_the_key(protected: RunningServer, path: str) -> None:
+def test_paths_that_are_corrected_need_the_key(protected: RunningServer, path: str) -> None:
     assert raw.request(protected.port, "GET", path).status == 401
     response = raw.request(protected.port, "GET", path, headers={"authorization": "Bearer key"})
     assert (response.status, json.loads(response.body)["object"]) == (200, "list")
 
 
-def test_limits_hold_for_odd_addresses(protected: RunningServer) -> None:
+def test_limits_apply_to_odd_paths(protected: RunningServer) -> None:
     headers = {"authorization": "Bearer key"}
     for path in ("/chat/completions", "/v1/v1/chat/completions/", "/v1/chat/completions/chat/completions"):
         body = json.dumps({"messages": [{"role": "user", "content": "x" * 3000}]}).encode()
@@ -312,6 +312,6 @@ def test_limits_hold_for_odd_addresses(protected: RunningServer) -> None:
     assert raw.request(protected.port, "GET", "/v2/models", headers=headers).status == 404
 
 
-def test_errors_of_odd_addresses_have_the_form_of_their_api(running: RunningServer) -> None:
+def test_errors_for_odd_paths_have_the_format_of_their_api(running: RunningServer) -> None:
     assert post(running, "/messages", messages=[]).json()["type"] == "error"
     assert "type" not in post(running, "/v1//chat/completions/", messages=[]).json()

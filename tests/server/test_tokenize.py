@@ -44,7 +44,7 @@ def test_the_tokens_of_a_conversation_are_those_of_its_prompt(
     assert len(shorter) < found["count"]
 
 
-def test_a_conversation_that_is_continued(running: RunningServer) -> None:
+def test_a_conversation_whose_last_message_is_continued(running: RunningServer) -> None:
     messages = [*HI, {"role": "assistant", "content": "Hello"}]
     found = raw.post(running.port, "/tokenize", {"messages": messages, "continue_final_message": True})
     partial = [HI[0], {**messages[1], "partial": True}]

@@ -1,4 +1,4 @@
-"""Arguments of tool calls keep to the schemas of their tools, in every API, whatever the choice."""
+"""Arguments of tool calls follow the schemas of their tools, in every API, with every `tool_choice`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BODY: dict[str, Any] = {
     "temperature": 1.2,
 }
 CALLS = {"logit_bias": {str(SECTION_BEGIN): 100}}
-"""Makes the model call a tool although it may choose."""
+"""Makes the model call a tool although calls are optional."""
 
 
 def body_for(schema: Any, **fields: Any) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def answer(running: RunningServer, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_call(running: RunningServer, schema: Any, **fields: Any) -> None:
-    """Check the arguments of a call; an answer that is cut off while the model may choose need not have any."""
+    """Check the arguments of a call. An answer that is cut off needs none if calls are optional."""
     found = answer(running, body_for(schema, **fields))["choices"][0]
     (call,) = found["message"]["tool_calls"]
     assert call["function"]["name"] in ("one", "other")
@@ -54,7 +54,7 @@ def check_call(running: RunningServer, schema: Any, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize("schema", [KINDS["ranges"][0], KINDS["oneOf"][1], KINDS["references"][0]])
-def test_arguments_are_valid_although_the_model_may_choose(running: RunningServer, schema: Any) -> None:
+def test_arguments_of_optional_calls_are_valid(running: RunningServer, schema: Any) -> None:
     check_call(running, schema, **CALLS)
 
 
@@ -66,7 +66,7 @@ def test_arguments_of_every_kind_of_schema(running: RunningServer, schema: Any, 
         check_call(running, schema, **fields, seed=seed)
 
 
-def test_a_required_call_is_complete_although_its_tokens_run_out(running: RunningServer) -> None:
+def test_a_required_call_is_complete_when_tokens_run_out(running: RunningServer) -> None:
     endless = arguments(text={"type": "string", "minLength": 10}, rows={"type": "array", "items": arguments(n=COUNT)})
     found = answer(running, body_for(endless, tool_choice="required", max_tokens=64))["choices"][0]
     (call,) = found["message"]["tool_calls"]
@@ -83,7 +83,7 @@ def test_streams_have_the_same_calls(client: openai.OpenAI, running: RunningServ
     assert "".join(part.function.arguments or "" for part in parts if part.function) == expected["arguments"]
 
 
-def test_notes_on_what_is_not_enforced(running: RunningServer) -> None:
+def test_notes_on_keywords_that_are_not_enforced(running: RunningServer) -> None:
     path, schema = ".properties.a.uniqueItems", NOT_ENFORCED[".properties.a.uniqueItems"]
     note = f"`tools[0].function.parameters{path}` is not enforced: this schema feature is not supported"
     body = body_for(schema, max_tokens=1)

@@ -128,7 +128,7 @@ def test_errors_of_a_schema_name_a_path_in_the_body(builder: PromptBuilder, sche
     assert error.message.startswith(f"`{error.param}`: ")
 
 
-def test_what_is_not_enforced_of_a_tool_is_noted(builder: PromptBuilder) -> None:
+def test_keywords_of_a_tool_that_are_not_enforced_are_noted(builder: PromptBuilder) -> None:
     function = {"name": "f", "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}}}
     request = ChatRequest(messages=HI, tools=({"type": "function", "function": function},), notes=("first",))
     place = "`tools[0].function.parameters.properties.a.uniqueItems`"

@@ -50,7 +50,7 @@ def messages(**fields: Any) -> ChatRequest:
         *(({"reasoning_effort": effort}, True) for effort in ("low", "medium", "high", "xhigh", "max")),
     ],
 )
-def test_thinking_is_on_or_off_alike_in_all_apis(fields: dict[str, Any], is_on: bool) -> None:
+def test_thinking_is_turned_on_or_off_in_all_apis(fields: dict[str, Any], is_on: bool) -> None:
     assert chat(**fields).thinking is is_on
     assert messages(**fields).thinking is is_on
     assert responses(**fields).thinking is is_on
@@ -71,7 +71,7 @@ def test_without_options_the_apis_differ() -> None:
 @pytest.mark.parametrize(
     "fields", [{"reasoning_effort": "huge"}, {"thinking": {"effort": "huge"}}, {"thinking": {"type": "on"}}]
 )
-def test_other_words_are_refused(fields: dict[str, Any]) -> None:
+def test_unknown_values_are_refused(fields: dict[str, Any]) -> None:
     for read in (chat, messages, responses):
         with pytest.raises(ApiError, match=r"must be 'enabled'|must be 'none', 'minimal', 'low'"):
             read(**fields)
@@ -101,11 +101,11 @@ TEMPLATE = ChatTemplate(
 @pytest.mark.parametrize(
     ("effort", "expected"), [("none", "low"), ("low", "low"), ("medium", "low"), ("xhigh", "max"), ("max", "max")]
 )
-def test_a_template_gets_the_nearest_word_that_it_knows(effort: str, expected: str) -> None:
+def test_a_template_gets_the_nearest_effort_that_it_names(effort: str, expected: str) -> None:
     assert template_variables(ChatRequest(effort=effort), TEMPLATE) == {"reasoning_effort": expected}
 
 
-def test_variables_of_the_request_count_more_than_its_options() -> None:
+def test_variables_of_the_request_take_precedence() -> None:
     kwargs = {"reasoning_effort": "own", "preserve_thinking": False}
     request = ChatRequest(effort="low", keeps_reasoning=True, template_kwargs=kwargs)
     assert template_variables(request, TEMPLATE) == kwargs

@@ -29,7 +29,7 @@ def parse(tokenizer: Tokenizer, name: str, text: str, is_closed: bool = True) ->
 
 
 @pytest.mark.parametrize("text", ["*** Begin\n+a", "", " ", '{"x": 1}', '"{\\"x\\": 1}"', "null", "é🍰"])
-def test_the_text_is_kept_as_it_is(tokenizer: Tokenizer, text: str):
+def test_the_text_is_unchanged(tokenizer: Tokenizer, text: str):
     assert parse(tokenizer, "patch", text) == ToolCall("functions.patch:0", "patch", text)
 
 

@@ -43,10 +43,10 @@ def nested(depth: int) -> dict[str, Any]:
         ({"multipleOf": 0}, "`0` is not a number above 0"),
         ({"items": {"pattern": "(a"}}, "`here: $.items`: unclosed group"),
         ({"pattern": "^(?!a)"}, "look-around"),
-        ({"$ref": "#"}, "only something infinite satisfies it"),
+        ({"$ref": "#"}, "only an infinite value satisfies it"),
         (
             {"properties": {"a": {"$ref": "#"}}, "type": "object", "required": ["a"]},
-            "only something infinite satisfies it",
+            "only an infinite value satisfies it",
         ),
         ({"$ref": "#/$defs/a", "$defs": {"b": {}}}, "`here: $.$ref`: no schema `#/$defs/a` in this schema"),
         ({"$ref": "https://example.com/schema"}, "no schema `https://example.com/schema`"),

@@ -1,4 +1,4 @@
-"""Grammars of tools' arguments: every schema has one, and it accepts all that the schema accepts."""
+"""Grammars of tools' arguments: every schema has one, and it accepts all instances of the schema."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def accepts(schema: Any, text: str) -> bool:
 
 
 def random_arguments(schema: Any, seed: int) -> Any:
-    """Return arguments sampled from the masks alone; None if they have no end in time."""
+    """Return arguments sampled from the masks alone; None if they do not end in time."""
     answer = random_answer(COMPILER, TOKENIZER, call_grammar(schema), seed)
     if answer is None:
         return None
@@ -78,7 +78,7 @@ def test_arguments_of_every_kind_of_schema_are_valid(schema: Any) -> None:
 
 
 @pytest.mark.parametrize("path", NOT_ENFORCED)
-def test_what_cannot_be_enforced_is_noted_and_the_rest_is_enforced(path: str) -> None:
+def test_unsupported_keywords_are_noted_and_the_others_enforced(path: str) -> None:
     schema = NOT_ENFORCED[path]
     grammar, problems = arguments_grammar(schema)
     assert [place for place, _ in problems] == [path]

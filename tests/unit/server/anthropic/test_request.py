@@ -177,7 +177,7 @@ def test_documents_and_search_results_are_read_as_text():
     assert text_of(found) == "A\nhttps://example.org\nOne."
 
 
-def test_parts_of_a_result_that_cannot_be_read_become_notes():
+def test_unsupported_parts_of_a_result_become_notes():
     file = {"type": "image", "source": {"type": "file", "file_id": "f"}}
     text = {"type": "document", "source": {"type": "text", "data": "4"}}
     result = {"type": "tool_result", "tool_use_id": "x", "content": [text, file, DOCUMENT, {"type": "tool_reference"}]}

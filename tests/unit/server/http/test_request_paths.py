@@ -1,4 +1,4 @@
-"""Addresses that are not quite those of a route."""
+"""Paths of requests that are corrected to those of routes."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ ROUTES = [
     Route("/page/app.js", _endpoint),
     Route("/", _endpoint),
 ]
-ADDRESSES = PathMiddleware(_unused, ROUTES)
+MIDDLEWARE = PathMiddleware(_unused, ROUTES)
 
 
 @pytest.mark.parametrize(
-    ("path", "meant"),
+    ("path", "intended"),
     [
         ("/v1/chat/completions", "/v1/chat/completions"),
         ("/v1/chat/completions/", "/v1/chat/completions"),
@@ -57,19 +57,19 @@ ADDRESSES = PathMiddleware(_unused, ROUTES)
         ("/", "/"),
     ],
 )
-def test_the_route_that_is_meant(path: str, meant: str) -> None:
-    assert ADDRESSES.route_path(path) == meant
+def test_the_intended_route(path: str, intended: str) -> None:
+    assert MIDDLEWARE.route_path(path) == intended
 
 
 @pytest.mark.parametrize(
     "path", ["/v1", "/v1/", "/v1/v1", "/v2/models", "/api/chat", "/xyz/v1/models", "/v1/messages/nothing", "*", ""]
 )
-def test_other_paths_stay_as_they_are(path: str) -> None:
-    assert ADDRESSES.route_path(path) == (path or "/")
+def test_other_paths_are_unchanged(path: str) -> None:
+    assert MIDDLEWARE.route_path(path) == (path or "/")
 
 
 def test_a_hostile_path_costs_little() -> None:
     started = time.process_time()
-    ADDRESSES.route_path("/chat/completions" * 4_000)
-    ADDRESSES.route_path("/" * 65_000 + "v1" + "/v1" * 20_000)
+    MIDDLEWARE.route_path("/chat/completions" * 4_000)
+    MIDDLEWARE.route_path("/" * 65_000 + "v1" + "/v1" * 20_000)
     assert time.process_time() - started < 1

@@ -191,7 +191,7 @@ def anthropic_request(**fields: Any) -> ChatRequest:
 CHAT_CALL = {"role": "assistant", "tool_calls": [CALL]}
 
 
-def test_parts_of_a_result_that_cannot_be_read_become_notes_as_in_other_apis() -> None:
+def test_unsupported_parts_of_a_result_become_notes_as_in_other_apis() -> None:
     parts = [{"type": "text", "text": "4"}, {"type": "input_image", "file_id": "f"}, {"type": "file", "file": {}}]
     result = {"role": "tool", "tool_call_id": "a", "content": parts}
     text = "4\n\n[input_image: not supported]\n\n[file: not supported]"
@@ -234,7 +234,7 @@ def test_the_last_message_is_continued() -> None:
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
-def test_minus_one_is_no_limit(name: str) -> None:
+def test_minus_one_means_no_limit(name: str) -> None:
     assert (chat_request(messages=[HI], **{name: -1}).max_tokens or 0) > 10**9
     with pytest.raises(ApiError, match="at least 1"):
         chat_request(messages=[HI], **{name: -2})

@@ -1,4 +1,4 @@
-"""Odd items, tools and arguments: bodies are served or refused as errors of the client, and items have its types."""
+"""Odd items, tools and arguments: bodies are accepted or refused with 4xx, and items have the client's types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts that a client keeps for the server."""
+"""Sealed texts, which a client keeps for the server."""
 
 from __future__ import annotations
 

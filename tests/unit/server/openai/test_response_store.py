@@ -1,4 +1,4 @@
-"""The store of responses: limits, owners, and what a deleted response leaves."""
+"""The store of responses: limits, owners, and conversations whose beginning is deleted."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def errors(store: ResponseStore, owner: str, id: str) -> list[str]:
     return texts
 
 
-def test_the_size_is_bounded_with_all_that_responses_continue():
+def test_the_size_limit_includes_the_responses_that_others_continue():
     store = ResponseStore(1000, max_bytes=50 * OVERHEAD_BYTES)
     rng = random.Random(0)
     nodes: list[StoredResponse] = []
@@ -85,7 +85,7 @@ def test_the_size_is_bounded_with_all_that_responses_continue():
     assert (len(store), store.size_bytes) == (0, 0)
 
 
-def test_a_store_that_keeps_nothing_says_so():
+def test_the_error_of_a_store_that_keeps_nothing():
     store = ResponseStore(0)
     assert not store.add(response(1))
     with pytest.raises(ApiError, match="keeps no responses") as error:

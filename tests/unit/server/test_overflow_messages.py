@@ -1,4 +1,4 @@
-"""The words of a prompt that is too long: those by which clients recognise it, in every API."""
+"""Error messages for a prompt that is too long, by whose wording clients recognise it, in every API."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OPENAI_CLIENTS, ANTHROPIC_CLIENTS = ("kimi-code", "pi", "litellm"), ("kimi-code"
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
-def test_clients_recognise_the_words(is_exact: bool) -> None:
+def test_clients_recognise_the_message(is_exact: bool) -> None:
     error = PromptTooLongError(2500, 2000, "messages", is_exact)
     openai, anthropic = openai_error(error)["error"], anthropic_error(error)["error"]
     for client in OPENAI_CLIENTS:
