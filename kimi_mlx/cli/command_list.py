@@ -172,7 +172,7 @@ COMMANDS = (
     ),
     CommandInfo(
         "importance",
-        "Measure which inputs matter, for convert.",
+        "Measure which inputs of a model matter.",
         (
             "kimi-mlx importance ./Kimi-K2 code.py notes.md -o k2.importance",
             'kimi-mlx importance kimi-mini "What is 12 + 30?" --chat -o mini.importance',

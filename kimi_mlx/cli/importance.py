@@ -20,12 +20,12 @@ def importance(
     options: TextOptions,
     json: JsonOption = False,
 ) -> None:
-    """Measure which inputs of a model's matrices matter.
+    """Measure which inputs of a model matter.
 
-    Runs the texts through the model and writes the mean squared activation of each input column, for each expert, to a
-    file for `kimi-mlx convert --importance`. Use text like that which the model will see, some ten thousand tokens of
-    it, so that most experts are chosen. The model is read layer by layer, so that only one layer is in memory. Works in
-    one process.
+    Runs the texts through the model and writes the mean squared activation of each input column of each matrix, and of
+    each expert, to a file for `kimi-mlx convert --importance`. Use text like that which the model will see, some ten
+    thousand tokens of it, so that most experts are chosen. The model is read layer by layer, so that only one layer is
+    in memory. Works in one process.
     """
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.output import hides_messages, print_json, print_note, stdout

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from kimi_mlx.cli.chat.files.text_files import MAX_TEXT_BYTES, decode_text, read_text_file
 from kimi_mlx.cli.options import DtypeOption
 from kimi_mlx.errors import UsageError
 from kimi_mlx.units import format_bytes
@@ -73,6 +72,8 @@ def read_texts(words: Sequence[str]) -> list[str]:
 
 
 def _read_text(word: str) -> str:
+    from kimi_mlx.cli.chat.files.text_files import read_text_file  # heavy: not for `--help` or a usage error
+
     if word == "-":
         text, name = _read_standard_input(), "standard input"
     elif _is_path(word):
@@ -99,6 +100,8 @@ def _exists(word: str) -> bool:
 
 
 def _read_standard_input() -> str:
+    from kimi_mlx.cli.chat.files.text_files import MAX_TEXT_BYTES, decode_text
+
     data = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
     if len(data) > MAX_TEXT_BYTES:
         raise UsageError(

@@ -43,6 +43,7 @@ LIGHT_PACKAGES = {
         "session",
         "sizing",
         "units",
+        "weights",
     )
 }
 """Packages of which a command's options import small modules."""
