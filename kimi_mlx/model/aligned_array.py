@@ -1,4 +1,4 @@
-"""Arrays of MLX into which a disk can write directly: they begin at a page, and numpy sees the same memory."""
+"""MLX arrays that direct I/O can fill: they begin at a page boundary, and numpy shares their memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MAX_DIMENSION = 2**31 - 1
 def aligned_array(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """Return an array of zeros whose memory begins at a multiple of ARRAY_ALIGNMENT.
 
-    It is a part of a larger buffer, and is evaluated. Operations on it read it in place. An array of 2**31 elements or
-    more is not aligned: MLX's dimensions are int32.
+    The array is evaluated, and is a view of a larger buffer, which operations read in place. An array of 2**31 elements
+    or more is not aligned, because MLX's dimensions are int32.
     """
     stored, size = mx.uint16 if dtype == mx.bfloat16 else dtype, math.prod(shape)
     if size + ARRAY_ALIGNMENT // stored.size > MAX_DIMENSION:
@@ -33,9 +33,9 @@ def aligned_array(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 
 
 def shared_view(array: mx.array) -> np.ndarray:
-    """Return an evaluated array as numpy: the same memory, bfloat16 as uint16.
+    """Return a numpy view of an evaluated array, bfloat16 as uint16.
 
-    Writing into it changes the array. No computation that reads the array may be under way then.
+    Writing into the view changes the array. Do so only while no computation reads the array.
     """
     view = np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
     assert not view.flags.owndata

@@ -1,4 +1,4 @@
-"""Division of the memory for experts: places that each layer keeps, and a staging area for all layers.
+"""Division of the memory for experts: slots of each layer, and a staging area that the layers share.
 
 Does not import MLX.
 """
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 MAX_STAGING = 64
-"""Largest number of experts in the staging area: what is read ahead of a chunk of a prompt."""
+"""Maximum number of slots in the staging area: experts that are read ahead of a chunk of a prompt."""
 
 STAGING_SHARE = 8
-"""The staging area takes at most one of this many bytes of the memory for experts, if that is more than its minimum."""
+"""The staging area takes at most 1 / STAGING_SHARE of the memory for experts, or its minimum if that is more."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class StreamedLayer:
     """The routed experts of one layer on a rank.
 
     Args:
-        num_experts: their number.
-        expert_bytes: bytes of one in memory.
-        format: equal for layers whose experts have the same arrays; they share a staging area.
+        num_experts: number of experts.
+        expert_bytes: bytes of one expert in memory.
+        format: key of the format of the experts; layers with equal formats share a staging area.
     """
 
     num_experts: int
@@ -35,12 +35,12 @@ class StreamedLayer:
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """Numbers of places for experts.
+    """Numbers of slots for experts.
 
     Args:
-        kept: places of each layer.
-        staging: places in the staging area of each format.
-        num_bytes: bytes of all of them.
+        kept: number of slots of each layer.
+        staging: number of slots in the staging area of each format.
+        num_bytes: bytes of all slots.
     """
 
     kept: tuple[int, ...]
@@ -49,12 +49,12 @@ class SlotPlan:
 
 
 def min_staging(layers: Sequence[StreamedLayer], experts_per_token: int) -> int:
-    """Return the smallest number of places in the staging area: experts of a token, and as many of the next layer."""
+    """Return the minimum number of slots in the staging area: the experts of a token in two layers."""
     return min(2 * experts_per_token, max((layer.num_experts for layer in layers), default=0))
 
 
 def min_expert_bytes(layers: Sequence[StreamedLayer], experts_per_token: int) -> int:
-    """Return the smallest memory for experts that runs: the staging area alone."""
+    """Return the minimum memory for experts: the smallest staging area, without slots of the layers."""
     return min_staging(layers, experts_per_token) * _staged_bytes(layers)
 
 
@@ -66,39 +66,39 @@ def divide_slots(
 ) -> SlotPlan:
     """Divide the memory for experts of a rank.
 
-    What the staging area leaves goes to the experts with the highest rates per byte, so that layers whose popular
-    experts stand out get fewer places. With equal rates all layers get the same share.
+    The memory beyond the staging area goes to the experts with the highest rates per byte, so that layers whose choices
+    concentrate on few experts get fewer slots. With equal rates all layers get the same share.
 
     Args:
-        num_bytes: memory for experts; the staging area exists even if it needs more.
+        num_bytes: memory for experts; the minimum staging area is allocated even if it is larger.
         layers: layers of the rank with routed experts.
         experts_per_token: number of routed experts that a token chooses.
-        rates: how often each expert is used, (num_experts,) of each layer, in any unit; None if unknown.
+        rates: uses of each expert per token, (num_experts,) for each layer, in any unit; None if unknown.
     """
     staged_bytes, all_bytes = _staged_bytes(layers), sum(layer.num_experts * layer.expert_bytes for layer in layers)
     staging = min_staging(layers, experts_per_token)
     if staging and num_bytes - staging * staged_bytes < all_bytes:
-        most = max(layer.num_experts for layer in layers)
-        staging = max(staging, min(num_bytes // (STAGING_SHARE * staged_bytes), MAX_STAGING, most))
+        limit = min(MAX_STAGING, max(layer.num_experts for layer in layers))
+        staging = max(staging, min(num_bytes // (STAGING_SHARE * staged_bytes), limit))
     kept = _choose_kept(num_bytes - staging * staged_bytes, layers, rates)
     used = sum(count * layer.expert_bytes for count, layer in zip(kept, layers, strict=True))
     return SlotPlan(tuple(kept), staging, staging * staged_bytes + used)
 
 
 def _staged_bytes(layers: Sequence[StreamedLayer]) -> int:
-    """Return the bytes of one place in the staging areas of all formats."""
+    """Return the bytes of one slot in the staging area of every format."""
     sizes = {(layer.format, layer.expert_bytes) for layer in layers}
     return sum(size for _, size in sizes)
 
 
 def _choose_kept(num_bytes: int, layers: Sequence[StreamedLayer], rates: Sequence[np.ndarray] | None) -> list[int]:
-    """Return the number of experts of each layer that are among the most useful ones per byte."""
-    falling = [
+    """Return the number of slots of each layer: its experts among those with the highest rates per byte."""
+    sorted_rates = [
         np.zeros(layer.num_experts) if rates is None else np.sort(rates[index])[::-1] / layer.expert_bytes
         for index, layer in enumerate(layers)
     ]
     kept = [0] * len(layers)
-    queue = [(-values[0], 0, index) for index, values in enumerate(falling) if len(values)]
+    queue = [(-values[0], 0, index) for index, values in enumerate(sorted_rates) if len(values)]
     heapq.heapify(queue)
     while queue:
         _, count, index = heapq.heappop(queue)
@@ -107,5 +107,5 @@ def _choose_kept(num_bytes: int, layers: Sequence[StreamedLayer], rates: Sequenc
             break
         kept[index] = count + 1
         if count + 1 < layers[index].num_experts:
-            heapq.heappush(queue, (-falling[index][count + 1], count + 1, index))
+            heapq.heappush(queue, (-sorted_rates[index][count + 1], count + 1, index))
     return kept

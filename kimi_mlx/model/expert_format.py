@@ -1,4 +1,4 @@
-"""The arrays of one routed expert in memory, for experts that are read from the disk when a token needs them."""
+"""Shapes and types of the arrays of one routed expert in memory, for experts that are read from disk on demand."""
 
 from __future__ import annotations
 
@@ -62,7 +62,11 @@ class MatrixFormat:
         return stored if self.quantization is None else stored * 32 // self.quantization.bits
 
     def weight(self, stacks: Sequence[mx.array]) -> Weight:
-        """Return the weight made of a stack of each array."""
+        """Return the weight of a stack of experts.
+
+        Args:
+            stacks: stack of each of `arrays`, (experts, *shape).
+        """
         return Weight(*stacks, quantization=self.quantization, dtype=self.dtype)
 
 
@@ -89,7 +93,11 @@ class ExpertFormat:
         return sum(array.num_bytes for array in self.arrays)
 
     def modules(self, stacks: Sequence[mx.array]) -> tuple[Linear | ConcatLinear, Matrix]:
-        """Return gate_up_proj and down_proj made of a stack of each array, in the order of `arrays`."""
+        """Return gate_up_proj and down_proj of a stack of experts.
+
+        Args:
+            stacks: stack of each of `arrays`, (experts, *shape).
+        """
         remaining = iter(stacks)
         gate_up = [matrix.weight(_take(remaining, len(matrix.arrays))) for matrix in self.gate_up]
         return linear(gate_up), Matrix(self.down.weight(_take(remaining, len(self.down.arrays))))
@@ -97,12 +105,12 @@ class ExpertFormat:
 
 @dataclass(frozen=True)
 class RoutedExperts:
-    """The routed experts of a layer that are on the disk of this rank.
+    """The routed experts of a layer that this rank reads from disk.
 
     Args:
         format: format of each expert.
         num_experts: number of routed experts on this rank; the first one is LayerWeights.first_expert.
-        stored_bytes: bytes that the read of one takes from the disk.
+        stored_bytes: bytes that reading one expert takes from the disk.
     """
 
     format: ExpertFormat

@@ -1,6 +1,6 @@
-"""Places for routed experts in arrays that MLX computes on. Threads write into them while other places are read.
+"""Slots for routed experts in arrays that MLX computes on. Threads write into some slots while MLX reads others.
 
-MLX's gather_qmm takes a stack of matrices and the index of one for each row, so an expert can be at any index, and its
+MLX's gather_qmm takes a stack of matrices and an index into it for each row. So an expert can be at any index, and its
 outputs have the same bits there.
 """
 
@@ -28,7 +28,7 @@ class ExpertRead(Protocol):
         ...
 
     def cancel(self) -> bool:
-        """Cancel the read if it has not begun, so that nothing is written; return whether it is cancelled."""
+        """Cancel the read unless it has begun, so that nothing is written; return whether it is cancelled."""
         ...
 
     def promote(self) -> None:
@@ -52,9 +52,9 @@ class ExpertReader(Protocol):
 
         Args:
             layer: number of the layer in the model.
-            expert: number of the expert in the model, also on a rank that has only later ones.
+            expert: number of the expert in the model, also if the rank holds only some experts.
             destination: contiguous arrays, one for each array of ExpertFormat.arrays, bfloat16 as uint16. The read
-                keeps them until it has ended.
+                holds references to them until it has ended.
             is_guess: whether reads that a step waits for come first.
         """
         ...
@@ -65,10 +65,10 @@ class ExpertReader(Protocol):
 
 
 class Launch:
-    """Work that was handed to MLX and reads slots.
+    """A computation launched on MLX that reads slots.
 
     Args:
-        outputs: all outputs of the work, not evaluated. Their evaluation starts here.
+        outputs: all outputs of the computation, not evaluated. Their evaluation starts here.
     """
 
     def __init__(self, *outputs: mx.array):
@@ -78,15 +78,15 @@ class Launch:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the work is known to have ended."""
+        """Whether the computation is known to have ended."""
         return self.marker is None
 
     def on_evaluated(self) -> None:
-        """Record that `marker` was evaluated, so that the work has ended."""
+        """Record that `marker` was evaluated, so that the computation has ended."""
         self.marker = None
 
     def wait(self) -> None:
-        """Wait until the work has ended."""
+        """Wait until the computation has ended."""
         if self.marker is not None:
             mx.eval(self.marker)
             self.on_evaluated()
@@ -94,13 +94,13 @@ class Launch:
 
 @dataclass(eq=False)
 class Slot:
-    """A place for one expert.
+    """Memory for one expert.
 
     Args:
-        stack: stack of arrays with the place.
+        stack: stack that the slot is part of.
         index: index in the stack.
-        read: read into the place whose end was not noticed yet; None if there is none.
-        launch: last work that reads the place; None if there was none since the last read.
+        read: read into the slot that nothing has waited for yet; None if there is none.
+        launch: last computation that reads the slot; None if there was none since the last read.
     """
 
     stack: SlotStack
@@ -109,7 +109,7 @@ class Slot:
     launch: Launch | None = None
 
     def begin_read(self, reader: ExpertReader, layer: int, expert: int, is_guess: bool = False) -> None:
-        """Request a read into the place; no work that reads the place may be under way.
+        """Request a read into the slot, while no computation reads the slot.
 
         Args:
             reader: reader of experts.
@@ -125,10 +125,10 @@ class Slot:
         self.read = reader.read(layer, expert, self.stack.destination(self.index), is_guess)
 
     def end_read(self) -> None:
-        """Wait for the read into the place.
+        """Wait for the read into the slot.
 
         Raises:
-            WeightsError: it has failed.
+            WeightsError: the read failed.
         """
         assert self.read is not None
         read, self.read = self.read, None
@@ -136,11 +136,11 @@ class Slot:
 
 
 class SlotStack:
-    """Stacks of the arrays of experts of one format.
+    """Arrays that hold several experts of one format, each in a slot.
 
     Args:
         format: format of the experts.
-        num_slots: number of places, at least one.
+        num_slots: number of slots, at least one.
     """
 
     def __init__(self, format: ExpertFormat, num_slots: int):
@@ -150,11 +150,11 @@ class SlotStack:
         self.gate_up_proj, self.down_proj = format.modules(self.arrays)
 
     def destination(self, index: int) -> list[np.ndarray]:
-        """Return the memory of a place, an array for each array of the format."""
+        """Return the memory of a slot: one numpy array for each array of the format."""
         return [view[index] for view in self._views]
 
     def fill(self, sources: Sequence[mx.array]) -> None:
-        """Copy experts into the first places.
+        """Copy experts into the first slots.
 
         Args:
             sources: evaluated stacks of experts, one for each array of the format.
@@ -184,11 +184,11 @@ class StagingArea:
         return self._free.pop() if self._free else None
 
     def release(self, slot: Slot) -> None:
-        """Return a slot. It is free when its read and the work that reads it have ended."""
+        """Release a slot. It becomes free when its read and the computation on it have ended."""
         self._busy.append(slot)
 
     def wait_for_launch(self) -> bool:
-        """Wait until the oldest work that reads a released slot has ended; return False if there is none."""
+        """Wait for the oldest computation on a released slot; return False if there is none."""
         self._collect()
         launch = next((slot.launch for slot in self._busy if slot.launch is not None), None)
         if launch is not None:
@@ -196,7 +196,7 @@ class StagingArea:
         return launch is not None
 
     def wait_for_read(self) -> bool:
-        """Wait until the oldest read into a released slot has ended; return False if there is none."""
+        """Wait for the oldest read into a released slot; return False if there is none."""
         slot = next((slot for slot in self._busy if slot.read is not None), None)
         if slot is not None:
             _end_unwanted_read(slot)

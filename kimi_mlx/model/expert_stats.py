@@ -1,4 +1,4 @@
-"""Counters of experts that are read from the disk. Does not import MLX."""
+"""Counters of hits, misses and reads of streamed experts. Does not import MLX."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ TOTALS = (
     "guesses_cancelled",
     "steps",
 )
-"""Fields that are totals."""
+"""Fields that only grow, so that differences are meaningful."""
 
 
 @dataclass
 class ExpertStats:
-    """Totals since the model was loaded, for this rank; they only grow, so take differences.
+    """Totals of this rank since the model was loaded. Use `since` for the totals of a period.
 
     An expert counts once per layer and step, however many tokens of the step chose it. bytes_read is exactly
     (misses + guesses - guesses_right - guesses_cancelled) * expert_bytes if all layers store experts alike.
 
     Args:
-        hits: experts that were needed and had been in memory before anything was read for this step.
-        misses: experts that were needed and had to be read, also those that were guessed in time.
-        bytes_read: bytes of the reads that were requested and not cancelled, without those of the start.
+        hits: needed experts that were in memory before the step.
+        misses: needed experts that were read for the step, correct guesses included.
+        bytes_read: bytes of all reads that were not cancelled, without those while the model was loaded.
         wait_seconds: time that steps waited for reads.
-        guesses: reads that began, or were queued, before the router had chosen.
+        guesses: prefetches: reads that were requested before the router had chosen.
         guesses_right: guessed experts that the router chose.
-        guesses_cancelled: wrong guesses whose read had not begun.
+        guesses_cancelled: wrong guesses that were cancelled before their read began.
         steps: steps of the model, of any number of tokens.
-        kept_experts: routed experts that have a place in memory, of all layers of this rank. Not a total.
-        num_experts: routed experts of all layers of this rank. Not a total.
-        expert_bytes: bytes of one expert on the disk, the mean if layers differ. Not a total.
+        kept_experts: number of slots for routed experts in all layers of this rank. Not a total.
+        num_experts: number of routed experts in all layers of this rank. Not a total.
+        expert_bytes: bytes of one expert on disk, the mean if layers differ. Not a total.
     """
 
     hits: int = 0
@@ -53,26 +53,26 @@ class ExpertStats:
     expert_bytes: int = 0
 
     def copy(self) -> ExpertStats:
-        """Return the present values, which later steps do not change."""
+        """Return a copy, which later steps do not change."""
         return replace(self)
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the needed experts that had been in memory; None if none were needed."""
+        """Share of the needed experts that were in memory; None if no expert was needed."""
         needed = self.hits + self.misses
         return self.hits / needed if needed else None
 
     def since(self, earlier: ExpertStats) -> ExpertStats:
-        """Return the totals counted since earlier values of the same rank."""
+        """Return the totals since an earlier copy of the counters of this rank."""
         return replace(self, **{name: getattr(self, name) - getattr(earlier, name) for name in TOTALS})
 
     def with_earlier(self, earlier: ExpertStats) -> ExpertStats:
-        """Return the totals together with those of a rank that was lost."""
+        """Return the sum of these totals and those of a lost rank that this rank replaces."""
         return replace(self, **{name: getattr(self, name) + getattr(earlier, name) for name in TOTALS})
 
     @classmethod
     def of_ranks(cls, ranks: Iterable[ExpertStats]) -> ExpertStats:
-        """Return the sums of several ranks; of times and steps, and of bytes of an expert, the largest."""
+        """Return the sums over ranks; for wait_seconds, steps and expert_bytes the maximum."""
         every = [asdict(rank) for rank in ranks]
         largest = ("wait_seconds", "steps", "expert_bytes")
         return cls(**{name: (max if name in largest else sum)(rank[name] for rank in every) for name in every[0]})

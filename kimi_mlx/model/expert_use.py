@@ -1,7 +1,7 @@
 """How often each routed expert is used, to decide which ones stay in memory. Does not import MLX.
 
-The score of an expert estimates the chance that the next token chooses it: its decayed frequency, plus the chance of an
-immediate repetition if a recent token chose it. An expert with a lower score gives way to one with a higher score.
+The score of an expert estimates the chance that the next token chooses it: its decayed frequency, plus the chance of a
+repetition if a recent token chose it. An expert with a higher score evicts one with a lower score.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ RECENT_HALF_LIFE = 2.0
 """Number of tokens after which the chance of a repetition has halved."""
 
 PRIOR_TOKENS = 50.0
-"""Number of tokens with equal use of all experts that are assumed before the first one."""
+"""Number of tokens with equal use of all experts that are assumed at the start."""
 
 REPEAT_CHANCE, REPEAT_WEIGHT = 0.3, 0.002
 """Chance of a repetition at the start, and the weight of each observation of it."""
 
 FEW_TOKENS = 16
-"""Steps of more tokens say nothing about repetitions: they are prompts."""
+"""Steps of more tokens are prompts, and do not count for repetitions."""
 
 VERSION = 1
 
@@ -51,14 +51,14 @@ class ExpertUse:
         self._recent = [np.zeros(count) for count in self.num_experts]
         self.repeat_chance = REPEAT_CHANCE
         self.has_changed = False
-        """Whether something was counted here."""
+        """Whether `observe` was called."""
 
     def observe(self, index: int, experts: np.ndarray, counts: np.ndarray, num_tokens: int) -> None:
         """Count the experts of a step.
 
         Args:
             index: index of the layer in `layers`.
-            experts: used experts, each once.
+            experts: used experts, without duplicates.
             counts: number of tokens that chose each of them.
             num_tokens: number of tokens of the step.
         """
@@ -77,7 +77,7 @@ class ExpertUse:
         recent[experts] = 1
 
     def _learn_repeats(self, index: int, recent: np.ndarray, experts: np.ndarray) -> None:
-        """Compare the experts of the last step with those of this one."""
+        """Update the chance of a repetition from the experts of the last step and of this one."""
         last = recent == 1
         num_last = int(last.sum())
         if not num_last:
@@ -95,7 +95,7 @@ class ExpertUse:
         return [counts / weight for counts, weight in zip(self._counts, self._weights, strict=True)]
 
     def to_bytes(self) -> bytes:
-        """Return what was learned, for a file."""
+        """Return the statistics as the contents of an .npz file."""
         file = io.BytesIO()
         np.savez_compressed(
             file,
@@ -109,10 +109,10 @@ class ExpertUse:
         return file.getvalue()
 
     def update_from_bytes(self, data: bytes) -> None:
-        """Continue with what was learned before.
+        """Load statistics that `to_bytes` returned.
 
         Raises:
-            WeightsError: the data is damaged, or of another model or share. Nothing has changed then.
+            WeightsError: the data is damaged, or is of another model or share. Nothing is changed.
         """
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
@@ -120,12 +120,12 @@ class ExpertUse:
                 layers, num_experts = file["layers"].tolist(), file["num_experts"].tolist()
                 counts, weights = file["counts"].astype(np.float64), file["weights"].astype(np.float64)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise WeightsError(f"the use of experts cannot be read: {error}") from error
+            raise WeightsError(f"the statistics of expert use cannot be read: {error}") from error
         if (version, layers, num_experts) != (VERSION, list(self.layers), list(self.num_experts)):
-            raise WeightsError("the use of experts is of another model or share")
+            raise WeightsError("the statistics of expert use are of another model or share")
         is_whole = counts.shape == (sum(num_experts),) and weights.shape == (len(layers),)
         if not (is_whole and np.isfinite(counts).all() and (counts >= 0).all() and (weights > 0).all()):
-            raise WeightsError("the use of experts is damaged")
+            raise WeightsError("the statistics of expert use are damaged")
         self._counts = [part.copy() for part in np.split(counts, np.cumsum(num_experts)[:-1])]
         self._weights = weights.tolist()
         self.repeat_chance = min(max(repeat_chance, 0.0), 1.0)
