@@ -206,7 +206,7 @@ class Model(nn.Module):
         layers: entries of each layer; empty for a layer that the rank does not hold.
         communicator: communicator to the other ranks; None for a single rank.
         vision: vision tower, if the rank holds it.
-        streamer: reads the routed experts that the entries lack; None if they have all.
+        streamer: streamer of the routed experts that are not in the entries; None if all are.
     """
 
     def __init__(
@@ -280,16 +280,16 @@ class Model(nn.Module):
 
     @property
     def expert_stats(self) -> ExpertStats | None:
-        """Counters of the experts that are read from the disk; None if all are in memory. Safe from any thread."""
+        """Counters of streamed experts; None if all experts are in memory. Safe from any thread."""
         return None if self.streamer is None else self.streamer.stats
 
     def interrupt(self) -> None:
-        """Let a step that reads experts fail, and all later ones. Safe from any thread."""
+        """Make the current step and all later ones fail if experts are streamed. Safe from any thread."""
         if self.streamer is not None:
             self.streamer.interrupt()
 
     def close(self) -> None:
-        """End all reads of experts, and keep what was learned about their use. Such a model is unusable then."""
+        """End all reads of experts, and save the statistics of their use. It cannot stream afterwards."""
         if self.streamer is not None:
             self.streamer.close()
 
@@ -368,7 +368,7 @@ class Model(nn.Module):
         else:
             x = self.communicator.recv_from_previous_stage(tokens)
             if self.streamer is not None:
-                mx.eval(x)  # the sender may be late by its reads, and no GPU operation may wait for it
+                mx.eval(x)  # the sender may still read experts, and no GPU operation may wait for that long
         layout = BatchLayout(
             self._rope,
             [(slice_.cache[0].offset, slice_.length) for slice_ in slices],

@@ -1,9 +1,9 @@
-"""Routed experts that do not all fit in memory: those of all layers of a rank, and their reads during a step.
+"""Stream the routed experts of a rank from disk, if they do not all fit in memory.
 
 Each layer has slots for the experts that it keeps. A staging area, shared by the layers, takes those that get no slot.
-A layer's experts come in waves: first those in memory, then the others as their reads end. Behind them the experts are
-read that the next layer's router would choose for the same states. No slot is written while work that reads it may be
-under way: `Slot.begin_read` checks it.
+A layer's experts are computed in waves: first those in memory, then the others as their reads end. After these reads,
+those experts are prefetched that the next layer's router would choose for the same states (guesses). No slot is written
+while a computation may read it: `Slot.begin_read` checks this.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from kimi_mlx.model.expert_format import ExpertFormat, RoutedExperts
 from kimi_mlx.model.expert_slots import ExpertReader, Launch, SlotStack, StagingArea
 from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.model.expert_use import ExpertUse
-from kimi_mlx.model.layer_experts import LayerExperts, Places
+from kimi_mlx.model.layer_experts import LayerExperts, SlotAllocator
 
 NUM_WAVES = 4
-"""Waves that fit in the staging area: some are computed while others are read."""
+"""Number of waves that fit in the staging area, so that some are computed while others are read."""
 
 SAVE_EVERY_S = 300.0
 """Time between two calls of `save_use`."""
 
 GUESS_PRIOR = (6, 10)
-"""Right and all guesses that are assumed before the first one."""
+"""Number of correct guesses and of all guesses that are assumed at the start."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Wave:
     stack: SlotStack
     slots: Mapping[int, int]
     launch: Launch | None = field(default=None, init=False)
-    """Work on the wave; set it before the next wave is taken."""
+    """Computation on the wave; the caller sets it before it takes the next wave."""
 
 
 class ExpertStreamer:
@@ -59,8 +59,8 @@ class ExpertStreamer:
         first_expert: number of the first routed expert on this rank.
         num_bytes: memory for experts: slots and staging area.
         experts_per_token: number of routed experts that a token chooses.
-        use: use of the experts so far; None if nothing is known.
-        save_use: function that keeps what `use` has learned; called now and then during steps, and at the end.
+        use: statistics of the use of the experts; None to start without any.
+        save_use: function that saves `use`; called every SAVE_EVERY_S during steps, and by `close`.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class ExpertStreamer:
         return self._layers[experts.index + 1] if experts.index + 1 < len(self._layers) else None
 
     def fill(self) -> Iterator[int]:
-        """Read the most used experts into the slots, in the order of the disk, one layer ahead.
+        """Read the most used experts into the slots, in the order of the disk, up to one layer ahead.
 
         Yields:
             The number of each layer whose slots are filled.
@@ -144,7 +144,7 @@ class ExpertStreamer:
         self._fill_bytes = self._bytes_read()
 
     def markers(self) -> list[mx.array]:
-        """Return arrays that are ready when all launched work has ended; evaluate them before calling `waves`."""
+        """Return arrays that are ready when all launched computations have ended. Evaluate them before `waves`."""
         return [launch.marker for launch in self._launches if launch.marker is not None]
 
     def waves(
@@ -157,11 +157,11 @@ class ExpertStreamer:
             needed: needed routed experts of this rank, ascending, numbered from the first on this rank.
             counts: number of tokens that need each of them.
             num_tokens: number of tokens of the step.
-            guess: experts that the next layer may need, the likeliest first; empty for none.
+            guess: experts to prefetch for the next layer, the likeliest first; may be empty.
 
         Raises:
             WeightsError: an expert cannot be read.
-            EngineError: the model was closed meanwhile.
+            EngineError: the model was closed during the step.
         """
         self._begin(experts)
         num_right, num_cancelled = experts.check_guesses(set(needed.tolist()))
@@ -183,7 +183,7 @@ class ExpertStreamer:
         self._is_in_step = False
 
     def finish_read(self, experts: LayerExperts, expert: int) -> None:
-        """Wait for a read, and count the time.
+        """Wait for a read, and add the time to wait_seconds.
 
         Raises:
             WeightsError: the expert could not be read.
@@ -198,23 +198,23 @@ class ExpertStreamer:
 
     @property
     def guess_chance(self) -> float:
-        """Share of the guesses that were right so far."""
+        """Share of the guesses so far that were correct."""
         right, total = GUESS_PRIOR
         return (self._stats.guesses_right + right) / (self._stats.guesses + total)
 
     def interrupt(self) -> None:
-        """Let the step that is under way fail, and all later ones; end all reads. Safe from any thread."""
+        """Make the current step and all later ones fail, and end all reads. Safe from any thread."""
         self._is_interrupted = True
         self._reader.close()
 
     def close(self) -> None:
-        """End all reads, close the files and keep what was learned. The model cannot compute any more."""
+        """End all reads, close the files and save the statistics. The model is unusable afterwards."""
         self.interrupt()
         if self.use.has_changed:
             self._save_use(self.use)
 
     def _begin(self, experts: LayerExperts) -> None:
-        """Begin a layer in a step, whose predecessors have been computed."""
+        """Begin a layer of a step. All launched computations have ended."""
         self._check_open()
         for launch in self._launches:
             launch.on_evaluated()
@@ -233,8 +233,8 @@ class ExpertStreamer:
             raise EngineError("the model was closed during a step")
 
     def _discard(self) -> None:
-        """Give up what a failed step has left."""
-        mx.synchronize()  # it may have launched work without a marker
+        """Release what a failed step has left behind."""
+        mx.synchronize()  # the step may have launched a computation without a marker
         for experts in self._layers:
             self._stats.guesses_cancelled += experts.discard()
 
@@ -249,13 +249,13 @@ class _LayerStep:
         streamer: the experts of all layers.
         experts: the layer.
         needed: needed experts.
-        guess: experts that the next layer may need.
+        guess: experts to prefetch for the next layer.
     """
 
     def __init__(self, streamer: ExpertStreamer, experts: LayerExperts, needed: list[int], guess: list[int]):
         self._streamer, self._experts, self._staging = streamer, experts, experts.staging
         self._needed, self._next = needed, streamer.next_layer(experts)
-        self._likely, self._guess = guess, deque(guess)
+        self._all_guesses, self._guesses = guess, deque(guess)
         self.missing = deque(expert for expert in needed if expert not in experts)
         present = [expert for expert in needed if expert in experts]
         self._ready = [expert for expert in present if experts.slot(expert).read is None]
@@ -271,11 +271,11 @@ class _LayerStep:
             yield from self._launch(self._finish_reads(), {})
             self._start_reads()
         self._start_guesses()
-        while self._guess and self._staging.wait_for_launch():
+        while self._guesses and self._staging.wait_for_launch():
             self._start_guesses()
 
     def _launch(self, experts: list[int], shared: Mapping[int, int]) -> Iterator[Wave]:
-        """Yield experts by the stack that they are in."""
+        """Yield experts as one wave for each stack that they are in, and release their slots."""
         kept, staged = dict(shared), dict[int, int]()
         for expert in experts:
             slot = self._experts.slot(expert)
@@ -291,9 +291,9 @@ class _LayerStep:
                 self._experts.release(expert)
 
     def _start_reads(self) -> None:
-        """Request the reads of missing experts for which there is a place."""
+        """Request reads of missing experts while there are slots for them."""
         while self.missing:
-            slot = self._places.take(self._scores[self.missing[0]])
+            slot = self._slots.take(self._scores[self.missing[0]])
             if slot is None:
                 return
             expert = self.missing.popleft()
@@ -301,7 +301,7 @@ class _LayerStep:
             self._reading.append(expert)
 
     def _make_space(self) -> None:
-        """Wait for work on the staging area if there is too little to read while it goes on."""
+        """Wait for computations on the staging area if too few reads are under way to keep the disk busy."""
         while self.missing and len(self._reading) <= self._staging.num_slots // 2:
             if not self._staging.wait_for_launch():
                 break
@@ -312,7 +312,7 @@ class _LayerStep:
             assert is_waiting or self._reading, "no slot of the staging area is free"
 
     def _finish_reads(self) -> list[int]:
-        """Wait for a wave of reads; return the experts of all that have ended."""
+        """Wait for enough reads for a wave; return the experts of all reads that have ended."""
         fewest = max(1, min(len(self._reading), self._staging.num_slots) // NUM_WAVES)
         ended = self._reading[:fewest]
         for expert in ended:
@@ -326,17 +326,17 @@ class _LayerStep:
         return ended
 
     def _start_guesses(self) -> None:
-        """Request reads for the next layer once all of this layer are requested."""
+        """Request reads for the next layer once all reads of this layer are requested."""
         if self._next is None or self.missing:
             return
-        while self._guess:
-            if self._guess[0] in self._next:
-                self._guess.popleft()
+        while self._guesses:
+            if self._guesses[0] in self._next:
+                self._guesses.popleft()
                 continue
-            slot = self._guess_places.take(self._guess_scores[self._guess[0]])
+            slot = self._guess_slots.take(self._guess_scores[self._guesses[0]])
             if slot is None:
                 return
-            self._next.begin_read(self._guess.popleft(), slot, is_guess=True)
+            self._next.begin_read(self._guesses.popleft(), slot, is_guess=True)
             self._streamer.count_guess()
 
     @cached_property
@@ -344,8 +344,8 @@ class _LayerStep:
         return self._streamer.use.scores(self._experts.index)
 
     @cached_property
-    def _places(self) -> Places:
-        return self._experts.places(self._scores, self._needed)
+    def _slots(self) -> SlotAllocator:
+        return self._experts.slot_allocator(self._scores, self._needed)
 
     @cached_property
     def _guess_scores(self) -> np.ndarray:
@@ -354,13 +354,17 @@ class _LayerStep:
         return use.scores(self._next.index) + self._streamer.guess_chance * use.repeat_chance
 
     @cached_property
-    def _guess_places(self) -> Places:
+    def _guess_slots(self) -> SlotAllocator:
         assert self._next is not None
-        return self._next.places(self._streamer.use.scores(self._next.index), self._likely)
+        return self._next.slot_allocator(self._streamer.use.scores(self._next.index), self._all_guesses)
 
 
 def streamed_layers(routed: Mapping[int, RoutedExperts]) -> list[StreamedLayer]:
-    """Return the layers for divide_slots, from routed experts by number of the layer."""
+    """Return the layers for divide_slots.
+
+    Args:
+        routed: routed experts by number of the layer.
+    """
     return [StreamedLayer(experts.num_experts, experts.format.num_bytes, experts.format) for experts in routed.values()]
 
 

@@ -1,4 +1,4 @@
-"""The routed experts of one layer on a rank: in which slots they are, and which of them give way to others."""
+"""The routed experts of one layer on a rank: their slots, and the order in which they are evicted."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kimi_mlx.model.expert_format import RoutedExperts
 from kimi_mlx.model.expert_slots import ExpertRead, ExpertReader, Slot, SlotStack, StagingArea
 
 FREE, BUSY = -1, -2
-"""In place of an expert: the slot has none; the slot is being read into."""
+"""Owners of a slot without an expert: an empty slot, and one that is being read into."""
 
 
 @dataclass(frozen=True, eq=False)
 class Guess:
-    """A read that was requested before the router had chosen.
+    """A read that was requested before the router had chosen (a prefetch).
 
     Args:
         slot: slot of the expert.
-        previous: expert that had the slot before, or FREE or BUSY.
+        previous: owner of the slot before: an expert, FREE or BUSY.
     """
 
     slot: Slot
@@ -69,7 +69,7 @@ class LayerExperts:
             if shared:
                 self.stack.fill(shared)
         self.owners = np.full(num_kept, FREE)
-        """Expert in each of the layer's own slots."""
+        """Owner of each of the layer's own slots: an expert, FREE or BUSY."""
         self._slots: dict[int, Slot] = {}
         self._guesses: dict[int, Guess] = {}
         self._unwanted: list[tuple[int, Slot, ExpertRead]] = []
@@ -95,19 +95,19 @@ class LayerExperts:
         """Return one of the layer's own slots."""
         return self._kept[position]
 
-    def places(self, scores: np.ndarray, wanted: Iterable[int]) -> Places:
-        """Return places for experts that are about to be read.
+    def slot_allocator(self, scores: np.ndarray, pinned: Iterable[int]) -> SlotAllocator:
+        """Return an allocator of slots for experts that are about to be read.
 
         Args:
             scores: score of each expert.
-            wanted: experts that must stay.
+            pinned: experts that must not be evicted.
         """
-        values = np.append(scores, (np.inf, -1.0))  # at BUSY and FREE
-        values[list(wanted)] = np.inf
-        return Places(self, values[self.owners])
+        by_owner = np.append(scores, (np.inf, -1.0))  # the last two are at BUSY and FREE
+        by_owner[list(pinned)] = np.inf
+        return SlotAllocator(self, by_owner[self.owners])
 
     def begin_read(self, expert: int, slot: Slot, is_guess: bool = False) -> None:
-        """Request the read of an expert into a slot from `places`."""
+        """Request the read of an expert into a slot, and evict the expert that the slot has."""
         previous = BUSY
         if self.is_kept(slot):
             previous = int(self.owners[slot.index - self._num_shared])
@@ -134,18 +134,22 @@ class LayerExperts:
         self._set_owner(slot, expert)
 
     def release(self, expert: int) -> None:
-        """Give up the slot of an expert if it is in the staging area."""
+        """Release the slot of an expert if it is in the staging area."""
         slot = self._slots[expert]
         if not self.is_kept(slot):
             self._remove(expert, slot)
 
     def check_guesses(self, needed: set[int]) -> tuple[int, int]:
-        """Give up the wrong guesses, and hurry the right ones; return the numbers of right and of cancelled ones."""
+        """Cancel wrong guesses, and promote correct ones.
+
+        Returns:
+            Number of correct guesses, and number of wrong ones that were cancelled in time.
+        """
         guesses, self._guesses = self._guesses, {}
         num_right = num_cancelled = 0
         for expert, guess in guesses.items():
             if expert not in needed:
-                num_cancelled += self._give_up(expert, guess)
+                num_cancelled += self._cancel(expert, guess)
                 continue
             num_right += 1
             if guess.slot.read is not None:
@@ -154,7 +158,7 @@ class LayerExperts:
         return num_right, num_cancelled
 
     def discard(self) -> int:
-        """Give up everything outside the layer's own slots, after a failed step; return the cancelled guesses."""
+        """Release all slots of the staging area after a failed step; return the number of cancelled guesses."""
         _, num_cancelled = self.check_guesses(set())
         for expert, slot in list(self._slots.items()):
             if not self.is_kept(slot):
@@ -163,8 +167,8 @@ class LayerExperts:
                 self._unwanted.append((expert, slot, slot.read))
         return num_cancelled
 
-    def _give_up(self, expert: int, guess: Guess) -> bool:
-        """Give up a wrong guess; return whether its read was cancelled."""
+    def _cancel(self, expert: int, guess: Guess) -> bool:
+        """Cancel a wrong guess; return False if its read has begun, and so continues."""
         slot = guess.slot
         assert slot.read is not None
         if slot.read.cancel():
@@ -182,7 +186,7 @@ class LayerExperts:
         return False
 
     def _collect_unwanted(self) -> None:
-        """Notice the end of reads into the layer's own slots that no step has waited for."""
+        """Finish reads of wrong guesses into the layer's own slots that have ended."""
         reading: list[tuple[int, Slot, ExpertRead]] = []
         for expert, slot, read in self._unwanted:
             if slot.read is not read:  # a step has waited for it after all
@@ -205,24 +209,24 @@ class LayerExperts:
             self.staging.release(slot)
 
 
-class Places:
+class SlotAllocator:
     """Slots for experts that are about to be read: those of less used experts, else free ones of the staging area.
 
     Args:
         experts: the layer.
-        values: score of the expert in each of the layer's slots; infinite if it must stay.
+        scores: score of the expert in each of the layer's own slots; infinite if it must not be evicted.
     """
 
-    def __init__(self, experts: LayerExperts, values: np.ndarray):
-        self._experts, self._values = experts, values
-        self._order = np.argsort(values, kind="stable")
+    def __init__(self, experts: LayerExperts, scores: np.ndarray):
+        self._experts, self._scores = experts, scores
+        self._order = np.argsort(scores, kind="stable")
         self._next = 0
 
     def take(self, score: float) -> Slot | None:
-        """Return a slot for an expert with a score; None if there is none at the moment."""
+        """Return a slot for an expert with this score; None if none is free now."""
         if self._next < len(self._order):
             position = int(self._order[self._next])
-            if self._values[position] < score:
+            if self._scores[position] < score:
                 self._next += 1
                 return self._experts.kept_slot(position)
         return self._experts.staging.take()

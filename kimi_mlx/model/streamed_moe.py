@@ -1,8 +1,8 @@
-"""Mixture of experts whose routed experts are read from the disk when they are not in memory.
+"""Mixture of experts that reads routed experts from disk when they are not in memory.
 
-The outputs have the same bits as those of kimi_mlx.model.moe. Each (token, expert) pair is computed by the kernel that
-computes it there, only with other pairs beside it and with the expert at another index; then the outputs are put in the
-same order and summed alike.
+The outputs have the same bits as those of kimi_mlx.model.moe. The same kernel computes each (token, expert) pair, only
+together with other pairs and with the expert at another index. Then the outputs are put in the same order and summed in
+the same way.
 
 Letters: as in kimi_mlx.model.moe; N tokens, n pairs.
 """
@@ -24,11 +24,11 @@ from kimi_mlx.model.moe import MoE, ones, swiglu
 from kimi_mlx.model.tree import LayerWeights
 
 GROUPED_MIN_PAIRS, GROUPED_MIN_PER_EXPERT = 16, 4
-"""Metal computes ascending pairs with a kernel for groups of them if there are at least this many, and this many per
+"""Metal computes sorted pairs with a kernel for groups if there are at least this many pairs, and this many for each
 expert of the stack. Source: GatherQMM::eval_gpu in quantized.cpp of MLX's Metal backend (0.32)."""
 
 FEW_TOKENS = 16
-"""Up to this many tokens the likeliest experts of the next layer are read first; beyond, all of them in their order."""
+"""Up to this many tokens, the likeliest experts of the next layer are prefetched first; beyond, in ascending order."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Pairs:
     """The (token, expert) pairs of a step that this rank computes.
 
     Args:
-        positions: positions in the flattened ids, uint32 (n,).
+        positions: positions of the pairs in the flattened ids, uint32 (n,).
         experts: expert of each pair, numbered from the first on this rank, (n,).
         width: number of pairs of each token, K + S.
         num_routed: number of routed experts on this rank; shared ones follow.
@@ -48,14 +48,14 @@ class Pairs:
     num_routed: int
 
     def routed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the routed experts among them, ascending, and the number of pairs of each."""
+        """Return the routed experts of the pairs, ascending, and the number of pairs of each."""
         counts = np.bincount(self.experts, minlength=self.num_routed)[: self.num_routed]
         needed = np.flatnonzero(counts)
         return needed, counts[needed]
 
 
 class StreamedMoE(MoE):
-    """Routed and shared experts of one layer, of which some routed ones are on the disk.
+    """Routed and shared experts of one layer; some routed ones are only on disk.
 
     Args:
         config: dimensions of the model.
@@ -65,10 +65,11 @@ class StreamedMoE(MoE):
     """
 
     guess: Callable[[mx.array], tuple[mx.array, mx.array]] | None = None
-    """Router of the next layer with routed experts on this rank; None after the last one. Set by the model.
+    """Router of the next layer with routed experts on this rank, to guess its choices; None after the last layer. The
+    model sets it.
 
-    For the input of this layer's router it chooses 66 % of the experts that it chooses later (kimi-mini, 3,000
-    characters of the README); for the states before this layer's norm, with its own norm, 64 %; by chance 31 %."""
+    Given the input of this layer's router, it predicts 66 % of the experts that it chooses later (kimi-mini, 3,000
+    characters of the README); given the states before this layer's norm, with its own norm, 64 %; chance is 31 %."""
 
     def __init__(self, config: ModelConfig, weights: LayerWeights, streamer: ExpertStreamer, layer: int):
         assert weights.routed is not None
@@ -105,7 +106,7 @@ class StreamedMoE(MoE):
         return self._format.down.quantization is not None
 
     def stream(self, x: mx.array, residual: mx.array | None, ids: mx.array, scores: mx.array) -> mx.array:
-        """Return the same as MoE. Waits for the router and for reads.
+        """Return the same as MoE.__call__. Waits for the router and for reads.
 
         Args:
             x: hidden states, (B, L, D).
@@ -151,7 +152,7 @@ class StreamedMoE(MoE):
         return pairs, likely
 
     def _likely_experts(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Return the routed experts of this rank among the guessed ones, each once."""
+        """Return the guessed experts that are on this rank, without duplicates."""
         experts = ids.reshape(-1).astype(np.int64) - self._first
         is_here = (experts >= 0) & (experts < self._num_routed)
         if ids.size > FEW_TOKENS * ids.shape[-1]:
@@ -160,7 +161,7 @@ class StreamedMoE(MoE):
         return np.array(list(dict.fromkeys(experts[is_here][order].tolist())), np.int64)
 
     def _is_sorted(self, pairs: Pairs, ids: mx.array) -> bool:
-        """Return whether the resident model computes the pairs as ascending groups, with another kernel on a GPU."""
+        """Return whether MoE computes the pairs sorted by expert, which takes another kernel on a GPU."""
         num_pairs = len(pairs.positions)
         if self._held is None and ids.size < self.sort_min_choices:
             return False
@@ -178,8 +179,8 @@ class _Rows:
         ids: chosen experts, (B, L, K + S).
         scores: their scores.
         pairs: pairs to compute.
-        is_sorted: whether a wave is computed as ascending groups.
-        is_weighed: whether the weights are applied to the activations.
+        is_sorted: whether the pairs of a wave are sorted by expert.
+        is_weighed: whether the router's weights are applied to the activations.
     """
 
     def __init__(
@@ -241,9 +242,9 @@ class _Rows:
         return self._moe.gate.weighted_swiglu_of_pairs(gate, up, ids, scores, self._scores[tokens])
 
     def _run_sorted(self, wave: Wave, positions: np.ndarray, slots: np.ndarray) -> mx.array:
-        """Return the outputs of pairs in the order of their slots, (n, D).
+        """Return the outputs of pairs that are sorted by slot, (n, D).
 
-        The last pair is repeated until MLX takes the kernel for groups.
+        The last pair is repeated until there are enough pairs for the kernel for groups.
         """
         count = len(slots)
         padded = max(count, GROUPED_MIN_PAIRS, GROUPED_MIN_PER_EXPERT * wave.stack.num_slots)
