@@ -6,16 +6,14 @@ import json
 import os
 import shutil
 import subprocess
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from kimi_mlx.session.open import open_session
-from kimi_mlx.session.session import SessionOptions
-from tests.clients.npm_packages import npm_folder
-from tests.scripted_model import Answer, Call, write_scripted_model
-from tests.server.running_server import serving
+from tests.clients.packages import npm_folder
+from tests.clients.recorder import ClientServer
+from tests.scripted_model import Answer, Call
 
 pytestmark = pytest.mark.clients
 
@@ -32,15 +30,14 @@ ANSWERS = (
 )
 
 
-def test_the_ai_sdk_runs_a_task_with_item_references(tmp_path: Path) -> None:
+def test_the_ai_sdk_runs_a_task_with_item_references(serve_script: Callable[[Sequence[Answer]], ClientServer]) -> None:
     packages = npm_folder(*PACKAGES)
     script = shutil.copy(SCRIPT, packages.parent)
-    folder = write_scripted_model(tmp_path / "model", ANSWERS)
-    with closing(open_session(SessionOptions(folder))) as session, serving(session, folder=folder) as server:
-        environment = {**os.environ, "BASE_URL": f"{server.url}/v1"}
-        done = subprocess.run(
-            ["node", script], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
-        )
+    server = serve_script(ANSWERS)
+    environment = {**os.environ, "BASE_URL": f"{server.url}/v1"}
+    done = subprocess.run(
+        ["node", script], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["text"] == "They differ."
@@ -49,3 +46,4 @@ def test_the_ai_sdk_runs_a_task_with_item_references(tmp_path: Path) -> None:
     assert (result["deltas"], result["streamedText"]) == ("I read both.They differ.", "They differ.")
     assert "item_reference" in result["sent"][1]
     assert result["sent"][3:] == result["sent"][:3]
+    server.check("ai_sdk", PACKAGES[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 
 from kimi_mlx.session.open import open_session
 from kimi_mlx.session.session import SessionOptions
-from tests.clients.npm_packages import npm_folder
+from tests.clients.packages import npm_folder
+from tests.clients.recorder import ClientServer
 from tests.scripted_model import Answer, Call, write_scripted_model
 from tests.server.running_server import serving
 
@@ -90,16 +92,18 @@ def messages_of(events: list[dict[str, Any]]) -> list[str]:
     return [item["text"] for item in items if item["type"] == "agent_message"]
 
 
-def test_codex_runs_commands_and_a_tool_of_a_namespace(tmp_path: Path) -> None:
-    folder = write_scripted_model(tmp_path / "model", ANSWERS)
-    with closing(open_session(SessionOptions(folder))) as session, serving(session, folder=folder) as server:
-        events = run_codex(tmp_path, server.url, "Add the numbers in numbers.txt")
+def test_codex_runs_commands_and_a_tool_of_a_namespace(
+    tmp_path: Path, serve_script: Callable[[Sequence[Answer]], ClientServer]
+) -> None:
+    server = serve_script(ANSWERS)
+    events = run_codex(tmp_path, server.url, "Add the numbers in numbers.txt")
     assert (tmp_path / "work" / "sum.txt").read_text() == "46\n"
     assert messages_of(events) == ["I read the numbers.", "The sum is 46; it is in sum.txt."]
     items = [event["item"] for event in events if event["type"] == "item.completed"]
     outputs = [item["aggregated_output"] for item in items if item["type"] == "command_execution"]
     assert "12\n34\n" in outputs[0]
     assert agents_of(events) == [("close_agent", "failed")]  # there is no such agent
+    server.check("codex", CODEX)
 
 
 def test_codex_applies_a_patch_and_finds_a_tool(tmp_path: Path) -> None:
