@@ -124,7 +124,8 @@ class ExpertUse:
         if (version, layers, num_experts) != (VERSION, list(self.layers), list(self.num_experts)):
             raise WeightsError("the statistics of expert use are of another model or share")
         is_whole = counts.shape == (sum(num_experts),) and weights.shape == (len(layers),)
-        if not (is_whole and np.isfinite(counts).all() and (counts >= 0).all() and (weights > 0).all()):
+        are_finite = np.isfinite(counts).all() and np.isfinite(weights).all()
+        if not (is_whole and are_finite and (counts >= 0).all() and (weights > 0).all()):
             raise WeightsError("the statistics of expert use are damaged")
         self._counts = [part.copy() for part in np.split(counts, np.cumsum(num_experts)[:-1])]
         self._weights = weights.tolist()

@@ -54,13 +54,17 @@ def test_what_was_learned_is_kept() -> None:
         np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "other layers", "other share", "infinite"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "garbage", "empty", "other layers", "other share", "infinite", "infinite weight"]
+)
 def test_what_cannot_be_used_is_an_error_and_changes_nothing(damage: str) -> None:
     source = ExpertUse([1, 2] if damage == "other layers" else [1], [8, 8] if damage == "other layers" else [8], 2)
     if damage == "other share":
         source = ExpertUse([1], [4], 2)
     if damage == "infinite":
         source.observe(0, np.array([2]), np.array([np.inf]), 1)
+    if damage == "infinite weight":
+        source._weights = [np.inf]
     data = source.to_bytes()
     data = {"truncated": data[: len(data) // 2], "garbage": b"x" * 99, "empty": b""}.get(damage, data)
     use = ExpertUse([1], [8], 2)
