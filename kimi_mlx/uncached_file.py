@@ -93,6 +93,10 @@ class UncachedFile:
             os.posix_fadvise(self._handle, offset, done, os.POSIX_FADV_DONTNEED)
         return done
 
+    def current_bytes(self) -> int:
+        """Return the size of the file now; `size_bytes` is that when it was opened."""
+        return os.fstat(self._handle).st_size
+
     def read_ahead(self, offset: int, num_bytes: int) -> None:
         """Let the system read bytes into its page cache in the background (Linux)."""
         if self.uses_page_cache and hasattr(os, "posix_fadvise"):

@@ -285,7 +285,7 @@ class _Layer:
             raise WeightsError(f"{label} cannot be read: {error.strerror}", hint=hint) from error
         if num_bytes < piece.num_bytes:
             raise WeightsError(
-                f"{label} are not there: the file ends at byte {offset + num_bytes}", hint=self.source.hint
+                f"{label} are not there: the file has {file.current_bytes()} bytes", hint=self.source.hint
             )
         if tag is not None:
             self._check_tag(task, f"`{path}` has", offset + piece.num_bytes - TAG_BYTES, tag.tobytes())

@@ -147,7 +147,7 @@ def make_a_hole(job: BuildJob) -> str:
 def truncate(job: BuildJob) -> str:
     size = layer_path(job, 1).stat().st_size - 13 * record_bytes(job) + 5000
     os.truncate(layer_path(job, 1), size)
-    return rf"expert 3 of layer 1: bytes \d+ to \d+ of `.*layer-001\..*` are not there: the file ends at byte {size}"
+    return rf"expert 3 of layer 1: bytes \d+ to \d+ of `.*layer-001\..*` are not there: the file has {size} bytes"
 
 
 def record_bytes(job: BuildJob) -> int:
