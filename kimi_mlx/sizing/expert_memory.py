@@ -55,7 +55,7 @@ class ExpertMemory:
         except ValueError:
             raise UsageError(f"`{text}` is not an amount of memory for experts", hint=EXPERT_MEMORY_HINT) from None
         if 0 < size < MB:
-            raise UsageError(f"{size} bytes are too little memory for experts", hint=EXPERT_MEMORY_HINT)
+            raise UsageError(f"`{text}` is less than 1 MB of memory for experts", hint=EXPERT_MEMORY_HINT)
         return cls("size", num_bytes=size)
 
 
