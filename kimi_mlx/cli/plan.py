@@ -59,6 +59,7 @@ class HardwareOptions:
         typer.Option(
             "--ssd",
             min=0.1,
+            max=1000,
             metavar="GB/s",
             help="Rate at which each Mac reads experts from its SSD. Default: as `kimi-mlx doctor` measured it, else "
             "as published.",

@@ -17,7 +17,7 @@ from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.planner.machines import MAX_MACHINES, name_of_kind
 from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.reasons import rejection_reason
-from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan, sufficient_number
+from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan, fits_by_itself, sufficient_number
 from kimi_mlx.units import GB, GIB, format_context, format_count, format_duration, format_gib
 
 COLUMNS = ("strategy", "hosts", "backend", "GiB/host", "fits", "context", "prefill", "decode")
@@ -41,7 +41,9 @@ def print_parts(parts: Iterable[Part]) -> None:
 
 
 def number_that_fits(plan: Plan, links: Sequence[LinkProfile]) -> str:
-    """Return a sentence that says how many machines like the largest one are enough for a model that does not fit."""
+    """Return what makes a model fit that does not: `--expert-memory auto`, or this number of the largest machine."""
+    if fits_by_itself(plan, links):
+        return "Does not fit with this `--expert-memory`. With `auto` it does."
     largest = max(plan.machines, key=lambda machine: machine.memory_bytes)
     name = name_of_kind(largest)
     number = sufficient_number(plan, largest, links)
@@ -215,7 +217,7 @@ def _table(plan: Plan, shown: Sequence[Option]) -> Table:
             option.backend,
             f"{max(share.needed_bytes for share in option.memory) / GIB:.1f}",
             _fits(option),
-            format_context(longest) if longest else "-",
+            format_context(longest) if longest and not (option.fits == "no" and option.experts) else "-",
             *_speeds(option, has_drafts=plan.draft is not None),
         ]
         table.add_row(*cells, style="bold" if option is plan.choice else "dim" if option.fits == "no" else None)

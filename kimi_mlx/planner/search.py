@@ -299,7 +299,8 @@ def _option(setup: Setup, placement: str, context: int, expert_memory: ExpertMem
     resident = None if expert_memory.mode == "size" else _predict(setup, placement, context)
     if resident is not None and (resident.fits != "no" or expert_memory.mode == "all"):
         return resident
-    for limit in ("default", "raised"):
+    limits: tuple[Limit, ...] = ("default", "raised")
+    for limit in (*limits, "none") if expert_memory.mode == "size" else limits:
         streamed = _streamed(setup, context, expert_memory, limit)
         if streamed is not None:
             return _predict(streamed, placement, context, _details(setup, streamed, context, expert_memory))
@@ -356,6 +357,14 @@ def _predict(setup: Setup, placement: str, context: int, experts: StreamedOption
 
 def _first_prompt(shape: ModelShape) -> int:
     return min(FIRST_TOKEN_PROMPT, shape.context_tokens)
+
+
+def fits_by_itself(plan: Plan, links: Sequence[LinkProfile]) -> bool:
+    """Return whether a plan with a set size of memory for experts would fit with `auto`."""
+    if plan.expert_memory.mode != "size":
+        return False
+    automatic = make_plan(plan.shape, plan.machines, links, plan.context, draft=plan.draft)
+    return automatic.choice is not None
 
 
 def sufficient_number(plan: Plan, machine: Machine, links: Sequence[LinkProfile]) -> int | None:

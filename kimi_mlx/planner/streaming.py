@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -18,8 +19,8 @@ from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_bytes_per_token
 from kimi_mlx.sizing.prefill import RankShape
 from kimi_mlx.sizing.streaming import ZIPF_EXPONENT, expected_misses, hit_rate
 
-Limit = Literal["default", "raised"]
-"""Limit of the GPU's memory: that of now, or with `iogpu.wired_limit_mb` raised."""
+Limit = Literal["default", "raised", "none"]
+"""Limit of the GPU's memory: that of now, or with `iogpu.wired_limit_mb` raised; or none, for what does not fit."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def plan_streaming(
         cache_bytes = max(context, planned_context(shape.config)) * kv_bytes_per_token(shape.config, portion.layers)
         other_bytes = bytes_beside_weights(shape.config, rank_shape, portion.layers, chunk, cache_bytes)
         try:
-            budget = sizes.budget(setting, free_bytes, other_bytes)
+            budget = sizes.budget(setting, sys.maxsize if limit == "none" else free_bytes, other_bytes)
         except MemoryLimitError:
             return None
         ranks.append(RankExperts(sizes, budget, machine.ssd.bytes_per_s))

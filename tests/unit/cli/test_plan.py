@@ -218,3 +218,14 @@ def test_another_ssd_changes_the_prediction() -> None:
     text = call("kimi-k2.6", "--machines", "m5-max-128x2", "--expert-memory", "20%").stdout
     assert "ssd 20 %" in text or "ssd 19 %" in text
     assert "Zipf's law" in " ".join(text.split())
+
+
+def test_a_set_memory_for_experts_that_does_not_fit() -> None:
+    result = call("kimi-k2", "--machines", "m5-max-128", "--preset", "2bit", "--expert-memory", "200GB")
+    assert result.exit_code != 0
+    assert result.stdout.startswith("Does not fit with this `--expert-memory`. With `auto` it does.\n")
+
+
+@pytest.mark.parametrize("rate", ["0", "inf", "nan"])
+def test_a_rate_of_an_ssd_that_does_not_exist(rate: str) -> None:
+    assert call("kimi-k2", "--ssd", rate).exit_code == 2
