@@ -29,7 +29,7 @@ from kimi_mlx.engine.events import (
 )
 from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 from kimi_mlx.engine.request import Request
-from kimi_mlx.errors import EngineError, KimiMlxError, RingError, SshError
+from kimi_mlx.errors import EngineError, KimiMlxError, RingError, SshError, WeightsError
 from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.parallel.all_reduce_choice import AllReduceChoice
 from kimi_mlx.runtime.tokenizer_files import unpack_tokenizer_files
@@ -327,7 +327,7 @@ class RingSession:
             try:
                 for rank, message in self._ring.messages():
                     self._on_message(rank, message)
-            except RESTARTABLE as error:
+            except (*RESTARTABLE, WeightsError) as error:  # an expert that could not be read: the disk may be back
                 if (final_error := self._recover(error)) is not None:
                     return final_error
             except KimiMlxError as error:
@@ -421,7 +421,7 @@ class RingSession:
                 error = next_error
                 continue
             except KimiMlxError as next_error:
-                return next_error
+                return error if isinstance(error, WeightsError) else next_error
             self._resume(time.monotonic() - lost_at)
             return None
         return error

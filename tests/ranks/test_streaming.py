@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kimi_mlx.engine.events import Interrupted, Resumed
+from kimi_mlx.engine.events import Interrupted, Resumed, Token
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.parallel.group import SingleGroup
@@ -141,3 +141,26 @@ def test_a_truncated_file_is_an_error_that_names_it(
         with pytest.raises(KimiMlxError, match=r"layer-003") as failure:
             tokens_of(ring, Request(make_prompt(60, 2), max_tokens=4))
     assert failure.value.hint is not None
+
+
+@pytest.mark.slow
+def test_an_answer_resumes_when_a_disk_is_back(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
+    store = build_store(folders["k2"], "hybrid", 2, tmp_path)
+    options = SessionOptions(store, ranks=2, expert_memory=ExpertMemory.parse("0%"))
+    (path,) = (store / "rank-1").glob("layer-003*.safetensors")
+    data, request = path.read_bytes(), Request(make_prompt(60, 2), max_tokens=4)
+    with closing(RingSession(options)) as ring:
+        expected = tokens_of(ring, request)
+        ring.reset()
+        path.write_bytes(b"")
+        events: list[object] = []
+        for event in ring.generate(request):
+            events.append(event)
+            if isinstance(event, Interrupted):
+                assert "expert" in event.reason
+                path.write_bytes(data)
+        assert [event.id for event in events if isinstance(event, Token)] == expected
+        assert sum(isinstance(event, Resumed) for event in events) == 1
