@@ -37,6 +37,8 @@ class AnswerFormat:
         input_rules: bodies of grammar rules for the calls of tools whose input is free text, by the name of the tool.
         response_rule: body of a grammar rule that the answer matches, instead of a schema (kimi_mlx.text.lark_rules).
         response_schema_name: location of the schema or the rule, for error messages.
+        tool_places: locations of the tools in the request, for messages and notes; empty for `tools[0]` and so on.
+        parameters_name: location of a tool's schema in the tool.
     """
 
     tools: Sequence[Mapping[str, Any]] = ()
@@ -47,6 +49,8 @@ class AnswerFormat:
     input_rules: Mapping[str, str] = field(default_factory=dict[str, str])
     response_rule: str | None = None
     response_schema_name: str = "response_format"
+    tool_places: Sequence[str] = field(default=(), compare=False)
+    parameters_name: str = field(default="function.parameters", compare=False)
 
     @property
     def prompt_tools(self) -> list[Mapping[str, Any]] | None:
@@ -59,7 +63,7 @@ class AnswerFormat:
         Raises:
             GrammarError: a bound is exceeded; the message begins with the location.
         """
-        check_bounds(self.tools, self.response_schema, self.response_schema_name)
+        check_bounds(self.tools, self.response_schema, self.response_schema_name, self.tool_places)
 
     def grammar(self, special_tokens: Mapping[str, int], prompt: Sequence[int], num_calls: int) -> AnswerGrammar:
         """Return the grammar of an answer. Call check_schemas() first.
@@ -87,5 +91,6 @@ class AnswerFormat:
             self.input_rules,
             constrains_arguments=self.constrains_arguments,
             notes=notes,
+            schema_places=[f"{place}.{self.parameters_name}" for place in self.tool_places],
         )
         return AnswerGrammar(rules, tuple(notes))

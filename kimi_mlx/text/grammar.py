@@ -87,6 +87,7 @@ def build_grammar(
     *,
     constrains_arguments: bool = True,
     notes: list[str] | None = None,
+    schema_places: Sequence[str] = (),
 ) -> str | None:
     """Return the rules of an answer as JSON; None if the answer is unconstrained.
 
@@ -106,6 +107,7 @@ def build_grammar(
         constrains_arguments: False to leave optional calls unconstrained, unless a tool is `strict` or only one call is
             allowed.
         notes: list to which the parts of the tools' schemas are appended that are not enforced, with reasons.
+        schema_places: locations of the tools' schemas for the notes; empty for `tools[0].function.parameters` etc.
 
     Raises:
         GrammarError: the answer's schema or the choice cannot be enforced; the message begins with the location.
@@ -125,7 +127,9 @@ def build_grammar(
         if is_free and parallel_tool_calls and not all(token in special_tokens for token in CALL_TOKENS.values()):
             return None  # the model has no calls
         tokens |= CALL_TOKENS
-        arguments = _arguments(tools, tool_choice, constrains_arguments or is_call_required, input_rules or {}, notes)
+        constrains_all = constrains_arguments or is_call_required
+        places = schema_places or [f"tools[{i}].function.parameters" for i in range(len(tools))]
+        arguments = _arguments(tools, places, tool_choice, constrains_all, input_rules or {}, notes)
     response = None if is_call_required else _response_grammar(response_schema, response_rule, schema_name)
     max_calls = 1 if not parallel_tool_calls or isinstance(tool_choice, Mapping) else None if is_free else MAX_CALLS
     rules: dict[str, Any] = {
@@ -175,6 +179,7 @@ def _check_choice(tool_choice: str | Mapping[str, Any], tools: Sequence[Mapping[
 
 def _arguments(
     tools: Sequence[Mapping[str, Any]],
+    places: Sequence[str],
     tool_choice: str | Mapping[str, Any],
     constrains_all: bool,
     input_rules: Mapping[str, str],
@@ -184,6 +189,7 @@ def _arguments(
 
     Args:
         tools: OpenAI-style tools.
+        places: locations of their schemas, for the notes.
         tool_choice: choice of the request.
         constrains_all: False to enforce only the schemas of strict tools.
         input_rules: bodies of rules for the calls of tools whose input is not JSON, by the name of the tool.
@@ -191,7 +197,7 @@ def _arguments(
     """
     grammars: dict[str, str] = {}
     deadline = time.monotonic() + CHECK_S
-    for i, tool in enumerate(tools):
+    for tool, where in zip(tools, places, strict=True):
         function = tool["function"]
         name = function["name"]
         if isinstance(tool_choice, Mapping) and name != tool_choice["name"]:
@@ -206,7 +212,6 @@ def _arguments(
         grammars[PREFIX + name] = ANY_ARGUMENTS
         if not constrains_all and not _is_strict(tool):
             continue
-        where = f"tools[{i}].function.parameters"
         if time.monotonic() > deadline and not is_cached(function.get("parameters")):
             problems = [("", f"the schemas of all tools take more than {CHECK_S:.0f} s to convert")]
         else:

@@ -30,7 +30,10 @@ BITS_PER_DIGIT = 3.33
 
 
 def check_bounds(
-    tools: Sequence[Mapping[str, Any]], response_schema: Any = None, schema_name: str = "response_format"
+    tools: Sequence[Mapping[str, Any]],
+    response_schema: Any = None,
+    schema_name: str = "response_format",
+    tool_places: Sequence[str] = (),
 ) -> None:
     """Check number, size and nesting of all schemas of a request.
 
@@ -38,6 +41,7 @@ def check_bounds(
         tools: OpenAI-style tools, whether their schemas are enforced or not.
         response_schema: JSON schema of the answer, if any.
         schema_name: name of that schema in error messages.
+        tool_places: locations of the tools for error messages; empty for `tools[0]` and so on.
 
     Raises:
         GrammarError: a bound is exceeded; the message begins with the location.
@@ -46,7 +50,7 @@ def check_bounds(
         raise GrammarError(f"`tools` has {len(tools)} tools; at most {MAX_TOOLS} are allowed", hint="send fewer tools")
     total = check_value(response_schema, schema_name)
     for i, tool in enumerate(tools):
-        total += check_value(tool, f"tools[{i}]")
+        total += check_value(tool, tool_places[i] if tool_places else f"tools[{i}]")
         if total > MAX_TOTAL_CHARS:
             raise GrammarError(
                 f"`tools` have more than {MAX_TOTAL_CHARS} characters together", hint="send fewer or smaller tools"

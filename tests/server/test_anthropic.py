@@ -129,7 +129,13 @@ def test_a_partial_answer_is_continued(client: anthropic.Anthropic):
 
 
 def test_token_counts_match_usage(client: anthropic.Anthropic):
-    counted = client.messages.count_tokens(model="claude-x", messages=IN_PARIS, tools=[WEATHER], system="Be brief.")
+    counted = client.messages.count_tokens(
+        model="claude-x",
+        messages=IN_PARIS,
+        tools=[WEATHER],
+        system="Be brief.",
+        extra_body={"max_tokens": 1, "temperature": 0.5, "stream": True},  # some clients send the whole request
+    )
     message = client.messages.create(
         model="claude-x", max_tokens=1, messages=IN_PARIS, tools=[WEATHER], system="Be brief."
     )

@@ -77,6 +77,8 @@ def to_chat_request(body: CountBody) -> ChatRequest:
         places=tuple(places),
         part_places=part_places,
         tools=tools,
+        tool_places=tuple(f"tools[{index}]" for index in range(len(tools))),
+        parameters_name="input_schema",
         tool_choice=check_tool_choice(_tool_choice(choice) if choice else "auto", tools),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
         response_schema=output_format.schema_ if output_format else None,

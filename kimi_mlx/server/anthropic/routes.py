@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from kimi_mlx.server.anthropic.messages_body import CountBody, MessagesBody
+from kimi_mlx.server.anthropic.messages_body import MessagesBody
 from kimi_mlx.server.anthropic.request import to_chat_request
 from kimi_mlx.server.anthropic.response import MessageFormatter
 from kimi_mlx.server.http.body import JsonResponse, parse
@@ -42,7 +42,7 @@ def read_messages(prompt_builder: PromptBuilder, model_info: ModelInfo, data: by
 
 def count_prompt_tokens(model_info: ModelInfo, prompt_builder: PromptBuilder, data: bytes) -> int:
     """Return the number of tokens of the prompt in the body of POST /v1/messages/count_tokens."""
-    body = parse(CountBody, data)
+    body = parse(MessagesBody, data)  # the fields about the answer have no effect
     _resolve(model_info, body.model)
     return prompt_builder.count_tokens(to_chat_request(body))
 

@@ -217,7 +217,8 @@ class ChatBody(GenerationBody):
         conversation = read_messages(self.messages, is_continued=bool(self.continue_final_message))
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "`top_logprobs` needs `logprobs` to be true", "invalid_value", "top_logprobs")
-        tools = tuple(tool.model_dump(exclude_none=True) for tool in self._allowed_tools())
+        allowed = self._allowed_tools()
+        tools = tuple(tool.model_dump(exclude_none=True) for tool in allowed.values())
         constraint = self.answer_constraint()
         params = self.generation_params()
         params["return_progress"] = bool(self.return_progress)
@@ -229,6 +230,7 @@ class ChatBody(GenerationBody):
             messages=conversation.messages,
             part_places=conversation.part_places,
             tools=tools,
+            tool_places=tuple(allowed),
             tool_choice=check_tool_choice(self._tool_choice(), tools),
             parallel_tool_calls=self.parallel_tool_calls is not False,
             response_schema=constraint and constraint.schema,
@@ -258,18 +260,18 @@ class ChatBody(GenerationBody):
             return choice.allowed_tools.mode or "auto"
         return {"name": choice.tool_name("tool_choice")}
 
-    def _allowed_tools(self) -> list[ChatTool]:
-        """Return the tools that the model may call."""
-        tools = self.tools or []
+    def _allowed_tools(self) -> dict[str, ChatTool]:
+        """Return the tools that the model may call, by their locations."""
+        tools = {f"tools[{index}]": tool for index, tool in enumerate(self.tools or ())}
         if not isinstance(self.tool_choice, NamedChoice) or self.tool_choice.allowed_tools is None:
             return tools
         place = "tool_choice.allowed_tools.tools"
         named = enumerate(self.tool_choice.allowed_tools.tools)
         names = {tool.tool_name(f"{place}[{at}]") for at, tool in named}
-        if unknown := names - {tool.function.name for tool in tools}:
+        if unknown := names - {tool.function.name for tool in tools.values()}:
             message = f"`{place}` names `{min(unknown):.80}`, which is not among the tools"
             raise ApiError(400, message, "invalid_value", place)
-        return [tool for tool in tools if tool.function.name in names]
+        return {at: tool for at, tool in tools.items() if tool.function.name in names}
 
     def _thinking(self) -> dict[str, Any]:
         variables = self.chat_template_kwargs or {}

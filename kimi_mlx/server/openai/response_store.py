@@ -1,6 +1,6 @@
 """Responses that are kept in memory, so that later requests can continue them.
 
-A response is kept with the body of its request and with its output, and refers to the response before it. So each item
+A response is kept with the input of its request and with its output, and refers to the response before it. So each item
 of a conversation is kept once, however long the conversation becomes. The least recently used responses are
 dropped first; one that a kept response continues stays in memory, but is not found by its id.
 """
@@ -33,7 +33,7 @@ class StoredResponse:
     Args:
         id: id of the response.
         owner: client that may use it.
-        request: body of its request.
+        request: JSON text of an object with the input of its request.
         fields: response without its output.
         items: items of its output by id, in order.
         references: items of other responses to which its request refers, by id.

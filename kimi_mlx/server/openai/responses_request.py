@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.server.http.body import parse
+from kimi_mlx.server.http.body import parse, parse_json
 from kimi_mlx.server.openai.responses_body import (
     ContinuedBody,
     ConversationBody,
@@ -89,6 +90,20 @@ def read_continued_body(model: type[ResponsesBody], data: bytes) -> tuple[Respon
     return body, State(continued.history, continued.items)
 
 
+def to_kept_request(data: bytes, *, is_continued: bool) -> bytes:
+    """Return what of a body counts for later requests: the JSON text of a StoredRequest, in UTF-8.
+
+    Tools and instructions are left out, so that a conversation of many turns does not contain them many times.
+
+    Args:
+        data: valid body.
+        is_continued: whether `StoredState.envelope` has extended it.
+    """
+    value: dict[str, Any] = parse_json(data)
+    body = value["request"] if is_continued else value
+    return json.dumps({"input": body.get("input")}, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def _check_input(body: ConversationBody) -> None:
     if not body.input and body.previous_response_id is None:
         problem = "required field is missing" if body.input is None else "has 0 items, but at least 1 are required"
@@ -136,6 +151,8 @@ def to_chat_request(body: ResponsesBody, state: State = NO_STATE, table: ToolTab
         places=tuple(conversation.places),
         part_places=conversation.part_places,
         tools=tuple(table.functions),
+        tool_places=table.places,
+        parameters_name="parameters",
         tool_choice=tool_choice,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         response_schema=_response_schema(body.text and body.text.format),

@@ -79,6 +79,8 @@ class ResponseFormatter:
         self.id = f"resp_{secrets.token_hex(12)}"
         self.wants_store = body.store is not False
         """Whether the client lets the server keep the response."""
+        self.kept_request = b""
+        """What of the request is kept with the response, as JSON."""
         self.is_background = bool(body.background)
         self.on_end: Callable[[Value], None] = lambda response: None
         """Callback with the response object at its end, before the client receives it."""

@@ -17,7 +17,6 @@ from starlette.routing import Route
 
 from kimi_mlx.server.api_types import AnswerEvent, collect
 from kimi_mlx.server.errors import ApiError, api_error
-from kimi_mlx.server.http.access_log import RECORD_KEY
 from kimi_mlx.server.http.body import JsonResponse
 from kimi_mlx.server.http.context import ApiCall, Context, PreparedCall, prepare_call
 from kimi_mlx.server.http.security import API_KEY, CLIENT_KEY
@@ -25,7 +24,7 @@ from kimi_mlx.server.http.sse import respond
 from kimi_mlx.server.model_info import ModelInfo
 from kimi_mlx.server.openai.compaction import CompactionFormatter, to_compaction_request
 from kimi_mlx.server.openai.input_items import list_items, page_of
-from kimi_mlx.server.openai.response_store import ResponseStore, StoredResponse, StoredState, to_utf8
+from kimi_mlx.server.openai.response_store import ResponseStore, StoredResponse, StoredState
 from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.responses_request import (
     MissingStateError,
@@ -34,6 +33,7 @@ from kimi_mlx.server.openai.responses_request import (
     read_continued_body,
     read_tools,
     to_chat_request,
+    to_kept_request,
 )
 from kimi_mlx.server.openai.responses_response import ResponseFormatter, cancelled
 from kimi_mlx.server.prompts import PromptBuilder
@@ -117,20 +117,18 @@ class ResponsesApi:
             reason = "this server keeps no responses" if formatter.wants_store else "`store` is false"
             raise ApiError(400, f"`background` needs a response that is kept, but {reason}", param="background")
         if is_kept:
-            body = request.scope[RECORD_KEY].body
-            formatter.on_end = partial(self._keep, running, body, state)
+            formatter.on_end = partial(self._keep, running, state)
         self._running[formatter.id] = running
         return running
 
-    def _keep(self, running: RunningResponse, body: bytes, state: StoredState, response: dict[str, Any]) -> None:
+    def _keep(self, running: RunningResponse, state: StoredState, response: dict[str, Any]) -> None:
         """Store a response that has ended, unless it was deleted meanwhile. Safe from any thread."""
         if not running.is_kept:
             return
         items = {item["id"]: _encode(item) for item in response["output"]}
         fields = _encode(response | {"output": []})
-        stored = StoredResponse(
-            response["id"], running.owner, to_utf8(body), fields, items, state.references, state.previous
-        )
+        request = running.formatter.kept_request
+        stored = StoredResponse(response["id"], running.owner, request, fields, items, state.references, state.previous)
         self._store.add(stored)
 
     async def _while_running(
@@ -250,7 +248,10 @@ def read_response(is_continued: bool, builder: PromptBuilder, model_info: ModelI
     model = model_info.resolve(body.model)
     table = read_tools(body, state)
     request = to_chat_request(body, state, table)
-    return ApiCall([request], ResponseFormatter(model, body, table), bool(body.stream))
+    formatter = ResponseFormatter(model, body, table)
+    if formatter.wants_store:
+        formatter.kept_request = to_kept_request(data, is_continued=is_continued)
+    return ApiCall([request], formatter, bool(body.stream))
 
 
 def _prepare_response(model_info: ModelInfo, is_continued: bool, builder: PromptBuilder, data: bytes) -> PreparedCall:

@@ -169,6 +169,11 @@ class ToolTable:
         return True
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """Locations of the functions in the body."""
+        return tuple(self._places[function["function"]["name"]] for function in self.functions)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about tools that were left out and grammars that are not enforced."""
         names = ", ".join(dict.fromkeys(self._left_out))

@@ -14,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
+from kimi_mlx.server.anthropic.messages_body import MessagesBody
+from kimi_mlx.server.anthropic.request import to_chat_request as to_messages_request
 from kimi_mlx.server.api_types import ChatRequest, CompletionRequest
 from kimi_mlx.server.errors import ApiError, PromptTooLongError
 from kimi_mlx.server.http.body import parse
 from kimi_mlx.server.openai.chat_request import ChatBody
 from kimi_mlx.server.openai.completions import CompletionBody
+from kimi_mlx.server.openai.responses_body import ResponsesBody
+from kimi_mlx.server.openai.responses_request import to_chat_request as to_responses_request
 from kimi_mlx.server.prompts import PromptBuilder
 from kimi_mlx.text.messages import Message, ToolCall
 from tests.fakes import KIMI_MINI
@@ -136,6 +140,64 @@ def test_keywords_of_a_tool_that_are_not_enforced_are_noted(builder: PromptBuild
     assert builder.prepare(request).notes == ("first", note)
     as_written = replace(builder, constrains_arguments=False).prepare(request)
     assert (as_written.request.grammar, as_written.notes) == (None, ("first",))
+
+
+def parse_chat(fields: dict[str, Any]) -> ChatRequest:
+    body = {"messages": [{"role": "user", "content": "Hi"}], **fields}
+    return parse(ChatBody, json.dumps(body).encode()).to_chat_request()
+
+
+def parse_responses(fields: dict[str, Any]) -> ChatRequest:
+    return to_responses_request(parse(ResponsesBody, json.dumps({"input": "Hi", **fields}).encode()))
+
+
+def parse_messages(fields: dict[str, Any]) -> ChatRequest:
+    body = {"messages": [{"role": "user", "content": "Hi"}], **fields}
+    return to_messages_request(parse(MessagesBody, json.dumps(body).encode()))
+
+
+UNIQUE = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
+FIRST, SECOND = {"name": "e"}, {"name": "f", "parameters": UNIQUE}
+
+
+@pytest.mark.parametrize(
+    ("request_", "place"),
+    [
+        (
+            parse_chat({"tools": [{"type": "function", "function": function} for function in (FIRST, SECOND)]}),
+            "tools[1].function.parameters",
+        ),
+        (
+            parse_chat(
+                {
+                    "tools": [{"type": "function", "function": function} for function in (FIRST, SECOND)],
+                    "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": [{"name": "f"}]}},
+                }
+            ),
+            "tools[1].function.parameters",
+        ),
+        (
+            parse_responses(
+                {
+                    "tools": [
+                        {"type": "web_search"},
+                        {"type": "namespace", "name": "n", "tools": [{"type": "function", **FIRST}]},
+                        {"type": "namespace", "name": "m", "tools": [{"type": "function", **SECOND}]},
+                    ]
+                }
+            ),
+            "tools[2].tools[0].parameters",
+        ),
+        (
+            parse_messages({"tools": [{"name": "e", "input_schema": {}}, {"name": "f", "input_schema": UNIQUE}]}),
+            "tools[1].input_schema",
+        ),
+    ],
+    ids=["chat", "allowed tools", "responses", "messages"],
+)
+def test_the_place_of_a_schema_is_that_in_the_body(builder: PromptBuilder, request_: ChatRequest, place: str) -> None:
+    (note,) = [note for note in builder.prepare(request_).notes if "not enforced" in note]
+    assert note.startswith(f"`{place}.properties.a.uniqueItems` is not enforced: ")
 
 
 def test_a_token_id_outside_the_vocabulary_is_named(builder: PromptBuilder) -> None:

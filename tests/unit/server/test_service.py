@@ -428,7 +428,7 @@ def test_a_full_queue_refuses_to_prepare_requests(service: Service, session: Scr
 
 def test_an_answer_that_waits_too_long_is_refused(session: ScriptedSession, tokenizer: ChatTokenizer) -> None:
     prompt_builder = PromptBuilder(tokenizer, 1000, {})
-    service = Service(session, prompt_builder, 3, Metrics(), ImageFetcher(), max_wait_s=0.01)
+    service = Service(session, prompt_builder, 3, Metrics(), ImageFetcher())
 
     async def work() -> None:
         started = asyncio.create_task(collect(service, CHAT_REQUEST))
@@ -436,6 +436,7 @@ def test_an_answer_that_waits_too_long_is_refused(session: ScriptedSession, toke
         session.callbacks[0](Prefilled(0, 9))
         while not service.running:
             await asyncio.sleep(0.001)
+        service.max_wait_s = 0.01  # not before, because the first one also waits
         with pytest.raises(ApiError, match="waited 0 s behind 1 running") as caught:
             await collect(service, CHAT_REQUEST)
         assert (caught.value.status, caught.value.code) == (429, "queue_timeout")
