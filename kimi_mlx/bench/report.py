@@ -130,7 +130,7 @@ class Report:
     def _expert_lines(self) -> list[str]:
         """Return a line for each row whose experts were read from the SSD."""
         return [
-            f"{row.case}: {describe_experts(row.experts)} (`{row.side}`)"
+            f"{row.case}: {_describe_experts(row.experts)} (`{row.side}`)"
             for row in self.rows
             if row.experts is not None
         ]
@@ -284,7 +284,7 @@ def _ratio_lines(all_ratios: Sequence[SpeedRatio]) -> list[str]:
     return [f"{case}: kimi-mlx / {others} = {', '.join(texts)}" for case, texts in by_case.items()]
 
 
-def describe_experts(experts: ExpertFigures) -> str:
+def _describe_experts(experts: ExpertFigures) -> str:
     """Return the figures of experts that were read from the SSD, for people."""
     guesses = "" if experts.guesses_right is None else f", {experts.guesses_right:.0%} of the guesses right"
     return (
