@@ -81,6 +81,9 @@ class ExpertSizes:
             size = setting.num_bytes if setting.share is None else round(setting.share * self.all_bytes)
             assert size is not None
             size = min(size, self.all_bytes)
+            smallest_bytes = self.rest_bytes + min(self.staging_bytes, self.all_bytes)
+            if smallest_bytes > free_bytes:
+                raise does_not_fit(smallest_bytes, free_bytes)
             if self.rest_bytes + size > free_bytes:
                 raise MemoryLimitError(
                     f"the model needs {format_gib(self.rest_bytes + size)} with {format_gib(size)} of experts in "

@@ -59,6 +59,8 @@ def test_auto_keeps_what_is_left() -> None:
 def test_a_model_whose_rest_does_not_fit_is_refused_with_both_numbers() -> None:
     with pytest.raises(MemoryLimitError, match=r"needs 11\.5 GiB even if .* SSD; 7\.5 GiB are free"):
         K2.budget(AUTO, 8 * GB, GB)
+    with pytest.raises(MemoryLimitError, match=r"needs 11\.5 GiB even if .* SSD; 11\.3 GiB are free"):
+        K2.budget(ExpertMemory("size", num_bytes=0), K2.rest_bytes + 100_000_000, 0)  # no room for the staging area
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.2, 0.6, 0.95])
