@@ -253,7 +253,8 @@ def check_ssd(host: str, speed: SsdSpeed | str, expected_bytes_per_s: float | No
         expected_bytes_per_s: published rate of such a host; None if unknown.
     """
     if isinstance(speed, str):
-        return Finding(host, "SSD", "warning", f"not measured: {speed}", "run `kimi-mlx doctor` again")
+        remedy = f"{'free disk space, then ' if 'free space' in speed else ''}run `kimi-mlx doctor` again"
+        return Finding(host, "SSD", "warning", f"not measured: {speed}", remedy)
     by_depth = ", ".join(f"{depth}: {rate / GB:.2f}" for depth, rate in sorted(speed.bytes_per_s.items()))
     best = speed.best_bytes_per_s
     message = (

@@ -59,14 +59,15 @@ def test_a_host_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("stdout", "stderr", "reason"),
     [
-        ('{"error": "no space"}', "", "no space"),
+        ('{"error": "not enough free space in `/s`"}', "", "not enough free space in `/s`"),
         ("", "Traceback\nModuleNotFoundError: kimi_mlx", "ModuleNotFoundError: kimi_mlx"),
         ("garbage", "", "exit code 1"),
     ],
 )
 def test_a_failed_measurement_says_why(stdout: str, stderr: str, reason: str) -> None:
     assert parse_result(ScriptResult("mac-a", 1, stdout, stderr, 1.0)) == reason
-    assert check_ssd("mac-a", reason, None).state == "warning"
+    finding = check_ssd("mac-a", reason, None)
+    assert (finding.state, (finding.remedy or "").startswith("free disk space")) == ("warning", "free space" in reason)
 
 
 def test_speeds_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
