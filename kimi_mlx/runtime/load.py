@@ -179,8 +179,11 @@ def _load_from_checkpoint(
     streaming = None
     if expert_memory is not None:
         checkpoint = open_checkpoint(folder, config).checkpoint
-        command = download_command(name_of_checkpoint(folder), world_size, strategy)
+        name = name_of_checkpoint(folder)
+        command = download_command(name, world_size, strategy)
         hint = f"build a store, from which each rank reads its part: `{command}`"
+        if world_size > 1:
+            hint += f"; on several hosts `kimi-mlx launch --hosts ... download {name}`"
         sources = checkpoint_sources(checkpoint, share, hint)
         use_file = ExpertUseFile(None, f"{identity} {rank}")
         streaming = open_streaming(sources, dtype, expert_memory, use_file, command)
