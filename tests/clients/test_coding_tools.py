@@ -122,6 +122,15 @@ CODING_TOOLS = {
 }
 
 
+def two_commands(call: Callable[[str], Call]) -> tuple[Answer, ...]:
+    """Return the answers of a model that reads the numbers, writes their sum, and says it."""
+    return (
+        Answer("I read the numbers.", calls=(call("cat numbers.txt"),)),
+        Answer("I add them.", calls=(call("echo $((12 + 34)) > sum.txt"),)),
+        Answer(RESULT),
+    )
+
+
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
     """The project's folder."""
@@ -148,13 +157,7 @@ def test_a_coding_tool_runs_commands(
 ) -> None:
     tool = CODING_TOOLS[name]
     programs = [node().parent, npm_folder(tool.package) / ".bin"]
-    server = serve_script(
-        (
-            Answer("I read the numbers.", calls=(tool.call("cat numbers.txt"),)),
-            Answer("I add them.", calls=(tool.call("echo $((12 + 34)) > sum.txt"),)),
-            Answer(RESULT),
-        )
-    )
+    server = serve_script(two_commands(tool.call))
     for folder, files in ((work.parent / "home", tool.files), (work, tool.work_files)):
         for path, text in files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
