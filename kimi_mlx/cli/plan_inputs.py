@@ -18,7 +18,7 @@ from kimi_mlx.units import GB
 from kimi_mlx.weights.presets import PRESETS
 
 THIS_MAC = "this Mac"
-"""Name of the own machine in a plan."""
+"""Name of this machine in a plan."""
 
 
 def planned_shape(
@@ -102,7 +102,7 @@ def _with_ssd(machine: Machine, rate_gb_per_s: float | None, *, is_named: bool) 
     Args:
         machine: the machine.
         rate_gb_per_s: value of `--ssd`; None without it.
-        is_named: whether the user only thinks of this machine, so that nothing was measured on it.
+        is_named: whether the machine is from --machines: a kind of Mac, on which nothing was measured.
     """
     if rate_gb_per_s is not None:
         return replace(machine, known_ssd=SsdRate(rate_gb_per_s * GB, "given"))

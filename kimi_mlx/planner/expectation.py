@@ -1,4 +1,4 @@
-"""Expected speed of a loaded model whose experts are partly on the SSD, where the planner knows the machines."""
+"""Predict the speed of a loaded model whose experts are partly on the SSD."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from kimi_mlx.sizing.streaming import ZIPF_EXPONENT
 
 @dataclass(frozen=True)
 class Expectation:
-    """What to expect of a model whose experts are partly on the SSD.
+    """Prediction for a model whose experts are partly on the SSD.
 
     Args:
         kept_share: fraction of the experts in memory.
-        kept_bytes: memory for experts, on all ranks together.
+        kept_bytes: size of the experts in memory, on all ranks together.
         all_bytes: size of all experts.
         hit_rate: expected share of the chosen experts that are in memory.
         zipf_exponent: exponent of the experts' popularity that this assumes.
@@ -57,7 +57,7 @@ def expect(
     has_rdma: bool = False,
     is_fast_sync: bool = False,
 ) -> Expectation | None:
-    """Return what to expect of a loaded model; None if the planner does not expect such a split.
+    """Predict a loaded model; return None if the planner does not support the split.
 
     Args:
         shape: the model.

@@ -33,7 +33,7 @@ class HostMemory:
         kept_share: fraction of its routed experts that `weights_bytes` holds; the others are read from the SSD.
         experts_bytes: size of all routed experts of its share.
         expert_bytes: size of one routed expert of its share.
-        smallest_bytes: what it needs at least, with as few experts in memory as possible.
+        smallest_bytes: minimum memory, with as few experts in memory as possible.
     """
 
     host: str

@@ -30,7 +30,7 @@ def memory_per_host(shape: ModelShape, hosts: int = 1) -> int:
 
 
 def smallest_memory(shape: ModelShape) -> int:
-    """Return the memory of one host if as many experts as possible are on its SSD."""
+    """Return the memory that one host needs if as many experts as possible are on its SSD."""
     (portion,) = make_portions("hybrid", shape, 1)
     context = min(CONTEXT_TOKENS, shape.context_tokens)
     return host_memory(Machine("", UNKNOWN_CHIP, 0, 0), portion, shape, KIMI_MLX, context).smallest_bytes

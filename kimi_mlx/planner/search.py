@@ -39,16 +39,16 @@ predicted (docs/planner.md, "Backtest")."""
 
 @dataclass(frozen=True)
 class StreamedOption:
-    """How an option uses the SSD.
+    """Use of the SSD by an option.
 
     Args:
         streaming: experts in memory, and rates of the SSDs.
         hit_rate: expected share of the chosen experts that are in memory.
         token_read_bytes: bytes per token that all SSDs together read.
         uniform_hit_rate: hit rate if all experts were equally popular.
-        uniform_tok_per_s: decode rate then.
+        uniform_tok_per_s: decode rate if all experts were equally popular.
         raised_kept_share: fraction of the experts that would stay in memory with the GPU's limit raised.
-        raised_tok_per_s: decode rate then.
+        raised_tok_per_s: decode rate with the GPU's limit raised.
     """
 
     streaming: Streaming

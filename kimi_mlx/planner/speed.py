@@ -78,8 +78,8 @@ class TimeBreakdown:
         fences_s: stopping the GPU for collectives.
         link_s: collectives on the network.
         draft_s: draft model.
-        ssd_s: waiting for experts from the SSD, beyond what else the rank computes meanwhile.
-        syncs_s: stopping the GPU until the host knows the chosen experts, if some are read from the SSD.
+        ssd_s: waiting for experts from the SSD, without reads that overlap with other work.
+        syncs_s: idle GPU until the host knows the chosen experts, if some are read from the SSD.
     """
 
     read_s: float
@@ -183,7 +183,7 @@ def _chunk(setup: Setup, start: int, length: int) -> TimeBreakdown:
 
 
 def _divided_queries(setup: Setup, start: int, length: int) -> tuple[float, float, float]:
-    """Return what the division of a chunk's queries over the ranks saves and costs (kimi_mlx.model.query_split).
+    """Return the savings and costs of dividing a chunk's queries over the ranks (kimi_mlx.model.query_split).
 
     Each rank computes queries, attention and output projection of some tokens; one more gather per layer.
 

@@ -1,4 +1,4 @@
-"""Experts that are read from the SSD: the share that each rank keeps in memory, and the rate of its SSD."""
+"""Plan the experts that are read from the SSD: share that each rank keeps in memory, and rate of its SSD."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from kimi_mlx.sizing.prefill import RankShape
 from kimi_mlx.sizing.streaming import ZIPF_EXPONENT, expected_misses, hit_rate
 
 Limit = Literal["default", "raised", "none"]
-"""Limit of the GPU's memory: that of now, or with `iogpu.wired_limit_mb` raised; or none, for what does not fit."""
+"""Limit of the GPU's memory: the current one, the one with `iogpu.wired_limit_mb` raised, or none, for options that do
+not fit."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Streaming:
 
     @property
     def smallest(self) -> Streaming:
-        """The same with the least memory for experts."""
+        """The same ranks with the minimum memory for experts."""
         ranks = (
             rank if rank.budget_bytes is None else replace(rank, budget_bytes=rank.sizes.staging_bytes)
             for rank in self.ranks
@@ -118,7 +119,7 @@ class Streaming:
 
 
 def uniform(streaming: Streaming) -> Streaming:
-    """Return the same with all experts equally popular: the fewest hits."""
+    """Return the same with all experts equally popular, which has the fewest hits."""
     return replace(streaming, exponent=0.0)
 
 

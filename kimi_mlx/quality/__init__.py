@@ -1,1 +1,1 @@
-"""How much a quantized model differs from its original, and which of its inputs matter: compare and importance."""
+"""Compare a quantized model with its original, and measure the importance of the inputs of its matrices."""

@@ -1,4 +1,4 @@
-"""Record how strongly each input column of a model's matrices is used: the contents of an importance file.
+"""Record the mean squared activations of the input columns of a model's matrices, for an importance file.
 
 Letters: E routed experts, S shared experts fused into the stack, C columns of a matrix.
 """
@@ -42,7 +42,7 @@ class InputSums:
 
 @dataclass
 class InputRecorder:
-    """Records the inputs of the matrices of a model while tokens pass its layers, one layer after the other.
+    """Records the inputs of the matrices of a model that is run layer by layer.
 
     Args:
         arrays: contents of the importance file so far.
@@ -53,7 +53,7 @@ class InputRecorder:
     _num_experts: int = 0
 
     def watch(self, layer: int, model: Model) -> None:
-        """Record the inputs of a layer from now on.
+        """Start to record the inputs of a layer.
 
         Args:
             layer: number of the layer.

@@ -16,7 +16,7 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.quality.layerwise import LayerwiseModel, Windows
 
 LOGITS_VALUES = 1 << 25
-"""Values of the logits of one model that are computed at a time: 134 MB in float32."""
+"""Maximum number of logits of one model that are computed at a time: 134 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Comparison:
         kl_mean: mean of KL(A || B) over the positions, in nats.
         kl_p90: 90th percentile.
         kl_max: maximum.
-        top1_agreement: part of the positions at which both give the same token the highest probability.
-        perplexity_a: exp of the mean negative log-probability that A gives the next token of the text.
-        perplexity_b: the same of B.
+        top1_agreement: share of the positions at which both models give the same token the highest probability.
+        perplexity_a: perplexity of A: exp of the mean negative log-probability of the next token of the text.
+        perplexity_b: perplexity of B.
     """
 
     positions: int

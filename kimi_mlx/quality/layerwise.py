@@ -1,7 +1,7 @@
 """Run texts through a model one layer at a time, so that only one layer is in memory.
 
-All texts pass a layer, then the layer is dropped and the next one is read. Memory: the largest layer, and the hidden
-states of all tokens. So models that do not fit into memory can be compared, at the price of reading their weights once.
+All texts pass through a layer, then the layer is freed and the next one is read. Memory: the largest layer, and the
+hidden states of all tokens. So models that do not fit into memory can be compared; their weights are read once.
 
 Letters: B batch (1), L length of a window, D hidden_size.
 """

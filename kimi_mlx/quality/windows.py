@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kimi_mlx.errors import UsageError
 
 MIN_WINDOW = 2
-"""Smallest number of tokens of a window: one, and the one that follows it."""
+"""Minimum number of tokens of a window: one, and the next token."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ def divide(texts: Sequence[Sequence[int]], window: int, limit: int, max_context:
     parts = [tuple(text[start : start + window]) for text in texts for start in range(0, len(text), window)]
     windows: list[tuple[int, ...]] = []
     total = sum(map(len, parts))
-    room = limit
+    remaining = limit
     for part in parts:
-        kept = part[:room]
+        kept = part[:remaining]
         if len(kept) >= MIN_WINDOW:
             windows.append(kept)
-            room -= len(kept)
+            remaining -= len(kept)
     if not windows:
         raise UsageError(
             f"the texts have {total} tokens; at least {MIN_WINDOW} in one of them are needed", hint="give longer texts"
         )
     used = sum(map(len, windows))
-    return TokenWindows(tuple(windows), used, total - used if room < MIN_WINDOW else 0)
+    return TokenWindows(tuple(windows), used, total - used if remaining < MIN_WINDOW else 0)

@@ -47,7 +47,7 @@ class Channel:
         links: watch over the links to the neighbours, for the heartbeats; None on a single host.
         patches: patches of images that requests need, on rank 0.
         cleanup: functions to call before the memory is released.
-        interrupt: function that lets a step fail that waits for something else than other ranks; called by any thread.
+        interrupt: function that makes a step fail that waits for anything but other ranks; called by any thread.
         sockets: file descriptors of the connections of MLX's ring; empty before `enable_graceful_exit`.
     """
 

@@ -1,4 +1,4 @@
-"""Choose how much memory the routed experts of a rank get, before its share of the model is loaded."""
+"""Choose the memory for the routed experts of a rank before its share of the model is loaded."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def choose_expert_budget(
 
 
 def _paying_sequences(config: ModelConfig, sizes: ExpertSizes, budget_bytes: int | None) -> int:
-    """Return the number of sequences that may run at the same time without slowing each other down too much."""
+    """Return the maximum number of concurrent sequences; see kimi_mlx.sizing.streaming.paying_sequences."""
     tuning = TUNINGS[device_kind()]
     if budget_bytes is None:
         return tuning.max_sequences
@@ -170,7 +170,7 @@ def expert_sizes(
 
 @dataclass(frozen=True)
 class _Array:
-    """An array: entry of the canonical tree, stored type, and shape."""
+    """An array of a file: entry of the canonical tree, stored type, and shape."""
 
     entry: str
     dtype: str
@@ -179,7 +179,7 @@ class _Array:
 
 @dataclass(frozen=True)
 class _LayerArrays:
-    """Arrays of a layer, or of another file: everything but its routed experts, and those of one expert."""
+    """Arrays of a file: `expert` has those of one routed expert, `rest` all others."""
 
     rest: Sequence[_Array]
     expert: Sequence[_Array] = ()

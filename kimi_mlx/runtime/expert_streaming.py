@@ -1,4 +1,4 @@
-"""Open the routed experts of a rank for streaming, with what was learned about their use."""
+"""Open the routed experts of a rank for streaming, with saved statistics of their use."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from kimi_mlx.weights.streamed_experts import Streaming
 LOG = logging.getLogger(__name__)
 
 USE_NAME = "expert_use.npz"
-"""Name of the file beside a store that has the use of its experts."""
+"""Name of the file in a store that has the statistics of the use of its experts."""
 
 
 def open_streaming(
     sources: Sequence[ExpertSource], dtype: mx.Dtype, num_bytes: int | None, files: ExpertUseFile, command: str
 ) -> Streaming | None:
-    """Open the experts of a rank; return None if all are to stay in memory.
+    """Open the experts of a rank for streaming; return None if all of them fit in memory.
 
     Args:
         sources: routed experts of all layers of the rank.
         dtype: compute dtype.
         num_bytes: memory for experts; None for all.
-        files: file of their use.
-        command: command that makes a store whose experts are records.
+        files: file of the statistics of their use.
+        command: command that builds a store with records, for a note.
 
     Raises:
         WeightsError: a file cannot be opened.
@@ -56,11 +56,11 @@ def open_streaming(
 
 
 class ExpertUseFile:
-    """File of the use of a rank's experts: beside the store, or in the cache folder if it cannot be written there.
+    """File of the statistics of a rank's experts: in the store, or in the cache folder if the store is read-only.
 
     Args:
         folder: folder of the rank's store; None if there is no store.
-        key: name that differs between models and shares, for the cache folder.
+        key: key of the model and the share, for the name in the cache folder.
     """
 
     def __init__(self, folder: Path | None, key: str):
@@ -72,7 +72,7 @@ class ExpertUseFile:
             self._paths.append(cache / "expert-use" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz")
 
     def load(self, use: ExpertUse) -> None:
-        """Continue with what was learned before; without a usable file nothing is known."""
+        """Load the newest usable file, if there is one."""
         dated = [(path.stat().st_mtime, path) for path in self._paths if path.is_file()]
         for _, path in sorted(dated, reverse=True):
             try:
@@ -83,7 +83,7 @@ class ExpertUseFile:
             return
 
     def save(self, use: ExpertUse) -> None:
-        """Write what was learned. If that fails, it is learned again after the next start."""
+        """Write the file. A failure is only logged: the statistics are collected again after the next start."""
         for path in self._paths:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -105,9 +105,9 @@ def load_share(
         group: ranks that share the model.
         progress: callback with the layers loaded and the number of layers.
         strategy: split of the model.
-        expert_memory: bytes for this rank's routed experts, of which the others are read from the disk when a token
-            needs them: slots and the staging area (kimi_mlx.model.expert_budget). None keeps all in memory, and so does
-            a number of bytes that all fit in. Ranks may differ.
+        expert_memory: bytes for this rank's routed experts: slots and staging area (kimi_mlx.model.expert_budget).
+            Experts that do not fit are read from disk when a token needs them. None keeps all in memory. Ranks may
+            differ.
 
     Raises:
         KimiMlxError: files are missing or broken, or differ between the ranks.

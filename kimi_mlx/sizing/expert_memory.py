@@ -1,4 +1,4 @@
-"""The setting of `--expert-memory`: how much memory routed experts get on each rank."""
+"""The setting `--expert-memory`: memory for routed experts on each rank."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ExpertMemory:
     """Memory for routed experts on each rank. Experts that are not in memory are read from the SSD.
 
     Args:
-        mode: `all` keeps all experts in memory; `auto` too if they fit, and otherwise as many as fit; `size` keeps
-            what fits into `num_bytes` or `share`.
+        mode: `all` keeps all experts in memory; `auto` keeps as many as fit; `size` keeps as many as fit into
+            `num_bytes` or `share`.
         num_bytes: bytes for experts, in mode `size`.
         share: fraction of the bytes of a rank's experts, 0 to 1, in mode `size`.
     """
@@ -48,7 +48,7 @@ class ExpertMemory:
         if (match := _SHARE.fullmatch(name)) is not None:
             share = float(match[1]) / 100
             if share > 1:
-                raise UsageError(f"{text} of the experts is more than all of them", hint=EXPERT_MEMORY_HINT)
+                raise UsageError(f"{text} of the experts is more than 100 %", hint=EXPERT_MEMORY_HINT)
             return cls("size", share=share)
         try:
             size = parse_bytes(text)

@@ -1,4 +1,4 @@
-"""Memory of routed experts: sizes of a rank's share, and how many experts it keeps in memory."""
+"""Memory for routed experts: sizes of a rank's share, and number of experts that it keeps in memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ExpertSizes:
         return [StreamedLayer(self.num_held, size) for size in sorted(set(self.expert_bytes))]
 
     def num_kept(self, budget_bytes: int | None) -> int:
-        """Return the number of experts that stay in memory, about as kimi_mlx.model.expert_budget divides it.
+        """Return the approximate number of experts that stay in memory; kimi_mlx.model.expert_budget has the exact one.
 
         Args:
             budget_bytes: memory for experts, staging area included; None for all experts.
@@ -106,7 +106,7 @@ class ExpertBudget:
 
     Args:
         budget_bytes: memory for experts, staging area included; None if all experts of this rank stay in memory.
-        num_kept: number of experts that stay in memory, about.
+        num_kept: approximate number of experts that stay in memory.
         num_experts: number of routed experts of the rank.
         all_bytes: size of all of them.
         token_bytes: size of the experts that a token chooses, in all layers of the rank.
@@ -149,8 +149,8 @@ def does_not_fit(smallest_bytes: int, free_bytes: int) -> MemoryLimitError:
     """Return the error for a model that does not fit even if its experts are read from the SSD.
 
     Args:
-        smallest_bytes: memory that it needs at least.
-        free_bytes: memory that it may use.
+        smallest_bytes: minimum memory of the model.
+        free_bytes: memory that the model may use.
     """
     return MemoryLimitError(
         f"the model needs {format_gib(smallest_bytes)} even if its experts are read from the SSD; "

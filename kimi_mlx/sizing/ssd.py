@@ -13,7 +13,7 @@ from kimi_mlx.folders import cache_folder
 FILE_NAME = "ssd.json"
 
 THIS_HOST = "localhost"
-"""Name of the own machine in the file."""
+"""Name of this machine in the file."""
 
 ASSUMED_SSD_BYTES_PER_S = 6e9
 """Rate at which experts are read where neither a measured nor a published one is known."""
@@ -37,7 +37,7 @@ class SsdSpeed:
 
     @property
     def best_bytes_per_s(self) -> float:
-        """Highest rate of any number of reads in flight: the number of threads is chosen by measurement too."""
+        """Highest rate for any number of reads in flight."""
         return max(self.bytes_per_s.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class SsdSpeed:
 
 
 def save_speeds(speeds: Mapping[str, SsdSpeed]) -> None:
-    """Save the speeds of hosts by name, beside those of other hosts. Without a writable folder nothing is saved."""
+    """Save the speeds of hosts by name; those of other hosts are kept. Without a writable folder nothing is saved."""
     folder = cache_folder()
     if folder is None:
         return

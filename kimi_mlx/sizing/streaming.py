@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 
 ZIPF_EXPONENT = 0.8
-"""Assumed exponent of the experts' popularity; 0 would be equal popularity.
+"""Assumed Zipf exponent of the experts' popularity; 0 is equal popularity.
 
 Source: with it, 16 % of K2's experts get 58 % of the choices. The one published speed of K2 from an SSD that states its
 sizes (rustane, M4 Max 128 GB, docs/streaming.md) needs about 60 % at the rate of that SSD."""
@@ -19,10 +19,10 @@ SYNC_S = 0.5e-3
 """Time per layer in which the GPU waits until the host knows the chosen experts: 0.3 to 1 ms are published."""
 
 GUESSED_SHARE = 0.6
-"""Share of the missing experts that were guessed, so that their reads began a layer earlier: published, 50 to 78 %."""
+"""Share of the missing experts whose reads begin a layer earlier, because they were guessed. Published: 50 to 78 %."""
 
 MIN_GAIN_OF_DOUBLING = 1.25
-"""Smallest ratio of the total speed with twice the sequences for which more sequences run at the same time."""
+"""Minimum gain of total speed by doubling the number of sequences; with less, the number is not doubled."""
 
 
 @cache

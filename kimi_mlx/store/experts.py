@@ -1,4 +1,4 @@
-"""The routed experts of a rank's store, as sources from which they are read one by one."""
+"""Sources of the routed experts in a rank's store, to read single experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Open one file of a store: the weights of a layer, of the top, or of the vision tower."""
+"""Open a file of a store: the weights of a layer, of the top, or of the vision tower."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def open_layer_file(path: Path, file: StoredFile, dtype: mx.Dtype, hint: str, wi
         file: the file in the manifest.
         dtype: compute dtype.
         hint: remedy for a damaged file.
-        with_experts: whether stacks of experts have the routed experts; if not, they have only the shared ones, or do
-            not exist.
+        with_experts: whether to include routed experts that are stored as stacks; if not, stacks have only the shared
+            experts, or do not exist.
 
     Raises:
         WeightsError: the file is unreadable or differs from the manifest.

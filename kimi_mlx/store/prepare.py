@@ -149,9 +149,9 @@ def _dry_run(model: ModelRef, options: StoreOptions, job: BuildJob, ranks: Seque
 
 
 def _rewrite(folder: Path, ranks: Sequence[int], group: Group, observer: DownloadObserver) -> str:
-    """Rewrite the stores of an earlier version; return what was done, for the state of the model.
+    """Rewrite the stores of an earlier version; return a text for the state of the model, empty if nothing was done.
 
-    Without space on the disk, or if it is read-only, a note says so: the stores then stay as they are.
+    If the disk is full or read-only, the stores stay as they are, and a note is logged.
     """
 
     def rewrite() -> str:

@@ -1,8 +1,8 @@
 """Rewrite the files of a store that an earlier version built: one record for each routed expert instead of stacks.
 
-It is done file by file. The new file is written beside the old one under another name; then the manifest is replaced,
-which decides which of the two is valid; then the old one is removed. So the store is complete at every moment, needs
-space for one more file, and a killed rewrite continues with the next file.
+Files are rewritten one after the other. The new file is written next to the old one under another name; then the
+manifest is replaced, which decides which of the two is valid; then the old file is removed. So the store is complete at
+all times, needs space for one more file, and a killed rewrite resumes with the next file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kimi_mlx.weights.header import unreadable_error
 from kimi_mlx.weights.plan import ArrayPlan, LayerPlan, WeightPlan
 
 SPARE_BYTES = 64 << 20
-"""Disk space that stays free: the journal and the manifest must always fit."""
+"""Disk space to leave free for the journal and the manifest."""
 
 
 def stacked_sizes(manifest: Manifest) -> list[int]:
@@ -44,10 +44,10 @@ def rewrite_store(folder: Path, progress: Callable[[int], None] = lambda delta: 
         progress: callback with the number of newly read bytes of the old files.
 
     Returns:
-        Why files stay as they are: the disk is full, or read-only. None if all experts are records now.
+        Error if files stay as they are, because the disk is full or read-only; None if all experts are records now.
 
     Raises:
-        WeightsError: an old file is damaged, or another process writes to the folder. The store is complete then, too.
+        WeightsError: an old file is damaged, or another process writes to the folder. The store stays complete.
     """
     try:
         with FolderLock(folder):
@@ -153,7 +153,7 @@ def _copy(source: Path, plan: LayerPlan, target: int, progress: Callable[[int], 
 
 
 def stored_plan(file: StoredFile) -> LayerPlan:
-    """Return the arrays of a file whose experts are in stacks, as a plan without copies."""
+    """Return a plan without copies that has the arrays of a file with stacks."""
     assert file.experts is None
     entries = {
         entry: tuple(

@@ -293,6 +293,6 @@ def write_tags(handle: int, plan: LayerPlan, tag: ExpertTag) -> None:
 
 
 def unlisted_files(folder: Path, manifest: Manifest) -> list[Path]:
-    """Return the files of layers that are not in the manifest: what remains of a file that was rewritten."""
+    """Return the files of layers that are not in the manifest: remains of a killed rewrite."""
     listed = {file.name for file in manifest.files}
     return [path for path in folder.glob("layer-*.safetensors*") if path.name not in listed]

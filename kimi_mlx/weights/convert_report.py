@@ -49,7 +49,7 @@ def list_notes(plan: ConversionPlan) -> list[str]:
 
 
 def list_importance_notes(importance: Importance | None) -> list[str]:
-    """Return notes on how well the texts of an importance file cover the experts of the model."""
+    """Return notes on experts and inputs that the texts of an importance file do not cover."""
     if importance is None:
         return []
     coverage = importance.coverage()

@@ -1,7 +1,6 @@
-"""The routed experts of a layer, apart from its other weights: the arrays of one expert, and the layout of its record.
+"""Separate the routed experts of a layer from its other weights; layout of the record of an expert.
 
-A record has everything of one routed expert of one layer that a rank holds, one array after the other, so that a single
-read brings it into memory:
+A record has all arrays of one routed expert of one layer that a rank holds, so that a single read loads them:
 
     gate_up_proj    weight, scales, biases; twice if gate and up have different quantizations
     down_proj       weight, scales, biases
@@ -66,7 +65,7 @@ class ExpertsPlan:
         first_expert: number of the first one.
         num_experts: number of experts.
         arrays: arrays of one expert, in the order of a record.
-        plans: for each of them, the plan of the stack of all experts: (num_experts, rows, columns).
+        plans: plan of the stack of each array: (num_experts, rows, columns).
     """
 
     first_expert: int
@@ -130,7 +129,7 @@ def lay_out_record(arrays: Sequence[ExpertArray]) -> RecordLayout:
 
 
 def round_up(number: int, multiple: int) -> int:
-    """Return the smallest multiple that is not smaller."""
+    """Return the smallest multiple of `multiple` that is at least `number`."""
     return -(-number // multiple) * multiple
 
 

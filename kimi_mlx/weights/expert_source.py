@@ -1,4 +1,4 @@
-"""Where the bytes of each routed expert are on disk: in records or stacks of a store, or in a checkpoint's tensors.
+"""Locations of the bytes of routed experts on disk: in records or stacks of a store, or in a checkpoint's tensors.
 
 Pure data; kimi_mlx.weights.expert_reader reads it.
 """
@@ -47,7 +47,7 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Bytes of an expert that are contiguous in a file. Those of different experts may be in different files.
+    """Bytes of an expert that are contiguous in a file. Different experts may be in different files.
 
     Args:
         spans: the bytes, in order.
@@ -67,7 +67,7 @@ class Run:
         return sum(span.num_bytes for span in self.spans)
 
     def location(self, index: int) -> tuple[Path, int]:
-        """Return file and first byte of an expert, which is given by its position on the rank."""
+        """Return the file and the first byte of an expert, numbered from the first on this rank."""
         return self.files[self.file_numbers[index]], int(self.offsets[index])
 
 
@@ -80,7 +80,7 @@ class ExpertSource:
         first_expert: number of the first expert.
         num_experts: number of experts.
         arrays: arrays of an expert as stored, always in this order.
-        runs: parts of an expert that are read one by one.
+        runs: parts of an expert that are contiguous on disk.
         hint: remedy for a damaged file.
         tag: tag at the end of each record; None if the experts are not in records.
     """
@@ -194,7 +194,7 @@ def checkpoint_source(checkpoint: Checkpoint, layer: int, experts: ExpertsPlan, 
             field = copies[0].field
             target = Target(number, row * _row_bytes(plan), "biases" if field.decode == "biases" else "copy")
             key = (field.tensors[0], row)
-            if (known := run_of_tensor.get(key)) is not None:  # biases, of which the scales are read already
+            if (known := run_of_tensor.get(key)) is not None:  # biases, computed from scales that are already read
                 (span,) = runs[known].spans
                 runs[known] = _with_spans(runs[known], (Span(span.num_bytes, (*span.targets, target)),))
                 continue

@@ -1,4 +1,4 @@
-"""Load all routed experts of layers into stacks, the form in which a model that keeps all of them computes."""
+"""Load all routed experts of layers into stacks, for a model that keeps all experts in memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Layer:
 
 
 class ExpertStacks:
-    """Loads layer after layer; while one is finished, the next one is read.
+    """Loads the experts of one layer after the other, and reads one layer ahead.
 
     Args:
         reader: reader of the experts.

@@ -46,7 +46,7 @@ class ExpertTag:
 
 
 def describe_tag(data: bytes) -> str:
-    """Return what a tag says, for messages, such as `expert 3 of layer 7 of rank 0`."""
+    """Return a description of a tag for messages, such as `expert 3 of layer 7 of rank 0`."""
     magic, expert, layer, rank, placement, commit = _TAG.unpack(data)
     if magic != MAGIC:
         return "no expert"

@@ -1,4 +1,4 @@
-"""Importance files: how strongly each input column of a model's matrices is used, from activations.
+"""Importance files: mean squared activations of the input columns of a model's matrices.
 
 An importance file is a safetensors file. For an input that one or more matrices share it has
 
@@ -37,13 +37,13 @@ FORMAT = "kimi-mlx importance 1"
 """Format and version in the metadata."""
 
 MIN_TOKENS = 32
-"""Number of tokens from which on an expert's own activations are used; below, those of all experts of its layer."""
+"""Minimum number of tokens for an expert's own mean; with fewer, the mean of all experts of its layer is used."""
 
 INPUTS = {
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
     **dict.fromkeys(("q_proj", "q_a_proj", "kv_a_proj_with_mqa"), "qkv_a_proj"),
 }
-"""Matrix -> entry of its input, if several matrices share it."""
+"""Matrix -> entry of its input, for inputs that several matrices share."""
 
 WITHOUT_IMPORTANCE = ("embed_tokens", "embed_q", "unembed_out", "kv_b_proj")
 """Matrices whose columns are all equally important."""
@@ -51,12 +51,12 @@ WITHOUT_IMPORTANCE = ("embed_tokens", "embed_q", "unembed_out", "kv_b_proj")
 
 @dataclass(frozen=True)
 class Coverage:
-    """How well the texts of an importance file cover the experts of a model.
+    """Coverage of the experts of a model by the texts of an importance file.
 
     Args:
         experts: number of routed experts in all layers.
-        rare: number of experts that saw fewer than MIN_TOKENS tokens, and use the mean of their layer.
-        unseen: number of these that saw no token.
+        rare: number of experts with fewer than MIN_TOKENS tokens, which use the mean of their layer.
+        unseen: number of experts without any token; included in `rare`.
         uniform: number of inputs without any activation, whose columns are equally important.
     """
 
@@ -110,7 +110,7 @@ class Importance:
     def of(self, weight: ConvertedWeight) -> np.ndarray | None:
         """Return the importance of a weight's columns, (members, columns) float32; None if all are equal.
 
-        Experts that saw fewer than MIN_TOKENS tokens have the mean of all experts of their layer, by tokens.
+        Experts that saw fewer than MIN_TOKENS tokens get the mean of all experts of their layer, weighted by tokens.
 
         Raises:
             WeightsError: a value is negative or not finite.
@@ -160,7 +160,7 @@ class Importance:
                 )
 
     def check_digest(self, digest: str, source: str) -> None:
-        """Check that the file is made from the same weights, in any format.
+        """Check that the file was made from the same weights, in any format.
 
         Args:
             digest: result of norm_digest for the model.
@@ -178,7 +178,7 @@ class Importance:
             )
 
     def coverage(self) -> Coverage:
-        """Return how well the texts cover the experts."""
+        """Return the coverage of the experts by the texts."""
         counts = {
             name: self.values(name) for name in self._table if name.endswith(".tokens") and ".mlp.experts." in name
         }

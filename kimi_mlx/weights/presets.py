@@ -18,8 +18,8 @@ GROUP_SIZES = (128, 64, 32)
 class Preset:
     """Formats of the matrices of a model.
 
-    Routed experts have `experts`, with one step more bits in all down projections, and one step more again in all
-    projections of the first and the last layer with experts: errors there count most.
+    Routed experts have `experts`, with the next higher number of bits in all down projections, and one step more in all
+    projections of the first and the last layer with experts, where errors count most.
 
     Args:
         name: name for the user.
@@ -67,7 +67,7 @@ def preset_rows() -> list[tuple[str, ...]]:
 
 
 def fitting_format(quantization: Quantization, columns: int) -> Quantization | None:
-    """Return the quantization with the largest group size, at most its own, that divides the columns; None if none."""
+    """Return the quantization with the largest group size up to its own that divides the columns; None if none does."""
     sizes = (size for size in GROUP_SIZES if size <= quantization.group_size and columns % size == 0)
     group_size = next(sizes, None)
     return None if group_size is None else replace(quantization, group_size=group_size)

@@ -1,4 +1,4 @@
-"""The table of tensors of a published checkpoint, computed from its dimensions: to plan without its files."""
+"""Compute the table of tensors of a published checkpoint from its dimensions, to plan without its files."""
 
 from __future__ import annotations
 

@@ -30,13 +30,13 @@ NUM_REPEATS = 4
 """Number of times that levels and scales are computed again from the best range."""
 
 MIN_EVALUATED_VALUES = 1 << 16
-"""Number of values from which on each range is evaluated separately, to limit memory."""
+"""Minimum number of values for which each range is evaluated separately, to limit memory."""
 
 NUM_TIMED_RUNS = 3
-"""Number of runs of measure_speed; the first compiles the kernels."""
+"""Number of runs of measure_speed. The first one includes the compilation of kernels."""
 
 DAMPING = 0.01
-"""Part of the mean importance of a matrix that is added to each column's, so that no column is free."""
+"""Share of the mean importance of a matrix that is added to each column, so that no column has weight 0."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def quantize(
         values: (M, rows, C) float32.
         quantization: affine quantization whose group size divides C.
         dtype: type of scales and biases.
-        importance: (M, C) float32, weights of the squared errors of each column, finite and not negative; None if all
+        importance: (M, C) float32, weight of the squared errors of each column, finite and not negative; None if all
             columns are equally important.
         searches: whether to search for scales; else they are those of `mx.quantize`.
     """
@@ -98,7 +98,7 @@ def measure_speed(quantization: Quantization, has_importance: bool) -> float:
 
 
 def _damped(importance: mx.array) -> mx.array:
-    """Return importance with mean 1 in each matrix, damped; 1 everywhere where all of it is 0."""
+    """Return importance normalized to mean 1 in each matrix, with DAMPING; 1 for a matrix without any importance."""
     mean = importance.mean(axis=-1, keepdims=True)
     relative = mx.where(mean > 0, importance / mx.where(mean > 0, mean, 1.0), 1.0)
     return (relative + DAMPING) / (1 + DAMPING)
@@ -117,7 +117,7 @@ def _quantize_rows(
 ) -> tuple[tuple[mx.array, ...], mx.array]:
     """Quantize rows (R, C) with one importance (C); return the arrays, and the sums of QuantizedBlock."""
     bits, group_size = quantization.bits, quantization.group_size
-    rounded = mx.contiguous(values.astype(dtype).astype(mx.float32))  # so that a bias that is a value is exact
+    rounded = mx.contiguous(values.astype(dtype).astype(mx.float32))  # so that a bias that equals a value is exact
     plain, scales, biases = mx.quantize(rounded, group_size, bits)
     w = values.reshape(len(values), -1, group_size)  # (R, C / G, G)
     i = None if importance is None else importance.reshape(1, -1, group_size)
@@ -208,10 +208,9 @@ def _range_pairs(bits: int) -> Iterator[tuple[float, float]]:
 
 
 def _better(best: Sequence[mx.array], new: Sequence[mx.array]) -> list[mx.array]:
-    """Return for each group the one with the larger decrease of the error."""
+    """Return for each group the candidate with the larger decrease of the error."""
     is_better = new[0] > best[0]
-    chosen = [mx.where(is_better, ours, theirs) for ours, theirs in zip(new, best, strict=True)]
-    return chosen
+    return [mx.where(is_better, new_field, best_field) for new_field, best_field in zip(new, best, strict=True)]
 
 
 def pack(levels: mx.array, bits: int) -> mx.array:

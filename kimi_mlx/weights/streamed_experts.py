@@ -1,4 +1,4 @@
-"""What a model needs to stream routed experts from files: their format in memory, and a reader."""
+"""Connect a model to the reader of its routed experts: their format in memory, and the streamer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Streaming:
         reader: reader of the experts of all layers; the model closes it.
         num_bytes: memory for experts: slots and staging area.
         dtype: compute dtype.
-        load_use: function that updates a new ExpertUse with what was learned before.
-        save_use: function that keeps what was learned; see ExpertStreamer.
+        load_use: function that loads saved statistics into a new ExpertUse.
+        save_use: function that saves the statistics; see ExpertStreamer.
     """
 
     reader: ExpertReader
