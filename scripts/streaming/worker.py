@@ -1,8 +1,8 @@
-"""One run of the streaming benchmark, in a process of its own: load a side, decode given tokens, print the figures.
+"""One run of the streaming benchmark in its own process: load a side, decode given tokens, print the results.
 
 python -m scripts.streaming.worker JSON    (arguments: WorkerOptions)
 
-The decoded tokens are given, not sampled: a random model would soon repeat itself, and use the same experts for ever.
+The decoded tokens are given, not sampled: a random model would soon repeat itself, and then use the same experts only.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from scripts.streaming.mapped import load_mapped
 SideName = Literal["kimi-mlx", "plain LRU", "memory map", "resident", "disk", "learn"]
 
 DISK_S = 2.0
-"""Time for which the disk is measured."""
+"""Duration of the measurement of the disk."""
 
 DISK_READS = 16
-"""Experts that are requested at the same time then: those of two layers of a token."""
+"""Number of experts that are requested at the same time: those of two layers of a token."""
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """What to run.
+    """Options of a run.
 
     Args:
         side: side of the benchmark; `disk` measures random reads of experts, `learn` learns the use of experts.
@@ -70,17 +70,17 @@ class WorkerOptions:
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """Figures of a run.
+    """Measurements of a run.
 
     Args:
         seconds: time of each timed token.
-        cpu_seconds: processor time of all of them, of all threads of the process.
+        cpu_seconds: processor time of all timed tokens, in all threads of the process.
         stats: counters of the streamer for these tokens; None for sides without one.
         disk_bytes: bytes that the process read from the disk meanwhile, as the system counts them; None without /proc.
         load_s: time to load.
         before_bytes: resident memory of the process before it loaded the model.
-        peak_bytes: its peak.
-        allocated_bytes: bytes of arrays of the model outside of its experts, and of the places for experts.
+        peak_bytes: peak of the resident memory.
+        allocated_bytes: bytes of the model's arrays and of the slots for experts.
         logits: digest of the logits of all timed tokens.
         disk_bytes_per_s: rate of the disk, of the side `disk`.
     """
@@ -98,7 +98,7 @@ class WorkerResult:
 
 
 def main() -> None:
-    """Run what the argument says, and print the result as JSON."""
+    """Run the side that the argument names, and print the result as JSON."""
     options = WorkerOptions(**json.loads(sys.argv[1]))
     prepare_device()
     result = measure_disk(options) if options.side == "disk" else run_side(options)
