@@ -47,7 +47,7 @@ def describe_experts(experts: ExpertStats, bytes_per_token: float, seconds: floa
     if experts.hit_rate is None:
         return "experts on disk"
     waited = f", {min(experts.wait_seconds / seconds, 1):.0%} of the time waiting" if seconds else ""
-    return f"{experts.hit_rate:.0%} of experts in memory, {format_bytes(round(bytes_per_token))} read per token{waited}"
+    return f"hit rate of experts {experts.hit_rate:.0%}, {format_bytes(round(bytes_per_token))} read per token{waited}"
 
 
 def conversation_line(answers: Sequence[Statistics]) -> str:

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from kimi_mlx.cli.chat.output.answer_view import AnswerView, ReasoningMode, is_plain
 from kimi_mlx.cli.chat.output.chat_status import ChatStatus
-from kimi_mlx.cli.chat.output.statistics_text import statistics_line
+from kimi_mlx.cli.chat.output.statistics_text import describe_experts, statistics_line
 from kimi_mlx.engine.events import Encoded, Finished, Interrupted, Prefilled, Resumed, Statistics
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.session.chat_model import ChatEvent
 from kimi_mlx.text.messages import Delta, ToolCall, UnparsedToolCall
 
@@ -155,3 +156,9 @@ def test_statistics_line() -> None:
     )
     one = Statistics(5, 0, 1, ttft_s=0.5, decode_s=0.0, peak_memory_bytes=10)
     assert statistics_line(one) == "1 token in 0 ms · prompt 5 at 10.0 tok/s · first token 500 ms · peak 10 B"
+
+
+def test_experts_on_the_disk() -> None:
+    assert describe_experts(ExpertStats(hits=3, misses=1, wait_seconds=0.5), 2e6, 2.0) == (
+        "hit rate of experts 75%, 2.0 MB read per token, 25% of the time waiting"
+    )
