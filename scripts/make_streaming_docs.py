@@ -19,7 +19,10 @@ from kimi_mlx.weights.presets import PRESETS
 
 PAGE = Path(__file__).parents[1] / "docs" / "streaming.md"
 MODEL = "kimi-k2.6"
-MACHINES = ("m4-max-64", "m5-max-64", "m4-max-128", "m5-max-128", "m3-ultra-256", "m5-ultra-256")
+MACHINES = (
+    *("m4-max-64", "m5-max-64", "m3-ultra-96", "m5-ultra-96"),
+    *("m4-max-128", "m5-max-128", "m3-ultra-256", "m5-ultra-256"),
+)
 HEADER = (
     "| Macs | experts | in memory | hits | tok/s | limit raised | equal popularity | prefill | first token of 8k | "
     "command |\n"
