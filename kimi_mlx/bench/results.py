@@ -288,8 +288,8 @@ def _first_difference(one: tuple[int, ...], other: tuple[int, ...]) -> int | Non
 
 
 def notes(runs: Sequence[Run], sides: Sequence[Side]) -> list[str]:
-    """Return notes on the results: requests that did not run as a batch, prefixes that were not cached."""
-    lines: list[str] = []
+    """Return notes on the results: drafts, requests that did not run as a batch, prefixes that were not cached."""
+    lines = _draft_notes([answer.statistics for run in runs if not run.is_warmup for answer in run.answers])
     if any(run.case.concurrency > 1 for run in runs):
         lines += [
             f"{side.name}: concurrent requests did not run as a batch: {side.not_batched_because}"
@@ -306,3 +306,16 @@ def notes(runs: Sequence[Run], sides: Sequence[Side]) -> list[str]:
         if max(uncached, default=0) > 0:
             lines.append(f"{side.name}: up to {max(uncached)} tokens of the depth were not cached but timed")
     return lines
+
+
+def _draft_notes(statistics: Sequence[Statistics]) -> list[str]:
+    """Return how many draft tokens were accepted, and why drafts were off at the end; empty without drafts."""
+    drafted = sum(answer.drafted_tokens for answer in statistics)
+    reasons = [answer.drafts_off for answer in statistics if answer.drafts_off is not None]
+    facts: list[str] = []
+    if drafted:
+        accepted = sum(answer.accepted_tokens for answer in statistics)
+        facts.append(f"{accepted:,} of {drafted:,} draft tokens accepted")
+    if reasons:
+        facts.append(f"drafts off at the end of {len(reasons)} of {len(statistics)} answers: {reasons[-1]}")
+    return [f"{OURS}: {'; '.join(facts)}"] if facts else []

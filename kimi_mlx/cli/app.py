@@ -25,6 +25,9 @@ from kimi_mlx.settings import Settings
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
+PYDANTIC_PREFIX = "Value error, "
+"""What pydantic puts before the message of an option with a wrong value."""
+
 app = typer.Typer(
     name="kimi-mlx",
     cls=RootGroup,
@@ -138,6 +141,7 @@ def run() -> None:
             _print_error(error)
         sys.exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
     except typer.TyperException as error:
+        error.message = error.message.removeprefix(PYDANTIC_PREFIX)
         if (known := _explain_words(error)) is not None:
             _print_error(known)
         elif _is_json():

@@ -30,11 +30,12 @@ def legend(has_draft: bool, has_experts: bool = False) -> str:
     return f"  # weights, {experts}{draft}c cache, p prefill, . free, | GPU limit by default"
 
 
-def time_bars(step: TimeBreakdown, *, has_products: bool = False) -> Iterator[str]:
+def time_bars(step: TimeBreakdown, *, bar_width: int = BAR, has_products: bool = False) -> Iterator[str]:
     """Yield a line for each part of a step's time that is not 0.
 
     Args:
         step: time of the step.
+        bar_width: width of the longest bar in characters.
         has_products: whether the step has several tokens, so that products with the weights count beside attention.
     """
     longest = max(getattr(step, part) for part in TIME_PARTS)
@@ -43,10 +44,10 @@ def time_bars(step: TimeBreakdown, *, has_products: bool = False) -> Iterator[st
         if seconds <= 0:
             continue
         label = "compute" if has_products and part == "compute_s" else name
-        yield f"    {label:<12}{'#' * round(BAR * seconds / longest):<{BAR}} {seconds * 1e3:6.1f} ms"
+        yield f"    {label:<12}{'#' * round(bar_width * seconds / longest):<{bar_width}} {seconds * 1e3:6.1f} ms"
 
 
-def memory_bar(memory: HostMemory) -> str:
+def memory_bar(memory: HostMemory, bar_width: int = BAR) -> str:
     """Return the memory of a host as a line, from 0 to what its GPU can use with a raised limit, or to its need."""
     whole = max(memory.needed_bytes, memory.raised_gpu_bytes)
     kept_bytes = (
@@ -62,8 +63,8 @@ def memory_bar(memory: HostMemory) -> str:
     bar, total = "", 0
     for character, size in parts.items():
         total += size
-        end = round(BAR * total / whole)
+        end = round(bar_width * total / whole)
         bar += character * max(end - len(bar), 1 if size else 0)
-    bar = bar[:BAR].ljust(BAR, ".")
-    limit = min(round(BAR * memory.gpu_bytes / whole), BAR)
+    bar = bar[:bar_width].ljust(bar_width, ".")
+    limit = min(round(bar_width * memory.gpu_bytes / whole), bar_width)
     return f"    [{bar[:limit]}|{bar[limit:]}] of {format_gib(whole)}"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from rich.table import Table
 
 from kimi_mlx.cli.output import stdout
-from kimi_mlx.cli.plan_bars import legend, memory_bar, time_bars
+from kimi_mlx.cli.plan_bars import BAR, legend, memory_bar, time_bars
 from kimi_mlx.planner.backtest import TYPICAL_ERROR, Comparison, left_out, median_error
 from kimi_mlx.planner.constants import FITTED
 from kimi_mlx.planner.cost import Cost, CostAssumptions
@@ -27,6 +27,15 @@ RIGHT = {"hosts", "GiB/host", "context", "prefill", "decode", DRAFT_COLUMN}
 
 NOTEWORTHY = 0.1
 """Share of a token's time from which the report mentions faster fences."""
+
+OPTIONAL = ("context", "GiB/host", "backend", "prefill")
+"""Columns that narrow terminals leave out, the first one first."""
+
+GAP = 2
+"""Spaces between two columns."""
+
+BESIDE_BAR = 26
+"""Characters beside a bar: indentation, name and value."""
 
 Part = str | Table
 
@@ -120,7 +129,7 @@ def choice_lines(plan: Plan) -> Iterator[str]:
         yield f"  `launch` takes it as `--strategy {choice.placement}`."
     parts = choice.decode
     yield f"  A token takes {parts.total_s * 1e3:.1f} ms:"
-    yield from time_bars(parts)
+    yield from time_bars(parts, bar_width=_bar_width())
     yield from _draft_lines(plan, choice)
     yield from _expert_lines(plan, choice)
     if not plan.is_fast_sync and parts.fences_s > NOTEWORTHY * parts.total_s:
@@ -141,7 +150,7 @@ def _draft_lines(plan: Plan, choice: Option) -> Iterator[str]:
         f"  A step with {format_count(drafted.drafted, 'draft token')} takes {drafted.step.total_s * 1e3:.1f} ms and "
         f"gives {drafted.tokens_per_step:.2f} tokens, {drafted.tok_per_s / choice.decode_tok_per_s:.2f} times as fast:"
     )
-    yield from time_bars(drafted.step, has_products=True)
+    yield from time_bars(drafted.step, bar_width=_bar_width(), has_products=True)
 
 
 def _expert_lines(plan: Plan, choice: Option) -> Iterator[str]:
@@ -199,29 +208,44 @@ def _memory_lines(memory: Sequence[HostMemory]) -> Iterator[str]:
             f"cache {share.cache_bytes / GIB:.1f}, prefill {share.workspace_bytes / GIB:.1f}); GPU limit "
             f"{format_gib(share.gpu_bytes)} by default, {format_gib(share.raised_gpu_bytes)} if raised."
         )
-        yield memory_bar(share)
+        yield memory_bar(share, _bar_width())
         if share.needed_bytes > share.gpu_bytes:
             limit_mb = -(-share.needed_bytes // GIB) * GIB // 1024**2
             yield f"    raise it until the next restart: sudo sysctl iogpu.wired_limit_mb={limit_mb}"
 
 
 def _table(plan: Plan, shown: Sequence[Option]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header in (*COLUMNS, *([DRAFT_COLUMN] if plan.draft else [])):
+    headers = [*COLUMNS, *([DRAFT_COLUMN] if plan.draft else [])]
+    rows = [dict(zip(headers, _cells(option, has_drafts=plan.draft is not None), strict=True)) for option in shown]
+    widths = {header: max(len(row[header]) for row in (*rows, {header: header})) for header in headers}
+    for header in OPTIONAL:
+        if sum(widths.values()) + GAP * (len(widths) - 1) > stdout.width:
+            del widths[header]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, GAP, 0, 0))
+    for header in widths:
         table.add_column(header, justify="right" if header in RIGHT else "left", no_wrap=True)
-    for option in shown:
-        longest = max(option.longest_context, option.longest_context_raised if option.fits == "raised" else 0)
-        cells = [
-            f"{option.strategy}{_mark(option)}",
-            str(len(option.hosts)),
-            option.backend,
-            f"{max(share.needed_bytes for share in option.memory) / GIB:.1f}",
-            _fits(option),
-            format_context(longest) if longest and not (option.fits == "no" and option.experts) else "-",
-            *_speeds(option, has_drafts=plan.draft is not None),
-        ]
-        table.add_row(*cells, style="bold" if option is plan.choice else "dim" if option.fits == "no" else None)
+    for option, row in zip(shown, rows, strict=True):
+        style = "bold" if option is plan.choice else "dim" if option.fits == "no" else None
+        table.add_row(*(row[header] for header in widths), style=style)
     return table
+
+
+def _cells(option: Option, *, has_drafts: bool) -> list[str]:
+    longest = max(option.longest_context, option.longest_context_raised if option.fits == "raised" else 0)
+    return [
+        f"{option.strategy}{_mark(option)}",
+        str(len(option.hosts)),
+        option.backend,
+        f"{max(share.needed_bytes for share in option.memory) / GIB:.1f}",
+        _fits(option),
+        format_context(longest) if longest and not (option.fits == "no" and option.experts) else "-",
+        *_speeds(option, has_drafts=has_drafts),
+    ]
+
+
+def _bar_width() -> int:
+    """Return the width of the longest bar on this terminal."""
+    return max(min(BAR, stdout.width - BESIDE_BAR), 1)
 
 
 def _speeds(option: Option, *, has_drafts: bool) -> list[str]:

@@ -183,7 +183,10 @@ def _load_from_checkpoint(
         command = download_command(name, world_size, strategy)
         hint = f"build a store, from which each rank reads its part: `{command}`"
         if world_size > 1:
-            hint += f"; on several hosts `kimi-mlx launch --hosts ... download {name}`"
+            hint += (
+                f"; on several hosts `kimi-mlx launch --hosts ... download {name}`, or `--strategy pipeline`, whose "
+                "ranks read whole experts"
+            )
         sources = checkpoint_sources(checkpoint, share, hint)
         use_file = ExpertUseFile(None, f"{identity} {rank}")
         streaming = open_streaming(sources, dtype, expert_memory, use_file, command)

@@ -101,3 +101,15 @@ def test_notes_name_unbatched_sides_and_uncached_tokens() -> None:
         "mlx-lm tensor: concurrent requests did not run as a batch: no batches",
         "kimi-mlx: up to 30 tokens of the depth were not cached but timed",
     ]
+
+
+def test_notes_count_draft_tokens_of_measured_runs() -> None:
+    warmup, run = (make_run("kimi-mlx", repetition, 1, 1) for repetition in (-1, 0))
+    for each in (warmup, run):
+        for answer in each.answers:
+            object.__setattr__(answer.statistics, "drafted_tokens", 10)
+            object.__setattr__(answer.statistics, "accepted_tokens", 4)
+            object.__setattr__(answer.statistics, "drafts_off", "too slow")
+    assert notes([warmup, run], []) == [
+        "kimi-mlx: 4 of 10 draft tokens accepted; drafts off at the end of 1 of 1 answers: too slow"
+    ]

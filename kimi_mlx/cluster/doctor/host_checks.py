@@ -117,7 +117,7 @@ def check_memory(facts: Facts, need: HostNeed | None, model_bytes: int | None = 
     wired = "" if facts.wired_bytes is None else f" ({format_gib(facts.wired_bytes)} wired)"
     if need.memory_bytes > usable:
         message = f"{_at_least(need)}; this machine has {format_gib(total)}, of which {format_gib(usable)} are usable"
-        remedy = _more_memory(total, model_bytes)
+        remedy = _more_memory(total, need, model_bytes)
         limit = usable
     elif free is not None and need.memory_bytes > free:
         message = f"{_at_least(need)}; {format_gib(free)} are free{wired}"
@@ -169,7 +169,8 @@ def check_wired_limit(facts: Facts, need: HostNeed | None, model_bytes: int | No
         return Finding(facts.host, "wired limit", "problem", f"{numbers}; {_at_least(need)}", _raise_limit(usable))
     if limit_bytes > usable:
         message = f"{numbers}; {format_gib(SYSTEM_BYTES)} are reserved for the system"
-        return Finding(facts.host, "wired limit", "problem", message, _more_memory(facts.memory_bytes, model_bytes))
+        remedy = _more_memory(facts.memory_bytes, need, model_bytes)
+        return Finding(facts.host, "wired limit", "problem", message, remedy)
     if kept is None:
         return Finding(facts.host, "wired limit", "problem", numbers, _raise_limit(limit_bytes))
     remedy = f"for more speed: {_raise_limit(limit_bytes)}, which keeps all of them in memory"
@@ -193,9 +194,15 @@ def _raise_limit(limit_bytes: int) -> str:
     return f"run on this host (lasts until its next restart): `{command}`"
 
 
-def _more_memory(memory_bytes: int, model_bytes: int | None) -> str:
+def _more_memory(memory_bytes: int, need: HostNeed, model_bytes: int | None) -> str:
     """Return the remedy for a model that does not fit: more hosts, unless even MAX_HOSTS like this one are too few."""
-    if model_bytes is not None and model_bytes > MAX_HOSTS * usable_bytes(memory_bytes):
+    largest_bytes = MAX_HOSTS * usable_bytes(memory_bytes)
+    if model_bytes is not None and model_bytes > largest_bytes:
+        if need.experts_bytes and need.smallest_bytes <= largest_bytes:
+            return (
+                "choose a smaller model (`kimi-mlx models`), or add hosts: with experts on the SSD a few may be enough "
+                "(`kimi-mlx plan`)"
+            )
         return f"choose a smaller model: even {MAX_HOSTS} hosts like this one are too small (`kimi-mlx models`)"
     return "add a host, or choose a smaller model: `kimi-mlx models` lists their memory needs"
 

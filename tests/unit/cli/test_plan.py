@@ -196,6 +196,16 @@ def test_bars_of_memory_add_up() -> None:
         assert shown == pytest.approx(40 * (needed + 4) / whole, abs=3)
 
 
+@pytest.mark.parametrize("width", [40, 60])
+def test_narrow_terminals_leave_columns_out(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kimi_mlx.cli.output.stdout._width", width)
+    shown = call("kimi-k2.6", "--machines", "m4-max-64", "--preset", "2bit").stdout
+    assert "…" not in shown
+    assert all(len(line.rstrip()) <= width for line in shown.splitlines())
+    assert "strategy  hosts  " in shown
+    assert "decode\n" in shown
+
+
 def test_presets_of_convert_are_planned() -> None:
     sizes = [
         json.loads(call("kimi-k2.6", "--machines", "m5-max-128", "--preset", preset, "--json").stdout)["model"]

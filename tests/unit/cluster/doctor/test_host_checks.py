@@ -365,6 +365,10 @@ def test_hosts_are_suggested_only_if_they_help() -> None:
     assert "even 8 hosts like this one are too small" in (
         check_memory(small, HostNeed(500 * GIB), 500 * GIB).remedy or ""
     )
+    streamed = HostNeed(500 * GIB, experts_bytes=476 * GIB, staging_bytes=2 * GIB)
+    assert "with experts on the SSD" in (check_memory(small, streamed, 500 * GIB).remedy or "")
+    tiny = replace(LINUX, memory_bytes=11 * GIB)
+    assert "even 8 hosts" in (check_memory(tiny, streamed, 500 * GIB).remedy or "")
     assert "even 8 hosts" in (
         check_wired_limit(replace(MAC, memory_bytes=32 * GIB), HostNeed(99 * GIB), GIB * 999).remedy or ""
     )
