@@ -185,3 +185,16 @@ def test_aider_writes_a_file(work: Path, serve_script: Callable[[Sequence[Answer
     assert RESULT in run(command, work, [aider.parent], variables)
     assert (work / "sum.txt").read_text() == "46\n"
     server.check("aider", package)
+
+
+def test_kimi_cli(work: Path, serve_script: Callable[[Sequence[Answer]], ClientServer]) -> None:
+    """Moonshot's earlier client; it is replaced by kimi-code."""
+    package = "kimi-cli==1.51.0"
+    kimi = python_with(package, python="python3.13").with_name("kimi")
+    server = serve_script(two_commands(lambda command: Call("Shell", {"command": command})))
+    settings = work.parent / "home" / ".kimi" / "config.toml"
+    settings.parent.mkdir()
+    settings.write_text(KIMI_CODE.replace("ADDRESS", server.url))
+    assert RESULT in run([str(kimi), "--quiet", "-p", TASK], work, [kimi.parent], {})
+    assert (work / "sum.txt").read_text() == "46\n"
+    server.check("kimi_cli", package)
