@@ -83,12 +83,13 @@ def openapi_document(model_info: ModelInfo) -> dict[str, Any]:
     for body in bodies:
         definitions[body.__name__]["properties"]["model"] = {"enum": [*model_info.names, None]}
     posts = {
-        path: {"post": _post(title, names[body, "validation"]["$ref"])} for path, (body, title) in POST_PATHS.items()
+        path: {"post": _with_body(title, names[body, "validation"]["$ref"])}
+        for path, (body, title) in POST_PATHS.items()
     }
-    gets = {path: {"get": _get(path, title)} for path, title in GET_PATHS.items()}
+    gets = {path: {"get": _without_body(path, title)} for path, title in GET_PATHS.items()}
     for path, title in DELETE_PATHS.items():
-        gets[path]["delete"] = _get(path, title)
-    posts[CANCEL_PATH] = {"post": _get(CANCEL_PATH, "Cancel a response that is in progress")}
+        gets[path]["delete"] = _without_body(path, title)
+    posts[CANCEL_PATH] = {"post": _without_body(CANCEL_PATH, "Cancel a response that is in progress")}
     return {
         "openapi": "3.1.0",
         "info": {"title": "kimi-mlx", "version": __version__, "description": _description(model_info)},
@@ -105,7 +106,7 @@ def _description(model_info: ModelInfo) -> str:
     return f"The model `{model_info.name}`, with {model_info.context_tokens} tokens of context. Input: {inputs}."
 
 
-def _post(title: str, ref: str) -> dict[str, Any]:
+def _with_body(title: str, ref: str) -> dict[str, Any]:
     answer = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
     return {
         "summary": title,
@@ -114,7 +115,7 @@ def _post(title: str, ref: str) -> dict[str, Any]:
     }
 
 
-def _get(path: str, title: str) -> dict[str, Any]:
+def _without_body(path: str, title: str) -> dict[str, Any]:
     media_type = MEDIA_TYPES.get(path, "application/json")
     answer = {media_type: {"schema": {"type": "object" if media_type == "application/json" else "string"}}}
     operation: dict[str, Any] = {

@@ -15,10 +15,10 @@ from typing import Any
 from kimi_mlx.server.api_types import AnswerEvent, ChatRequest, CompleteAnswer
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
-from kimi_mlx.server.openai.reasoning_seal import seal
 from kimi_mlx.server.openai.responses_body import Item, MessageItem, ResponsesBody
-from kimi_mlx.server.openai.responses_request import State, to_chat_request
+from kimi_mlx.server.openai.responses_request import ParsedState, to_chat_request
 from kimi_mlx.server.openai.responses_response import usage_dict
+from kimi_mlx.server.openai.sealed_text import seal
 from kimi_mlx.text.messages import Message
 
 INSTRUCTION = (
@@ -30,7 +30,7 @@ INSTRUCTION = (
 MAX_SUMMARY_TOKENS = 8192
 
 
-def to_compaction_request(body: ResponsesBody, state: State) -> ChatRequest:
+def to_compaction_request(body: ResponsesBody, state: ParsedState) -> ChatRequest:
     """Return the request for the summary of a conversation. Its tools are not offered.
 
     Raises:

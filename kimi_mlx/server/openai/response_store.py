@@ -72,17 +72,17 @@ class StoredResponse:
 
 @dataclass(frozen=True)
 class StoredState:
-    """Stored responses that a request continues.
+    """The stored responses that a request continues.
 
     Args:
-        previous: response that it follows, if it follows one.
+        previous: response that the request follows, if it follows one.
         references: items to which it refers, by id.
     """
 
     previous: StoredResponse | None = None
     references: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
-    def envelope(self, request: bytes) -> bytes:
+    def continued_body(self, request: bytes) -> bytes:
         """Return the body of a request together with the stored responses: the JSON text of a ContinuedBody."""
         chain = self.previous.chain() if self.previous else []
         turns = [b'{"request":%b,"output":[%b]}' % (turn.request, b",".join(turn.items.values())) for turn in chain]

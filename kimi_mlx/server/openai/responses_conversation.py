@@ -13,7 +13,6 @@ from typing import Any, cast
 from kimi_mlx.server.hosted_calls import hosted_text, is_hosted
 from kimi_mlx.server.message_content import ContentBuilder
 from kimi_mlx.server.openai.media_parts import MEDIA_TYPES, add_media, add_result_media
-from kimi_mlx.server.openai.reasoning_seal import unseal
 from kimi_mlx.server.openai.responses_body import (
     CallOutputItem,
     CompactionItem,
@@ -27,6 +26,7 @@ from kimi_mlx.server.openai.responses_body import (
     ReasoningItem,
 )
 from kimi_mlx.server.openai.responses_tools import ToolTable, encode_input, model_name
+from kimi_mlx.server.openai.sealed_text import unseal
 from kimi_mlx.server.openai.typed_tools import CALL_SUFFIX, OUTPUT_SUFFIX, TOOL_SEARCH_OUTPUT, TYPED_TOOLS
 from kimi_mlx.server.request_fields import earlier_call, placeholder, unsupported_content
 from kimi_mlx.text.messages import Message, ToolCall
@@ -46,7 +46,7 @@ WITHOUT_TEXT = (
 """Items that are left out, because they have no text that is useful to the model."""
 
 
-class Conversation:
+class ConversationBuilder:
     """Assembles messages from items.
 
     Args:

@@ -19,7 +19,7 @@ from kimi_mlx.server.openai.responses_body import (
     StoredTurn,
     TextFormat,
 )
-from kimi_mlx.server.openai.responses_conversation import Conversation
+from kimi_mlx.server.openai.responses_conversation import ConversationBuilder
 from kimi_mlx.server.openai.responses_tools import ToolTable, found_tools
 from kimi_mlx.server.request_fields import MIN_TOP_P, unsupported
 from kimi_mlx.server.thinking_options import thinking_fields
@@ -41,11 +41,11 @@ class MissingStateError(Exception):
 
 
 @dataclass(frozen=True)
-class State:
-    """Stored responses that a request continues.
+class ParsedState:
+    """The stored responses that a request continues, parsed from a StoredState.
 
     Args:
-        history: stored responses before it, the oldest first.
+        history: stored responses before the request, the oldest first.
         references: items of stored responses by id.
     """
 
@@ -61,7 +61,7 @@ class State:
         return self.references[item.id] if isinstance(item, ItemReference) else item
 
 
-NO_STATE = State()
+NO_STATE = ParsedState()
 
 
 def read_body(model: type[ResponsesBody], data: bytes) -> ResponsesBody:
@@ -79,15 +79,15 @@ def read_body(model: type[ResponsesBody], data: bytes) -> ResponsesBody:
     return body
 
 
-def read_continued_body(model: type[ResponsesBody], data: bytes) -> tuple[ResponsesBody, State]:
-    """Parse a body together with the stored responses that it continues, which `StoredState.envelope` has added.
+def read_continued_body(model: type[ResponsesBody], data: bytes) -> tuple[ResponsesBody, ParsedState]:
+    """Parse a body together with the stored responses that it continues, which `StoredState.continued_body` has added.
 
     Raises:
         ApiError: the body is invalid.
     """
     continued = parse(ContinuedBody, data)
     body = model.model_validate(continued.request)
-    return body, State(continued.history, continued.items)
+    return body, ParsedState(continued.history, continued.items)
 
 
 def to_kept_request(data: bytes, *, is_continued: bool) -> bytes:
@@ -97,7 +97,7 @@ def to_kept_request(data: bytes, *, is_continued: bool) -> bytes:
 
     Args:
         data: valid body.
-        is_continued: whether `StoredState.envelope` has extended it.
+        is_continued: whether `StoredState.continued_body` has extended it.
     """
     value: dict[str, Any] = parse_json(data)
     body = value["request"] if is_continued else value
@@ -111,7 +111,7 @@ def _check_input(body: ConversationBody) -> None:
         raise ApiError(400, f"`input`: {problem}", code, "input")
 
 
-def read_tools(body: ConversationBody, state: State = NO_STATE) -> ToolTable:
+def read_tools(body: ConversationBody, state: ParsedState = NO_STATE) -> ToolTable:
     """Return the tools of a body, and those that tool searches in its conversation have found.
 
     Raises:
@@ -120,7 +120,7 @@ def read_tools(body: ConversationBody, state: State = NO_STATE) -> ToolTable:
     return ToolTable.of(body.tools or (), found_tools(state.items(body)))
 
 
-def to_chat_request(body: ResponsesBody, state: State = NO_STATE, table: ToolTable | None = None) -> ChatRequest:
+def to_chat_request(body: ResponsesBody, state: ParsedState = NO_STATE, table: ToolTable | None = None) -> ChatRequest:
     """Return the chat request of a body.
 
     Args:
@@ -164,13 +164,13 @@ def to_chat_request(body: ResponsesBody, state: State = NO_STATE, table: ToolTab
     )
 
 
-def read_conversation(body: ConversationBody, state: State, table: ToolTable) -> Conversation:
+def read_conversation(body: ConversationBody, state: ParsedState, table: ToolTable) -> ConversationBuilder:
     """Return the messages of a body and of the responses before it, without the instructions of those.
 
     Raises:
         ApiError: an item has content that the model cannot have.
     """
-    conversation = Conversation(body.instructions, table)
+    conversation = ConversationBuilder(body.instructions, table)
     for turn in state.history:
         conversation.add_items(turn.request.input or (), EARLIER, state.references)
         conversation.add_items(turn.output, EARLIER, state.references)

@@ -28,7 +28,7 @@ from kimi_mlx.server.openai.response_store import ResponseStore, StoredResponse,
 from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.responses_request import (
     MissingStateError,
-    State,
+    ParsedState,
     read_body,
     read_continued_body,
     read_tools,
@@ -40,7 +40,6 @@ from kimi_mlx.server.prompts import PromptBuilder
 from kimi_mlx.server.service import AnswerHandle
 
 Result = TypeVar("Result")
-Read = Callable[[bytes], tuple[ResponsesBody, State]]
 
 
 def responses_routes(context: Context) -> list[Route]:
@@ -198,7 +197,7 @@ class ResponsesApi:
         page = page_of(request.query_params)
         state = StoredState(stored.previous, stored.references)
         work = partial(list_items, stored.id)
-        items = await self._context.service.prepare(work, state.envelope(stored.request))
+        items = await self._context.service.prepare(work, state.continued_body(stored.request))
         return JsonResponse(page.select(items))
 
     def _find(self, request: Request) -> StoredResponse:
@@ -225,7 +224,7 @@ class ResponsesApi:
         except MissingStateError as error:
             missing = error
         state = self._store.resolve(_owner(request), missing.previous_response_id, missing.item_ids)
-        return state, await self._context.prepare(request, partial(work, True), state.envelope)
+        return state, await self._context.prepare(request, partial(work, True), state.continued_body)
 
 
 def _encode(value: dict[str, Any]) -> bytes:
@@ -238,8 +237,8 @@ def _owner(request: Request) -> str:
     return "" if key is None else f"key {key}"
 
 
-def _read(is_continued: bool, data: bytes) -> tuple[ResponsesBody, State]:
-    return read_continued_body(ResponsesBody, data) if is_continued else (read_body(ResponsesBody, data), State())
+def _read(is_continued: bool, data: bytes) -> tuple[ResponsesBody, ParsedState]:
+    return read_continued_body(ResponsesBody, data) if is_continued else (read_body(ResponsesBody, data), ParsedState())
 
 
 def read_response(is_continued: bool, builder: PromptBuilder, model_info: ModelInfo, data: bytes) -> ApiCall:

@@ -65,10 +65,10 @@ def test_odd_bodies(items: list[Any], tools: list[Any], choice: Any) -> None:
     data = json.dumps({"input": items, "tools": tools, "tool_choice": choice}).encode()
     try:
         try:
-            body, extended = read_body(ResponsesBody, data), StoredState().envelope(data)
+            body, extended = read_body(ResponsesBody, data), StoredState().continued_body(data)
         except MissingStateError as error:
             item = b'{"type": "message", "role": "user", "content": "x"}'
-            extended = StoredState(None, dict.fromkeys(error.item_ids, item)).envelope(data)
+            extended = StoredState(None, dict.fromkeys(error.item_ids, item)).continued_body(data)
             body, _ = read_continued_body(ResponsesBody, extended)
         _, state = read_continued_body(ResponsesBody, extended)
         to_chat_request(body, state)

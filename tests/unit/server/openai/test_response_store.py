@@ -39,9 +39,9 @@ def test_a_conversation_stays_complete_when_its_beginning_is_dropped_or_deleted(
         last = response(number, last)
         store.add(last)
     store.delete("", "resp_48")
-    envelope = json.loads(store.resolve("", "resp_49", ()).envelope(b'{"input": "now"}'))
-    assert [turn["request"]["input"] for turn in envelope["history"]] == [f"question {n}" for n in range(50)]
-    assert envelope["request"] == {"input": "now"}
+    body = json.loads(store.resolve("", "resp_49", ()).continued_body(b'{"input": "now"}'))
+    assert [turn["request"]["input"] for turn in body["history"]] == [f"question {n}" for n in range(50)]
+    assert body["request"] == {"input": "now"}
     assert len(store) == 1
     store.delete("", "resp_49")
     assert (len(store), store.size_bytes) == (0, 0)
@@ -95,5 +95,5 @@ def test_the_error_of_a_store_that_keeps_nothing():
 
 def test_bodies_in_other_encodings_become_utf_8():
     for encoding in ("utf-8-sig", "utf-16", "utf-32-be"):
-        envelope = json.loads(StoredState().envelope(json.dumps({"input": "é"}, ensure_ascii=False).encode(encoding)))
-        assert envelope["request"] == {"input": "é"}
+        body = json.loads(StoredState().continued_body(json.dumps({"input": "é"}, ensure_ascii=False).encode(encoding)))
+        assert body["request"] == {"input": "é"}

@@ -9,10 +9,10 @@ import pytest
 
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
-from kimi_mlx.server.openai.reasoning_seal import seal
 from kimi_mlx.server.openai.response_store import StoredState
 from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.responses_request import MissingStateError, read_body, to_chat_request, to_kept_request
+from kimi_mlx.server.openai.sealed_text import seal
 from kimi_mlx.text.messages import Message, ToolCall
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -327,5 +327,5 @@ def test_grammars_beyond_the_limit_are_not_enforced():
 def test_only_the_input_of_a_request_is_kept_for_later_ones() -> None:
     body = {"input": [{"role": "user", "content": "Hi \u00e9"}], "tools": [FUNCTION] * 500, "instructions": "Be brief."}
     data = json.dumps(body).encode()
-    for sent, is_continued in ((data, False), (StoredState().envelope(data), True)):
+    for sent, is_continued in ((data, False), (StoredState().continued_body(data), True)):
         assert json.loads(to_kept_request(sent, is_continued=is_continued)) == {"input": body["input"]}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.server.openai.reasoning_seal import MAX_TEXT_BYTES, PREFIX, seal, unseal
+from kimi_mlx.server.openai.sealed_text import MAX_TEXT_BYTES, PREFIX, seal, unseal
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
