@@ -1,4 +1,4 @@
-"""Find the folder of a checkpoint, never of a store; it is downloaded if it is not on this machine."""
+"""Find the folder of a checkpoint (never of a store), and download it if it is not on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def checkpoint_folder(target: ModelRef, no_vision: bool, is_quiet: bool) -> Path
         is_quiet: whether to print neither progress nor notices.
 
     Raises:
-        KimiMlxError: it cannot be downloaded.
+        KimiMlxError: the checkpoint cannot be downloaded.
     """
     if target.repository is None:
         assert target.folder is not None

@@ -7,7 +7,7 @@ import numpy as np
 from kimi_mlx.model.expert_use import ExpertUse
 
 MOST_RECENT = 2.0
-"""Above all scores: a guessed expert takes a place at once, as one that was needed does."""
+"""Above all scores, so that a guessed expert gets a slot at once, like a needed one."""
 
 
 class LeastRecentlyUsed(ExpertUse):

@@ -198,25 +198,25 @@ class _LeastRecentStreaming(Streaming):
 
 
 def measure_disk(options: WorkerOptions) -> WorkerResult:
-    """Read random experts for a while, past the page cache, with the reader of the streamer."""
+    """Read random experts for DISK_S, bypassing the page cache, with the reader of the streamer."""
     folder = Path(options.folder)
     sources = expert_sources(folder, open_manifest(folder, 0, 1, "hybrid"))
     reader = ExpertReader(sources, "F32")
     layer = sources[0].layer
     stacks = [aligned_array((DISK_READS, *array.shape), MLX_TYPES[array.dtype]) for array in reader.arrays(layer)]
-    places = [[shared_view(stack)[index] for stack in stacks] for index in range(DISK_READS)]
+    slots = [[shared_view(stack)[index] for stack in stacks] for index in range(DISK_READS)]
     random = np.random.default_rng(options.seed)
 
-    def request(place: int) -> tuple[int, Any]:
+    def request(slot: int) -> tuple[int, Any]:
         source = sources[random.integers(len(sources))]
-        return place, reader.read(source.layer, int(random.integers(source.num_experts)), places[place])
+        return slot, reader.read(source.layer, int(random.integers(source.num_experts)), slots[slot])
 
     began = time.perf_counter()
-    reads = [request(place) for place in range(DISK_READS)]
+    reads = [request(slot) for slot in range(DISK_READS)]
     while time.perf_counter() - began < DISK_S:
-        place, read = reads.pop(0)
+        slot, read = reads.pop(0)
         read.result()
-        reads.append(request(place))
+        reads.append(request(slot))
     for _, read in reads:
         read.result()
     seconds = time.perf_counter() - began
