@@ -27,6 +27,9 @@ from kimi_mlx.units import GB, GIB, format_bytes, format_context, format_gib
 WIDE, NARROW = 110, 76
 """Minimum width of the terminal for the description of a model, and for its format."""
 
+MIN_WIDTHS = {"GB": 60, "context": 60, "here": 44}
+"""Minimum width of the terminal for columns that narrow ones leave out."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -119,7 +122,9 @@ def print_details(row: Row, machine: LocalMachine, has_sources: bool) -> None:
 def table(rows: Sequence[Row], machine: LocalMachine, width: int) -> Table:
     """Return a table of the models for a terminal of `width` columns, one line per model."""
     result = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for header in ("model", "GB", "GiB", "context", "here", "fits"):
+    headers = ["model", "GB", "GiB", "context", "here", "fits"]
+    shown = [header for header in headers if width >= MIN_WIDTHS.get(header, 0)]
+    for header in shown:
         result.add_column(header, justify="right" if header in ("GB", "GiB", "context") else "left", no_wrap=True)
     last = "description" if width >= WIDE else "format" if width >= NARROW else None
     if last is not None:
@@ -135,7 +140,8 @@ def table(rows: Sequence[Row], machine: LocalMachine, width: int) -> Table:
         ]
         text = row.entry.about if width >= WIDE or row.entry.refused else row.entry.format
         style = None if row.entry.refused is None else "dim"
-        result.add_row(*cells, *([] if last is None else [text]), style=style)
+        by_header = dict(zip(headers, cells, strict=True))
+        result.add_row(*(by_header[header] for header in shown), *([] if last is None else [text]), style=style)
     return result
 
 

@@ -64,7 +64,7 @@ def run(*arguments: str, width: int = 80) -> Result:
     return CliRunner().invoke(app, ["models", *arguments], env={"COLUMNS": str(width)})
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", [40, 44, 59, 60, 80, 120])
 def test_a_row_is_a_line_and_nothing_is_cut(width: int) -> None:
     header, *rows = lines(width)
     assert [row.split()[0] for row in rows] == [entry.alias for entry in catalogue()]
