@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -200,9 +201,12 @@ def test_on_a_ring_that_is_lost_during_an_answer(
             for event in stream_events(session, requests[number]):
                 if isinstance(event, Token):
                     seen.append(event)
-                    if len(seen) == 20:
+                    if len(seen) == 5:
                         os.kill(session.pids[1], signal.SIGKILL)
             assert_equal(seen, expected[number])
+            deadline = time.monotonic() + 60  # on a busy machine the answer may be complete before the rank is lost
+            while session.status().restarts < restarts and time.monotonic() < deadline:
+                time.sleep(0.05)
             assert session.status().restarts == restarts
 
 
