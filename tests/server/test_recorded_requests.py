@@ -12,11 +12,15 @@ from tests.clients.recorder import REQUESTS
 from tests.server.running_server import RunningServer
 
 LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-FILES = sorted(REQUESTS.glob("*.json"))
+QUICK = ("codex", "openai_agents", "pydantic_ai_agents")
+FILES = [
+    pytest.param(file, id=file.stem, marks=() if file.stem in QUICK else pytest.mark.slow)
+    for file in sorted(REQUESTS.glob("*.json"))
+]
 ENDS = {"completions": "[DONE]", "messages": "message_stop", "responses": "response.incomplete"}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES)
 def test_a_request_of_a_client(running: RunningServer, file: Path) -> None:
     recorded = json.loads(file.read_text())
     body = recorded["body"] | {"model": "default"}

@@ -49,7 +49,7 @@ def test_short_reads_and_busy_disks_are_continued(path: Path, monkeypatch: pytes
         calls += 1
         if calls % 3 == 0:
             raise OSError(errno.EAGAIN, "try again")
-        return preadv(handle, [buffers[0][:1000]], offset)
+        return preadv(handle, [buffers[0][:1000].data], offset)
 
     monkeypatch.setattr(os, "preadv", short)
     buffers = [aligned_buffer(IO_ALIGNMENT), aligned_buffer(0), aligned_buffer(IO_ALIGNMENT)]

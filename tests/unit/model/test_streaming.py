@@ -148,8 +148,8 @@ def test_bits_in_half_precision(folder: Path, dtype: mx.Dtype) -> None:
     weights = load_weights(folder, dtype)
     prompt = mx.array([make_prompt(6, 1)])
     model, reader = streamed_model(weights, 0.3)
-    results = [np.array(each(prompt).astype(mx.float32)) for each in (model, Model(*weights))]
-    assert np.array_equal(*results)
+    streamed, resident = (np.array(each(prompt).astype(mx.float32)) for each in (model, Model(*weights)))
+    assert np.array_equal(streamed, resident)
     reader.close()
 
 

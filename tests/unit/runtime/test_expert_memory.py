@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
@@ -26,14 +29,18 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
     monkeypatch.setattr(kimi_mlx.runtime.expert_memory, "free_memory_bytes", lambda: num_bytes)
 
 
+def arrays_of(module: nn.Module) -> list[tuple[str, mx.array]]:
+    return cast(list[tuple[str, mx.array]], tree_flatten(module.parameters()))
+
+
 def test_sizes_are_those_of_the_loaded_model() -> None:
     _, sizes = expert_sizes(KIMI_MINI, CONFIG, mx.float32, SingleGroup(), "hybrid")
     model = load_share(KIMI_MINI, CONFIG)
-    loaded = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    loaded = sum(array.nbytes for _, array in arrays_of(model))
     assert sizes.rest_bytes + sizes.all_bytes == pytest.approx(loaded, rel=0.01)  # the router's padding
     moe = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)]
     assert len(sizes.expert_bytes) == len(moe)
-    stacks = sum(array.nbytes for mlp in moe for name, array in tree_flatten(mlp.parameters()) if "proj" in name)
+    stacks = sum(array.nbytes for mlp in moe for name, array in arrays_of(mlp) if "proj" in name)
     per_expert = stacks / moe[0].num_experts / len(moe)
     assert sizes.num_held == CONFIG.n_routed_experts
     assert sum(sizes.expert_bytes) / len(moe) == pytest.approx(per_expert)
