@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
