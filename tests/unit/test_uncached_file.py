@@ -44,12 +44,12 @@ def test_short_reads_and_busy_disks_are_continued(path: Path, monkeypatch: pytes
     data, file = path.read_bytes(), UncachedFile(path)
     preadv, calls = os.preadv, 0
 
-    def short(handle: int, buffers: list[np.ndarray], offset: int) -> int:
+    def short(handle: int, buffers: list[memoryview], offset: int) -> int:
         nonlocal calls
         calls += 1
         if calls % 3 == 0:
             raise OSError(errno.EAGAIN, "try again")
-        return preadv(handle, [buffers[0][:1000].data], offset)
+        return preadv(handle, [buffers[0][:1000]], offset)
 
     monkeypatch.setattr(os, "preadv", short)
     buffers = [aligned_buffer(IO_ALIGNMENT), aligned_buffer(0), aligned_buffer(IO_ALIGNMENT)]
