@@ -32,7 +32,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # no deadline, because the machine may be busy; the same examples in every CI run, new ones elsewhere
-for profile, max_examples in (("quick", 20), ("thorough", 50)):  # `scripts/test --all` chooses the second
+for profile, max_examples in (("quick", 20), ("thorough", 25)):  # `scripts/test --all` chooses the second
     settings.register_profile(profile, deadline=None, max_examples=max_examples, derandomize="CI" in os.environ)
 settings.load_profile("quick")
 

@@ -252,7 +252,7 @@ def test_the_conversation_that_was_opened_last_is_shown(running: RunningServer, 
     assert chat.run("() => location.hash") == "#/"
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_clock_that_is_set_back(running: RunningServer, open_page: OpenPage) -> None:
     chat = open_page(running.url)
     chat.ask("What are you?")

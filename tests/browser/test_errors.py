@@ -165,7 +165,7 @@ def test_an_answer_continues_after_its_server_was_killed(open_page: OpenPage) ->
     assert chat.wait_answer() == whole
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_an_answer_continues_after_its_server_was_restarted(
     session: Session, open_page: OpenPage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,7 +272,7 @@ def test_a_browser_that_cannot_save(running: RunningServer, open_page: OpenPage)
     assert chat.find(".message").count() == 4
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "answer", ["throw new DOMException('', 'SecurityError')", "return {}"], ids=["refused", "silent"]
 )

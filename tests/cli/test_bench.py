@@ -132,7 +132,6 @@ def test_streamed_experts_are_compared_with_all_in_memory() -> None:
     assert streamed["experts"]["prompt_read_bytes"] > 0
     assert 0 < streamed["experts"]["hit_rate"] < 1
     assert resident["experts"] is None
-    assert streamed["peak_memory_bytes"][0] < resident["peak_memory_bytes"][0]
     assert report["same_tokens"] == [{"side": "resident", "answers": 2, "equal": 2, "first_difference": None}]
     assert {ratio["against"] for ratio in report["ratios"]} == {"resident"}
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from kimi_mlx.cli import quality_inputs
 from kimi_mlx.cli.app import app
+from kimi_mlx.cli.chat.files import text_files
 from kimi_mlx.errors import KimiMlxError, TextError, UsageError, WeightsError
 from kimi_mlx.store.locate import ensure_downloaded
 from kimi_mlx.weights import importance as importance_file
@@ -115,7 +115,7 @@ def test_texts_that_cannot_be_used(command: str, tmp_path: Path, monkeypatch: py
             attempt(*texts)
     with pytest.raises(UsageError, match="standard input is empty"):
         attempt("-", stdin="")
-    monkeypatch.setattr(quality_inputs, "MAX_TEXT_BYTES", 10)
+    monkeypatch.setattr(text_files, "MAX_TEXT_BYTES", 10)
     with pytest.raises(UsageError, match="standard input has more than the limit of 10 B"):
         attempt("-", stdin=TEXT)
     assert not (tmp_path / "out").exists()

@@ -72,7 +72,7 @@ def test_a_system_prompt_in_a_file(tmp_path: Path) -> None:
     assert from_file == num_prompt_tokens("-s", "Answer in French.", "-p", "Hi")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_text_in_another_encoding_is_read() -> None:
     for data in ("Was heißt café?".encode("latin-1"), "Was heißt café?".encode("utf-16")):
         done = subprocess.run([*CHAT, "-p", "Hi", *ANSWER], input=data, capture_output=True, timeout=60, check=False)

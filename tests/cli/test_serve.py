@@ -228,7 +228,7 @@ def test_the_addresses_for_other_machines_are_printed(tmp_path: Path) -> None:
     assert raw.request(serving.port, "POST", "/chat/completions").status == 401
     code, output = serving.end(signal.SIGTERM)
     assert code == 143
-    assert "127.0.0.1 POST /chat/completions 401" in output
+    assert "127.0.0.1 POST /v1/chat/completions 401" in output
     assert "an API key is required" in output
 
 

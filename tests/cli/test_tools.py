@@ -306,8 +306,11 @@ def test_faults_are_shown(spawn: Spawn, tmp_path: Path, fault: str, shown: str) 
     assert b"\x1b]0;owned" not in terminal.raw
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+    + [pytest.param(number, marks=pytest.mark.sweep) for number in (signal.SIGTERM, signal.SIGHUP)],
+)
 def test_no_process_is_left_when_the_chat_is_killed(spawn: Spawn, tmp_path: Path, number: int) -> None:
     mark = f"killed-{number}-{tmp_path.name}"
     mcp = write(tmp_path, toys=[*HOSTILE, "roll_dice=hang", "--stubborn", mark])

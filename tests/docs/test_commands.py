@@ -37,7 +37,7 @@ NOT_RUN = {
     r"scripts/(demo|test|check)|\.ci/run": ".ci/run runs it",
     r"\. \.venv/bin/activate": "belongs to an interactive shell",
     r"ssh|sudo ": "changes this machine or another one",
-    r"export |claude|openssl ": "sets up another program",
+    r"export |claude|qwen |aider |cline |lm_eval |openssl ": "sets up another program",
     r"kimi-mlx history rm": "asks a question: tests/unit/cli/test_history.py removes conversations",
     r"kimi-mlx chat --mcp mcp\.json": "starts the user's servers: the examples with docs/mcp-toys.json run",
     r"kimi-mlx service ": "starts a server in the background: tests/services runs it",

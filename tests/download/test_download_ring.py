@@ -311,7 +311,7 @@ def test_hosts_with_different_files_are_refused(small: Path, tmp_path: Path) -> 
         assert not list(tmp_path.rglob("layer-*"))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_folder_in_use_on_one_host_is_an_error_on_all(large_hub: Hub, tmp_path: Path) -> None:
     large_hub.fail("slow", "/cdn/*", bytes_per_s=10_000_000)
     first = cluster_of(large_hub, tmp_path, 2)
@@ -370,7 +370,7 @@ def test_a_full_disk_on_one_host_is_an_error_on_all_and_the_next_run_resumes(
     assert cluster.checksums() == expected_large(2)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_repair_on_one_host_fetches_only_the_needed_files(hub: Hub, expected_small: Expected, tmp_path: Path) -> None:
     cluster = cluster_of(hub, tmp_path, 2)
     cluster.build()
@@ -446,7 +446,7 @@ def test_a_checked_gather_detects_other_data(answer: str) -> None:
         group.gather(x)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_tower_is_added_to_the_store_of_rank_0(tmp_path: Path) -> None:
     folder = rewrite(tmp_path / "k2.5", dict)
     vision = {file.name: file.stat().st_size for file in folder.glob("*.safetensors") if file.name > "model-00003"}

@@ -130,7 +130,7 @@ def test_a_router_in_bfloat16_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "router, tokens with other experts" in failures(run(compiled))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_wrong_mask_of_the_last_block_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Attention.fused
 

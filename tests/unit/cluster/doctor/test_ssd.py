@@ -47,7 +47,7 @@ def test_an_unreadable_file_is_an_error(tmp_path: Path) -> None:
         measure([tmp_path / "none"], 4096)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_host_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     request = SsdRequest(sys.executable, 4096, str(tmp_path), [])

@@ -136,7 +136,7 @@ def test_sampled_text_is_that_without_drafts(model: Model, tmp_path: Path, monke
     assert found == expected
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_sampled_tokens_have_the_distribution_of_the_model(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
