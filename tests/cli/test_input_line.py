@@ -212,7 +212,9 @@ def test_history_is_kept_across_runs_with_its_blocks(spawn: Spawn, tmp_path: Pat
     line.terminal.send(UP)
     line.screen("> see [pasted 48 lines]")
     assert line.enter() == message
-    line.terminal.send(CTRL_R + "of two")
+    line.terminal.send(CTRL_R)
+    line.screen("search:")
+    line.terminal.send("of two")
     assert "search: of two" in line.screen("> first\n  of two lines")
     line.terminal.send(ENTER)
     line.screen("> first\n  of two lines\nkimi-mini")

@@ -236,7 +236,7 @@ def test_a_full_disk(
     hub.reset_counts()
     get(repository, target)
     assert_downloaded(target, model)
-    assert hub.sent_bytes == SIZE - kept
+    assert SIZE - kept <= hub.sent_bytes < SIZE  # the hub may still have sent a rest of the first response
 
 
 def test_a_folder_that_cannot_be_created(repository: Repository, tmp_path: Path) -> None:
