@@ -67,6 +67,7 @@ class Statistics:
             "prefill_tok_per_s": self.prefill_tok_per_s,
             "decode_tok_per_s": self.decode_tok_per_s,
             "tokens_per_step": self.tokens_per_step,
+            "read_bytes_per_token": self.read_bytes_per_token,
         }
 
     @classmethod

@@ -8,22 +8,20 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from kimi_mlx.cluster.channel.messages import Message, encode, encode_error
-from kimi_mlx.engine.batch_sizes import NO_STEPS, BatchSizes
 from kimi_mlx.engine.constraint import Constraint
 from kimi_mlx.engine.engine import MAX_NEW_COMMANDS, Engine
 from kimi_mlx.engine.events import Encoded, Event, Finished, Prefilled, PromptLogprobs, Token
 from kimi_mlx.engine.free_memory import free_memory_bytes
 from kimi_mlx.engine.prompt_cache.block_store import BlockStore
-from kimi_mlx.engine.prompt_cache.usage import CacheUsage
 from kimi_mlx.engine.request import Request
 from kimi_mlx.errors import KimiMlxError, MissingModelError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.decoder import Model
-from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.parallel.all_reduce import tune_all_reduce
 from kimi_mlx.parallel.communicator import RankCommunicator
 from kimi_mlx.parallel.group import Group, barrier
@@ -129,8 +127,7 @@ def load_engine(channel: Channel, start: Message, group: Group) -> Engine:
         memory_bytes=mx.get_active_memory(),
         free_bytes=free_memory_bytes(),
         expert_budget=None if budget is None else budget.to_dict(),
-        cache_usage=engine.cache_usage.to_dict(),
-        experts=None if engine.expert_stats is None else engine.expert_stats.to_dict(),
+        **counters(engine),
     )
     return engine
 
@@ -156,40 +153,39 @@ def run_step(channel: Channel, engine: Engine, is_leader: bool) -> None:
     for request_id, event in engine.step():
         if isinstance(event, KimiMlxError):
             lines.append(encode_error(event, rank=None, kind="refused", request_id=request_id))
-        elif is_leader or isinstance(event, Finished):
-            lines.append(
-                encode_event(
-                    request_id,
-                    event,
-                    engine.cached_tokens,
-                    engine.batch_sizes,
-                    engine.cache_usage,
-                    engine.expert_stats,
-                )
-            )
+        elif isinstance(event, Finished):
+            lines.append(encode_finished(request_id, event, engine))
+        elif is_leader:
+            lines.append(encode_event(request_id, event))
     if lines:
         channel.write(*lines)
     channel.report_progress("idle" if engine.is_idle else "prefill" if engine.is_prefilling else "decode")
 
 
-def encode_event(
-    request_id: int,
-    event: Event,
-    cached_tokens: int = 0,
-    batch_sizes: BatchSizes = NO_STEPS,
-    cache_usage: CacheUsage | None = None,
-    experts: ExpertStats | None = None,
-) -> bytes:
-    """Return an event of a request as a message.
+def counters(engine: Engine) -> dict[str, Any]:
+    """Return what this rank has counted so far, as fields of a message."""
+    experts = engine.expert_stats
+    return {
+        "cached_tokens": engine.cached_tokens,
+        "batch_sizes": asdict(engine.batch_sizes),
+        "cache_usage": engine.cache_usage.to_dict(),
+        "experts": None if experts is None else experts.to_dict(),
+    }
 
-    Args:
-        request_id: id of the request.
-        event: event of the engine.
-        cached_tokens: number of tokens in all KV caches, sent with Finished.
-        batch_sizes: number of steps by the number of their sequences, sent with Finished.
-        cache_usage: use of the prompt cache so far, sent with Finished.
-        experts: counters of this rank's experts so far, sent with Finished; None if all are in memory.
-    """
+
+def encode_finished(request_id: int, event: Finished, engine: Engine) -> bytes:
+    """Return the last event of a request as a message, with the counters of this rank."""
+    return encode(
+        "finished",
+        request_id=request_id,
+        reason=event.reason,
+        statistics=event.statistics.to_dict(),
+        **counters(engine),
+    )
+
+
+def encode_event(request_id: int, event: Event) -> bytes:
+    """Return any other event of a request as a message."""
     match event:
         case Encoded():
             return encode("encoded", request_id=request_id, **asdict(event))
@@ -201,17 +197,6 @@ def encode_event(
         case Token(id, logprobs):
             values = None if logprobs is None else asdict(logprobs)
             return encode("token", request_id=request_id, id=id, logprobs=values)
-        case Finished(reason, statistics):
-            return encode(
-                "finished",
-                request_id=request_id,
-                reason=reason,
-                statistics=statistics.to_dict(),
-                cached_tokens=cached_tokens,
-                batch_sizes=asdict(batch_sizes),
-                cache_usage=(cache_usage or CacheUsage()).to_dict(),
-                experts=None if experts is None else experts.to_dict(),
-            )
         case _:
             raise TypeError(f"{event} is not an event of a rank")
 

@@ -17,8 +17,7 @@ from kimi_mlx.engine.request import Request, Sampling
 from kimi_mlx.parallel.group import SingleGroup
 from kimi_mlx.parallel.placement import STRATEGIES
 from kimi_mlx.store.download import StoreOptions, build, open_build_job
-from tests.divisible import CONFIGS, make_prompt, write_divisible
-from tests.fakes import KIMI_MINI
+from tests.divisible import make_prompt
 from tests.mlx_launch import loopback_hostfile, ring_variables
 from tests.ranks.placement_rank import Answers, answer
 
@@ -49,13 +48,6 @@ REQUESTS = [
 ALL = range(len(REQUESTS))
 FEW = (0, len(REQUESTS) - 1)
 """Indices of requests for rings with more ranks than processors, which are slow."""
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return the checkpoints by name."""
-    root = tmp_path_factory.mktemp("divisible")
-    return {"mini": KIMI_MINI} | {name: write_divisible(root, name, layers=5) for name in CONFIGS}
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,7 @@ from kimi_mlx.session.ring import RingSession
 from kimi_mlx.session.session import SessionOptions
 from kimi_mlx.sizing.expert_memory import ExpertMemory
 from kimi_mlx.store.download import StoreOptions, build, open_build_job
-from tests.divisible import CONFIGS, make_prompt, write_divisible
-from tests.fakes import KIMI_MINI
+from tests.divisible import CONFIGS, make_prompt
 from tests.ranks.kill_count import KILL
 from tests.ranks.placement_rank import Answers, answer
 from tests.ranks.test_placements import WEIGHTS, case, check
@@ -31,13 +30,6 @@ pytestmark = pytest.mark.ranks
 
 NONE, SOME, MOST = 0, 600_000, 1_500_000
 """Memory for experts on each rank: the staging area alone; a few slots; most experts, all of small shares."""
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return the checkpoints by name."""
-    root = tmp_path_factory.mktemp("divisible")
-    return {"mini": KIMI_MINI} | {name: write_divisible(root, name, layers=5) for name in CONFIGS}
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +117,21 @@ def test_an_answer_resumes_after_a_rank_is_killed(
     assert all((store / f"rank-{rank}" / "expert_use.npz").is_file() for rank in range(2))
 
 
-@pytest.mark.sweep
-def test_a_truncated_file_is_an_error_that_names_it(
+@pytest.fixture
+def reading_ring(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file changes while the ranks run, so that only the read of an expert notices it."""
+) -> tuple[SessionOptions, Path]:
+    """Return options of a ring that reads every expert and restarts at once, and a file of rank 1 with experts."""
     monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
     store = build_store(folders["k2"], "hybrid", 2, tmp_path)
-    options = SessionOptions(store, ranks=2, expert_memory=ExpertMemory.parse("0%"))
     (path,) = (store / "rank-1").glob("layer-003*.safetensors")
+    return SessionOptions(store, ranks=2, expert_memory=ExpertMemory.parse("0%")), path
+
+
+@pytest.mark.sweep
+def test_a_truncated_file_is_an_error_that_names_it(reading_ring: tuple[SessionOptions, Path]) -> None:
+    """The file changes while the ranks run, so that only the read of an expert notices it."""
+    options, path = reading_ring
     with closing(RingSession(options)) as ring:
         assert len(tokens_of(ring, Request(make_prompt(4, 1), max_tokens=2))) == 2
         with path.open("r+b") as file:
@@ -144,13 +142,8 @@ def test_a_truncated_file_is_an_error_that_names_it(
 
 
 @pytest.mark.slow
-def test_an_answer_resumes_when_a_disk_is_back(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kimi_mlx.session.restart_policy.RESTART_DELAYS_S", (0.1,))
-    store = build_store(folders["k2"], "hybrid", 2, tmp_path)
-    options = SessionOptions(store, ranks=2, expert_memory=ExpertMemory.parse("0%"))
-    (path,) = (store / "rank-1").glob("layer-003*.safetensors")
+def test_an_answer_resumes_when_a_disk_is_back(reading_ring: tuple[SessionOptions, Path]) -> None:
+    options, path = reading_ring
     data, request = path.read_bytes(), Request(make_prompt(60, 2), max_tokens=4)
     with closing(RingSession(options)) as ring:
         expected = tokens_of(ring, request)
