@@ -57,7 +57,7 @@ def page_of(query: Mapping[str, str]) -> Page:
     order, limit = query.get("order", "desc"), query.get("limit", str(DEFAULT_LIMIT))
     if order not in ("asc", "desc"):
         raise ApiError(400, "`order`: must be `asc` or `desc`", "invalid_value", "order")
-    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:9]) <= MAX_LIMIT:
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= MAX_LIMIT):
         raise ApiError(400, f"`limit`: must be 1 to {MAX_LIMIT}", "invalid_value", "limit")
     return Page(int(limit), order == "asc", query.get("after"))
 
