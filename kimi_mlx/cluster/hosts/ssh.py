@@ -16,7 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 from kimi_mlx.cluster.hosts.marked_script import MarkedScript, mark_script, split_at_mark
@@ -206,29 +206,32 @@ def _run(
     stdin_extra: bytes,
     on_waiting: Callable[[Sequence[str]], None] = lambda hosts: None,
 ) -> dict[str, ScriptResult]:
-    starts: list[Future[_RunningScript]] = []
+    clients: list[_RunningScript] = []
+
+    def start(host: str) -> _RunningScript:
+        # Threads never receive KeyboardInterrupt, so every client that a thread has started gets into the list.
+        client = _start(host, script)
+        clients.append(client)
+        return client
+
     try:
         with ThreadPoolExecutor(max(len(hosts), 1)) as pool:
+            started = list(pool.map(start, hosts))
+        with ThreadPoolExecutor(max(len(hosts), 1)) as pool:
             try:
-                # Threads never receive KeyboardInterrupt, so every started client is known here.
-                starts += [pool.submit(_start, host, script) for host in hosts]
-                running_scripts = [start.result() for start in starts]
-                results = [pool.submit(_finish, client, timeout_s, stdin_extra) for client in running_scripts]
+                results = [pool.submit(_finish, client, timeout_s, stdin_extra) for client in started]
                 for _ in as_completed(results):
                     on_waiting([host for host, result in zip(hosts, results, strict=True) if not result.done()])
                 return {host: result.result() for host, result in zip(hosts, results, strict=True)}
             except BaseException:
-                for client in _started_scripts(starts):
+                for client in clients:
                     _end(client.process)  # before the pool waits for its threads
                 raise
     except BaseException:
-        for client in _started_scripts(starts):
+        for client in clients:
+            _end(client.process)
             _close(client.process)
         raise
-
-
-def _started_scripts(starts: Iterable[Future[_RunningScript]]) -> list[_RunningScript]:
-    return [start.result() for start in starts if start.exception() is None]
 
 
 @dataclass(frozen=True)

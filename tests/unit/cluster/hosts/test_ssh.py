@@ -9,7 +9,9 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -205,6 +207,22 @@ def test_interrupt_stops_every_client(tmp_path: Path, monkeypatch: pytest.Monkey
     finally:
         signal.signal(signal.SIGINT, previous)
     assert not is_running(int((tmp_path / "pid").read_text()))
+
+
+def test_interrupt_of_a_start_stops_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class InterruptedPool(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+            super().submit(*args, **kwargs)
+            while not (pid.exists() and pid.read_text()):
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    pid = tmp_path / "pid"
+    put_ssh(tmp_path, monkeypatch, f"echo $$ >'{pid}'; exec sleep 60")
+    monkeypatch.setattr("kimi_mlx.cluster.hosts.ssh.ThreadPoolExecutor", InterruptedPool)
+    with pytest.raises(KeyboardInterrupt):
+        run_everywhere(["mac-b"], "true", 60)
+    assert not is_running(int(pid.read_text()))
 
 
 def test_missing_ssh_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
