@@ -14,10 +14,11 @@ from kimi_mlx.planner.backtest import TYPICAL_ERROR, Comparison, left_out, media
 from kimi_mlx.planner.constants import FITTED
 from kimi_mlx.planner.cost import Cost, CostAssumptions
 from kimi_mlx.planner.links import LinkProfile
-from kimi_mlx.planner.machines import MAX_MACHINES, name_of_kind
+from kimi_mlx.planner.machines import name_of_kind
 from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.reasons import rejection_reason
-from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan, fits_by_itself, sufficient_number
+from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan, fits_with_auto, sufficient_number
+from kimi_mlx.sizing.hosts import MAX_HOSTS
 from kimi_mlx.units import GB, GIB, format_context, format_count, format_duration, format_gib
 
 COLUMNS = ("strategy", "hosts", "backend", "GiB/host", "fits", "context", "prefill", "decode")
@@ -51,13 +52,13 @@ def print_parts(parts: Iterable[Part]) -> None:
 
 def number_that_fits(plan: Plan, links: Sequence[LinkProfile]) -> str:
     """Return what makes a model fit that does not: `--expert-memory auto`, or this number of the largest machine."""
-    if fits_by_itself(plan, links):
+    if fits_with_auto(plan, links):
         return "Does not fit with this `--expert-memory`. With `auto` it does."
     largest = max(plan.machines, key=lambda machine: machine.memory_bytes)
     name = name_of_kind(largest)
     number = sufficient_number(plan, largest, links)
     if number is None:
-        return f"Does not fit. Even {MAX_MACHINES} x {name} would not be enough."
+        return f"Does not fit. Even {MAX_HOSTS} x {name} would not be enough."
     return f"Does not fit. {number} x {name} would be enough."
 
 

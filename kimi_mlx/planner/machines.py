@@ -11,10 +11,8 @@ from typing import Literal
 from kimi_mlx.cluster.hosts.machine import gpu_limit
 from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.chips import UNKNOWN_CHIP, Chip, chips, make_chip
-from kimi_mlx.sizing.hosts import usable_bytes
+from kimi_mlx.sizing.hosts import MAX_HOSTS, usable_bytes
 from kimi_mlx.units import GIB
-
-MAX_MACHINES = 8
 
 SIMILAR_NAME_RATIO = 0.7
 """difflib's similarity from which a machine is suggested: `m3-ulta-512` has similar names, `mac-studio` has none."""
@@ -23,13 +21,15 @@ MACHINES_HINT = "name the Macs to plan for, for example `--machines m3-ultra-512
 """Hint for machines that the planner cannot predict."""
 
 _MACHINE = re.compile(
-    r"(?P<chip>[a-z][a-z0-9]*(-[a-z][a-z0-9]*?)*?)(-(?P<memory>\d+)(-?gb)?)?(x(?P<count>\d+))?"
-    r"(:(?P<rate>\d+(\.\d+)?)-?(?P<unit>[gt])b/s)?(:(?P<tflops>\d+(\.\d+)?)-?tflops)?(-?x(?P<times>\d+))?"
+    r"(?P<chip>[a-z][a-z0-9]*(-[a-z][a-z0-9]*?)*?)(-(?P<memory>\d{1,6})(-?gb)?)?(x(?P<count>\d{1,6}))?"
+    r"(:(?P<rate>\d{1,6}(\.\d+)?)-?(?P<unit>[gt])b/s)?(:(?P<tflops>\d{1,6}(\.\d+)?)-?tflops)?(-?x(?P<times>\d{1,6}))?"
 )
 """A machine in lower case, with hyphens instead of blanks."""
 
-BY_HAND = "an unknown chip takes its bandwidth, and its fp16 rate if you know it: `m6-ultra-512:1500GB/s:150TFLOPS`"
-"""How to name a machine that is not in the table."""
+UNKNOWN_CHIP_HINT = (
+    "for an unknown chip, give its bandwidth, and its fp16 rate if you know it: `m6-ultra-512:1500GB/s:150TFLOPS`"
+)
+"""Hint that shows how to name a machine whose chip is not in the table."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def parse_machines(text: str) -> tuple[Machine, ...]:
             f"`{text}` has a comma without a machine" if text.strip(", ") else "no machine is named", hint=MACHINES_HINT
         )
     named = [machine for word in words for machine in _parse_word(word)]
-    if len(named) > MAX_MACHINES:
-        raise UsageError(f"{len(named)} machines, but at most {MAX_MACHINES} can be planned for", hint="remove some")
+    if len(named) > MAX_HOSTS:
+        raise UsageError(f"{len(named)} machines, but at most {MAX_HOSTS} can be planned for", hint="remove some")
     if len({machine.name for machine in named}) == len(named):
         return tuple(named)
     return tuple(replace(machine, name=f"{machine.name} #{index + 1}") for index, machine in enumerate(named))
@@ -116,16 +116,16 @@ def _parse_word(word: str) -> list[Machine]:
     if match is None or not (sizes or match["rate"]):
         raise UsageError(f"unknown machine `{word}`", hint=_similar_names_hint(word.lower()))
     if match["memory"] is None:
-        hint = _memory_hint(match["chip"], sizes) if sizes else BY_HAND
+        hint = _memory_hint(match["chip"], sizes) if sizes else UNKNOWN_CHIP_HINT
         raise UsageError(f"`{word}` does not say how much memory the Mac has", hint=hint)
     memory, count = int(match["memory"]), int(match["count"] or 1) * int(match["times"] or 1)
     if memory == 0 or (memory not in sizes and match["rate"] is None):
         raise UsageError(
             f"`{word}`: no Mac with {match['chip']} and {match['memory']} GB was sold",
-            hint=_memory_hint(match["chip"], sizes) if sizes else BY_HAND,
+            hint=_memory_hint(match["chip"], sizes) if sizes else UNKNOWN_CHIP_HINT,
         )
-    if not 1 <= count <= MAX_MACHINES:
-        raise UsageError(f"`{word}` means {count} machines", hint=f"use 1 to {MAX_MACHINES}")
+    if not 1 <= count <= MAX_HOSTS:
+        raise UsageError(f"`{word}` means {count} machines", hint=f"use 1 to {MAX_HOSTS}")
     chip = _named_chip(match, memory)
     rate = f":{chip.bandwidth_gb_per_s:g}GB/s" if match["rate"] else ""
     return [make_machine(f"{match['chip']}-{memory}{rate}", chip, memory * GIB)] * count
@@ -134,16 +134,17 @@ def _parse_word(word: str) -> list[Machine]:
 def _named_chip(match: re.Match[str], memory: int) -> Chip:
     """Return the chip of a machine: a variant in the table, or one that the user describes."""
     name, tflops = match["chip"], None if match["tflops"] is None else float(match["tflops"])
-    if match["rate"] is None:
-        known = find_chip(name, memory)
-        return known if tflops is None else replace(known, tflops_fp16=tflops, unverified="tflops_fp16: by hand")
-    rate = float(match["rate"]) * (1000 if match["unit"] == "t" else 1)
+    rate = None if match["rate"] is None else float(match["rate"]) * (1000 if match["unit"] == "t" else 1)
     if rate == 0 or tflops == 0:
-        raise UsageError(f"`{match[0]}` has a rate of 0", hint=BY_HAND)
-    variants = [chip for chip in chips() if chip.chip == name and chip.bandwidth_gb_per_s == rate]
-    if variants:
-        return variants[0] if tflops is None else replace(variants[0], tflops_fp16=tflops)
-    return make_chip(name, rate, tflops, [memory], "given by hand")
+        raise UsageError(f"`{match[0]}` has a rate of 0", hint=UNKNOWN_CHIP_HINT)
+    if rate is None:
+        known = find_chip(name, memory)
+    else:
+        variants = [chip for chip in chips() if chip.chip == name and chip.bandwidth_gb_per_s == rate]
+        if not variants:
+            return make_chip(name, rate, tflops, [memory], "given by the user")
+        known = variants[0]
+    return known if tflops is None else replace(known, tflops_fp16=tflops, unverified="tflops_fp16: given by the user")
 
 
 def _memory_sizes(chip: str) -> list[int]:
@@ -159,8 +160,8 @@ def _memory_hint(chip: str, sizes: Sequence[int]) -> str:
 def _similar_names_hint(name: str) -> str:
     similar = difflib.get_close_matches(name, machine_names(), n=3, cutoff=SIMILAR_NAME_RATIO)
     if not similar:
-        return f"a machine is a chip and its memory in GB; {MACHINES_HINT}; {BY_HAND}"
-    return f"did you mean {', '.join(f'`{name}`' for name in similar)}? For two: `{similar[0]}x2`; {BY_HAND}"
+        return f"a machine is a chip and its memory in GB; {MACHINES_HINT}; {UNKNOWN_CHIP_HINT}"
+    return f"did you mean {', '.join(f'`{name}`' for name in similar)}? For two: `{similar[0]}x2`; {UNKNOWN_CHIP_HINT}"
 
 
 def find_chip(name: str, memory_gb: int) -> Chip:

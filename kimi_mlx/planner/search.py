@@ -11,14 +11,14 @@ from kimi_mlx.parallel.placement import STRATEGIES, normalize_strategy
 from kimi_mlx.planner.constants import FAST_FENCE_S, FENCE_S, FITTED, KIMI_MLX, Constants, Strategy
 from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.links import TCP, LinkProfile
-from kimi_mlx.planner.machines import MAX_MACHINES, Machine
+from kimi_mlx.planner.machines import Machine
 from kimi_mlx.planner.memory import HostMemory, host_memory, longest_context, memory_by_rank
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion, make_portions
 from kimi_mlx.planner.speed import DraftedDecode, Setup, TimeBreakdown, decode, decode_with_draft, prefill
 from kimi_mlx.planner.streaming import Limit, Streaming, plan_streaming, uniform
 from kimi_mlx.sizing.expert_memory import AUTO, ExpertMemory
-from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
+from kimi_mlx.sizing.hosts import CONTEXT_TOKENS, MAX_HOSTS
 
 Shares = Literal["even", "by memory"]
 
@@ -47,8 +47,9 @@ class StreamedOption:
         token_read_bytes: bytes per token that all SSDs together read.
         uniform_hit_rate: hit rate if all experts were equally popular.
         uniform_tok_per_s: decode rate if all experts were equally popular.
-        raised_kept_share: fraction of the experts that would stay in memory with the GPU's limit raised.
-        raised_tok_per_s: decode rate with the GPU's limit raised.
+        raised_kept_share: fraction of the experts that would stay in memory with the GPU's limit raised; if the option
+            does not fit then either, as planned.
+        raised_tok_per_s: decode rate for that fraction.
     """
 
     streaming: Streaming
@@ -303,7 +304,8 @@ def _option(setup: Setup, placement: str, context: int, expert_memory: ExpertMem
     for limit in (*limits, "none") if expert_memory.mode == "size" else limits:
         streamed = _streamed(setup, context, expert_memory, limit)
         if streamed is not None:
-            return _predict(streamed, placement, context, _details(setup, streamed, context, expert_memory))
+            raised = streamed if limit == "none" else _streamed(setup, context, expert_memory, "raised") or setup
+            return _predict(streamed, placement, context, _details(streamed, raised, context))
     return resident or _predict(setup, placement, context)
 
 
@@ -314,11 +316,11 @@ def _streamed(setup: Setup, context: int, expert_memory: ExpertMemory, limit: Li
     return None if streaming is None else replace(setup, streaming=streaming)
 
 
-def _details(setup: Setup, streamed: Setup, context: int, expert_memory: ExpertMemory) -> StreamedOption:
-    shape, streaming = setup.shape, streamed.streaming
+def _details(streamed: Setup, raised: Setup, context: int) -> StreamedOption:
+    """Return the details of a setup with experts on the SSD; `raised` is the same with the GPU's limit raised."""
+    shape, streaming = streamed.shape, streamed.streaming
     assert streaming is not None
     even = uniform(streaming)
-    raised = _streamed(setup, context, expert_memory, "raised") or setup
     return StreamedOption(
         streaming,
         streaming.hit_rate(shape),
@@ -359,8 +361,8 @@ def _first_prompt(shape: ModelShape) -> int:
     return min(FIRST_TOKEN_PROMPT, shape.context_tokens)
 
 
-def fits_by_itself(plan: Plan, links: Sequence[LinkProfile]) -> bool:
-    """Return whether a plan with a set size of memory for experts would fit with `auto`."""
+def fits_with_auto(plan: Plan, links: Sequence[LinkProfile]) -> bool:
+    """Return whether a plan with a set size of memory for experts would fit with `--expert-memory auto`."""
     if plan.expert_memory.mode != "size":
         return False
     automatic = make_plan(plan.shape, plan.machines, links, plan.context, draft=plan.draft)
@@ -370,9 +372,9 @@ def fits_by_itself(plan: Plan, links: Sequence[LinkProfile]) -> bool:
 def sufficient_number(plan: Plan, machine: Machine, links: Sequence[LinkProfile]) -> int | None:
     """Return the smallest number of machines like `machine`, two or more, on which a plan's model fits.
 
-    None if MAX_MACHINES are not enough.
+    None if MAX_HOSTS are not enough.
     """
-    for number in range(2, MAX_MACHINES + 1):
+    for number in range(2, MAX_HOSTS + 1):
         machines = [replace(machine, name=f"{machine.chip.chip} #{index + 1}") for index in range(number)]
         sufficient = make_plan(
             plan.shape, machines, links or [TCP], plan.context, draft=plan.draft, expert_memory=plan.expert_memory

@@ -15,7 +15,7 @@ SYSTEM_BYTES = 8 * GIB
 """Memory for macOS and other programs, on every host."""
 
 MAX_HOSTS = 8
-"""Largest number of hosts that is suggested for a model."""
+"""Largest number of hosts that a plan may have, and that is suggested for a model."""
 
 
 def with_overhead(weights_bytes: int) -> int:

@@ -72,7 +72,9 @@ def test_unknown_machines_are_refused(text: str, hint: str) -> None:
         ("lab-mac-96:700GB/s", 700, 66.5, 1),
     ],
 )
-def test_machines_by_hand_and_variants_by_bandwidth(text: str, bandwidth: float, tflops: float, count: int) -> None:
+def test_given_rates_describe_a_chip_or_choose_a_variant(
+    text: str, bandwidth: float, tflops: float, count: int
+) -> None:
     machines = parse_machines(text)
     assert len(machines) == count
     for machine in machines:
@@ -83,11 +85,25 @@ def test_machines_by_hand_and_variants_by_bandwidth(text: str, bandwidth: float,
         assert again.chip.bandwidth_gb_per_s == bandwidth
 
 
-@pytest.mark.parametrize("text", ["m6-ultra-512", "m6-ultra:1500GB/s", "m6-ultra-512:0GB/s", "m6-ultra-0:1500GB/s"])
-def test_incomplete_machines_by_hand_say_how(text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    ["m6-ultra-512", "m6-ultra:1500GB/s", "m6-ultra-512:0GB/s", "m6-ultra-0:1500GB/s", "m3-ultra-512:0TFLOPS"],
+)
+def test_errors_of_incomplete_machines_show_an_example(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_machines(text)
     assert "`m6-ultra-512:1500GB/s:150TFLOPS`" in str(caught.value.hint)
+
+
+def test_numbers_with_many_digits_are_refused() -> None:
+    for text in (f"m3-ultra-{'5' * 5000}", f"m3-ultra-512x{'5' * 5000}", f"m6-ultra-512:{'5' * 5000}GB/s"):
+        with pytest.raises(UsageError, match="unknown machine"):
+            parse_machines(text)
+
+
+def test_a_given_fp16_rate_is_marked_as_unverified() -> None:
+    for machine in parse_machines("m5-ultra-512:140TFLOPS,m5-max-64:460GB/s:60TFLOPS"):
+        assert machine.chip.unverified == "tflops_fp16: given by the user"
 
 
 @pytest.fixture

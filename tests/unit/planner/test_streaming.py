@@ -13,7 +13,7 @@ from kimi_mlx.planner.machines import Machine, SsdRate, any_machine, parse_machi
 from kimi_mlx.planner.model_shape import known_shape, with_expert_bits
 from kimi_mlx.planner.portions import make_portions
 from kimi_mlx.planner.reasons import rejection_reason
-from kimi_mlx.planner.search import STRATEGIES, Option, fits_by_itself, make_plan
+from kimi_mlx.planner.search import STRATEGIES, Option, fits_with_auto, make_plan
 from kimi_mlx.planner.speed import Setup, decode, prefill
 from kimi_mlx.planner.streaming import plan_streaming, uniform
 from kimi_mlx.planner.to_json import plan_to_dict
@@ -109,9 +109,11 @@ def test_a_set_size_is_planned() -> None:
     large = ExpertMemory("size", num_bytes=300 * GB)
     too_large = make_plan(TWO_BITS, M5, [], 8192, expert_memory=large)
     assert too_large.choice is None
-    assert fits_by_itself(too_large, [])
-    (needed,) = (host.needed_bytes for option in too_large.options for host in option.memory)
-    assert 300 * GB < needed < TWO_BITS.weights_bytes
+    assert fits_with_auto(too_large, [])
+    (option,) = too_large.options
+    assert 300 * GB < option.memory[0].needed_bytes < TWO_BITS.weights_bytes
+    assert option.experts is not None
+    assert option.experts.raised_kept_share == option.experts.streaming.kept_share < 1
     assert choice_of(parse_machines("m3-ultra-512"), ExpertMemory("size", share=1.0)).experts is None
 
 
