@@ -295,7 +295,7 @@ def with_preset(shape: ModelShape, preset: Preset) -> ModelShape:
 
     def bits_of(path: str) -> float:
         if path.endswith("mlp.gate") or path == VISION_PATH:
-            return ROUTER_BITS if path.endswith("mlp.gate") else _stored_bits(shape.config, path)
+            return _stored_bits(shape.config, path)
         if ".switch_mlp." not in path:
             return preset.rest.bits + scale_bits / preset.rest.group_size
         inner, end = (preset.expert_format(path.endswith("down_proj"), is_end).bits for is_end in (False, True))

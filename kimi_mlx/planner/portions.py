@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, replace
 
 from kimi_mlx.parallel.placement import Placement, RankShare, SplitGranularity, place
-from kimi_mlx.planner.model_shape import ModelShape, PartSizes
+from kimi_mlx.planner.model_shape import GROUP_SIZE, ModelShape, PartSizes
 
-ROW_GROUP = 64
-"""Size of a quantization group, which cannot be split between ranks. Assumed, because the planner works without a
-checkpoint."""
+ROW_GROUP = GROUP_SIZE
+"""Number of rows of a quantization group, which cannot be split between ranks. The default is assumed, because the
+planner works without a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def make_portions(strategy: str, shape: ModelShape, ranks: int, slices_head: boo
 
 
 def plan_placement(strategy: str, shape: ModelShape, ranks: int) -> Placement:
-    """Return the placement of a model whose checkpoint is not known: splits are assumed to keep groups of ROW_GROUP.
+    """Return the placement of a model whose checkpoint is not known; no split divides a group of ROW_GROUP rows.
 
     Args:
         strategy: strategy as in kimi_mlx.parallel.placement, with weights for uneven shares; ignored for one rank.

@@ -14,10 +14,8 @@ from kimi_mlx.planner.memory import cache_bytes
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.planner.portions import Portion
 from kimi_mlx.planner.streaming import Streaming
+from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES
 from kimi_mlx.sizing.streaming import GUESSED_SHARE, SYNC_S
-
-VALUE_BYTES = 2
-"""Bytes per value in messages between ranks: bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +240,7 @@ def collectives_per_token(strategy: Strategy, layers: int, ranks: int) -> int:
 
 
 def _combine(setup: Setup, parts: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
-    """Combine the times of the ranks: pipeline stages add up; otherwise the slowest rank counts."""
+    """Combine the times of the ranks: the sum of pipeline stages, otherwise the times of the slowest rank."""
     if setup.strategy != "pipeline":
         return max(parts, key=sum)
     reads, others, waits = zip(*parts, strict=True)
@@ -378,7 +376,7 @@ def _collectives(setup: Setup, tokens: int) -> tuple[float, float]:
         waits_s = setup.shape.moe_layers * FENCE_S
     if setup.engine.slices_head:
         count += 1
-        seconds += link.all_gather_s(config.vocab_size * VALUE_BYTES / ranks, ranks)
+        seconds += link.all_gather_s(config.vocab_size * BFLOAT16_BYTES / ranks, ranks)
     return waits_s + count * setup.fence_s, seconds
 
 
@@ -397,4 +395,5 @@ def _send_s(setup: Setup, rank: int, tokens: int) -> float:
 
 
 def _states_bytes(setup: Setup, tokens: int) -> int:
-    return tokens * setup.shape.config.hidden_size * VALUE_BYTES
+    """Return the bytes of the hidden states of `tokens` tokens in a message, in bfloat16."""
+    return tokens * setup.shape.config.hidden_size * BFLOAT16_BYTES

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from kimi_mlx.engine.sequence import Sequence
     from kimi_mlx.engine.step_runner import InFlightStep
 
-NGRAMS = (4, 3, 2)
-"""Lengths of the n-grams that are looked up, longest first. After a single token the drafts are rarely accepted."""
+MIN_NGRAM, MAX_NGRAM = 2, 4
+"""Lengths of the n-grams that are looked up. After a single token the drafts are rarely accepted."""
 
 
 class PromptLookup:
@@ -65,15 +65,14 @@ def find_earlier_ngram(ids: Ids) -> tuple[int | None, int]:
     Returns:
         End of its latest earlier occurrence, and its length; (None, 0) if there is none.
     """
-    if ids.size < NGRAMS[-1]:
+    if ids.size < MIN_NGRAM:
         return None, 0
     ends = np.flatnonzero(ids[:-1] == ids[-1]) + 1  # ends of the occurrences of the last token
     earlier_end, ngram = None, 0
-    for length in range(2, NGRAMS[0] + 1):
+    for length in range(MIN_NGRAM, MAX_NGRAM + 1):
         ends = ends[ends >= length]
         ends = ends[ids[ends - length] == ids[-length]] if length <= ids.size else ends[:0]
         if not ends.size:
             break
-        if length in NGRAMS:
-            earlier_end, ngram = int(ends[-1]), length
+        earlier_end, ngram = int(ends[-1]), length
     return earlier_end, ngram

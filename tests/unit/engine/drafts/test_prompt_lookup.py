@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_mlx.engine.drafts.prompt_lookup import NGRAMS, find_draft, find_earlier_ngram
+from kimi_mlx.engine.drafts.prompt_lookup import MAX_NGRAM, MIN_NGRAM, find_draft, find_earlier_ngram
 from kimi_mlx.engine.request import FIRST_IMAGE_KEY
 from kimi_mlx.engine.token_array import COMPARISON_TOKENS, TokenArray
 
@@ -17,7 +17,7 @@ TOKENS = st.lists(st.integers(0, 3), max_size=40)
 
 def search(tokens: list[int]) -> int | None:
     """Return the end of the latest earlier occurrence of the longest n-gram, by trying all positions."""
-    for length in NGRAMS:
+    for length in range(MAX_NGRAM, MIN_NGRAM - 1, -1):
         for end in range(len(tokens) - 1, length - 1, -1):
             if tokens[end - length : end] == tokens[len(tokens) - length :]:
                 return end
