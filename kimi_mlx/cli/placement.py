@@ -36,12 +36,14 @@ from kimi_mlx.store.locate import stored_strategy
 from kimi_mlx.store.model_ref import ModelRef
 from kimi_mlx.store.store_folders import folder_prefix, read_folder_name
 
-ALONE = Choice("hybrid", "one rank has the whole model")
+SINGLE_RANK = Choice("hybrid", "one rank has the whole model")
+"""The choice for a single rank; its reason is not printed."""
+
 _ANY_MACHINE = Machine("", UNKNOWN_CHIP, 0, 0)
-"""Machine of a rank whose host is not known; what it needs does not depend on the host."""
+"""Machine of a rank on an unknown host; the memory that a rank needs does not depend on its host."""
 
 OVERRIDES = "--strategy overrides the choice"
-
+"""Reason for the user's own strategy."""
 
 Calibrate = Callable[[ModelShape], Calibration | None]
 """Measures a layer of a model and messages between ranks; returns None if that fails."""
@@ -69,7 +71,7 @@ def choose_placement(
     if requested is not None:
         return Choice(normalize_strategy(requested, ranks), OVERRIDES)
     if ranks == 1:
-        return ALONE
+        return SINGLE_RANK
     if target is not None and (stored := stored_strategy(target, ranks)) is not None:
         return Choice(stored, "as it is stored on this machine")
     # The planner assumes one rank per chip, so it cannot predict several on one machine.
@@ -119,11 +121,13 @@ def choose_placement_on_hosts(
     shape = _shape(request.need.name)
     machines = _machines(diagnosis, request)
     if size == 1:
-        return replace(ALONE, memory=memory_of(ALONE.strategy, shape, machines, draft) if machines else ())
+        return replace(SINGLE_RANK, memory=memory_of(SINGLE_RANK.strategy, shape, machines, draft) if machines else ())
     difference = kernel_difference([*diagnosis.facts.values()])
     if requested is not None:
         strategy, reason = normalize_strategy(requested, size), OVERRIDES
-    elif (stored := _stored_on(diagnosis, request)) is not None and (not difference or stored.startswith("pipeline")):
+    elif (stored := _stored_on(diagnosis, request)) is not None and (
+        difference is None or stored.startswith("pipeline")
+    ):
         strategy, reason = stored, "as it is stored on the hosts"
     elif difference is not None:
         return choose_pipeline(shape if machines else None, machines, difference, draft)
@@ -180,7 +184,7 @@ def _rank_need(host: HostMemory, expert_memory: ExpertMemory) -> RankNeed:
 
 def print_placement(choice: Choice, where: str, is_quiet: bool = False) -> None:
     """Print the chosen strategy and the reason, before anything is loaded."""
-    if choice.reason != ALONE.reason and not is_quiet:
+    if choice.reason != SINGLE_RANK.reason and not is_quiet:
         stderr.print(f"{choice.strategy} over {where}: {choice.reason}", style="dim", markup=False)
 
 

@@ -18,13 +18,13 @@ from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Weight
 
 MAX_BYTES = 2**30
-"""Size of the routed experts from which on there are fewer of them. The time of a token does not depend on it."""
+"""Largest size of the routed experts; a larger model gets fewer of them. The time of a token does not depend on it."""
 
 CODES = 0x5A5A5A5A
-"""Packed values of all quantized matrices: 10 and 5 in turns, at 4 bits."""
+"""Packed values of all quantized matrices: alternating 10 and 5, at 4 bits."""
 
 
-class AloneCommunicator(Communicator):
+class SimulatedCommunicator(Communicator):
     """Communicator of a rank that computes its share of a layer without the others, on random hidden states.
 
     Args:
@@ -81,7 +81,7 @@ def sample_model(
         num_attention_heads=heads,
     )
     layer = _layer(config, quantization, dtype)
-    communicator = AloneCommunicator(config.hidden_size, dtype, num_shares if has_all_heads else 1)
+    communicator = SimulatedCommunicator(config.hidden_size, dtype, num_shares if has_all_heads else 1)
     return Model(config, LayerWeights({}), [layer] * num_layers, communicator)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kimi_mlx.cli.model_size import draft_download_bytes, draft_shape, memory_requirement, model_shape
-from kimi_mlx.cli.placement import ALONE, with_placement
+from kimi_mlx.cli.placement import SINGLE_RANK, with_placement
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest, check_hosts
 from kimi_mlx.cluster.hosts.facts import Facts, HeldStore
 from kimi_mlx.cluster.hosts.host import Host, Hostfile
@@ -37,7 +37,7 @@ def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_models_plan_and_doctor_name_one_need(model: str, ranks: int) -> None:
     shape = model_shape(model)
-    choice = ALONE if ranks == 1 else Choice("hybrid", "")
+    choice = SINGLE_RANK if ranks == 1 else Choice("hybrid", "")
     need = with_placement(memory_requirement(model), choice, ranks)
     store = HeldStore(need.repository or "", "c", f"{choice.strategy}-{ranks}-a", 0, "f", 7)
     facts = Facts("mac", True, stores=(store,))  # the size on disk is not the need

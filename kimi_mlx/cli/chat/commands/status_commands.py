@@ -13,7 +13,7 @@ from kimi_mlx.cli.chat.output.statistics_text import conversation_line, statisti
 from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.cli.chat.repl_state import ReplState
 from kimi_mlx.cli.output import print_note, slow_status, stderr
-from kimi_mlx.cli.placement import ALONE
+from kimi_mlx.cli.placement import SINGLE_RANK
 from kimi_mlx.cli.status_tables import describe_ranks, facts_table, run_facts
 from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.planner.choice import Choice
@@ -69,7 +69,7 @@ class StatusCommands:
         if placement is None or not placement.strategy:
             print_note("the server has placed the model; `/model` shows how, `kimi-mlx plan` predicts other placements")
             return
-        prediction = None if placement.memory or placement.reason != ALONE.reason else self._prediction()
+        prediction = None if placement.memory or placement.reason != SINGLE_RANK.reason else self._prediction()
         stderr.print(describe_plan(placement, prediction, stderr.width), soft_wrap=False)
 
     def _prediction(self) -> Option | str:

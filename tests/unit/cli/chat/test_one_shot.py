@@ -11,7 +11,7 @@ from kimi_mlx.cli.chat.chat_history import ChatHistory
 from kimi_mlx.cli.chat.one_shot import answer_once
 from kimi_mlx.cli.chat.options import OutputOptions
 from kimi_mlx.cli.chat.tools.tool_loop import ToolLoop
-from kimi_mlx.cli.placement import ALONE
+from kimi_mlx.cli.placement import SINGLE_RANK
 from kimi_mlx.errors import AnswerError
 from tests.fakes import conversation_of
 
@@ -34,10 +34,10 @@ def test_only_the_answer_is_on_stdout_and_a_useless_one_is_an_error(
     answer: str, reasoning: str, output: OutputOptions, message: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if message is None:
-        answer_once(conversation_of(answer, reasoning), "Hi", ALONE, output, ToolLoop(), ChatHistory())
+        answer_once(conversation_of(answer, reasoning), "Hi", SINGLE_RANK, output, ToolLoop(), ChatHistory())
     else:
         with pytest.raises(AnswerError, match=message.replace("(", r"\(")):
-            answer_once(conversation_of(answer, reasoning), "Hi", ALONE, output, ToolLoop(), ChatHistory())
+            answer_once(conversation_of(answer, reasoning), "Hi", SINGLE_RANK, output, ToolLoop(), ChatHistory())
     printed = capsys.readouterr()
     assert printed.out.strip() == answer
     assert ("tok/s" in printed.err) == (not output.quiet)
@@ -45,7 +45,7 @@ def test_only_the_answer_is_on_stdout_and_a_useless_one_is_an_error(
 
 def test_json_has_the_parsed_answer_and_the_error(capsys: pytest.CaptureFixture[str]) -> None:
     output = OutputOptions(schema="a int", json=True)
-    answer_once(conversation_of('{"a": 1}'), "Hi", ALONE, output, ToolLoop(), ChatHistory())
+    answer_once(conversation_of('{"a": 1}'), "Hi", SINGLE_RANK, output, ToolLoop(), ChatHistory())
     printed = capsys.readouterr()
     document = json.loads(printed.out)
     assert document["parsed"] == {"a": 1}
@@ -53,7 +53,7 @@ def test_json_has_the_parsed_answer_and_the_error(capsys: pytest.CaptureFixture[
     assert "error" not in document
     assert printed.err == ""
     with pytest.raises(typer.Exit) as exit:
-        answer_once(conversation_of('{"a": '), "Hi", ALONE, output, ToolLoop(), ChatHistory())
+        answer_once(conversation_of('{"a": '), "Hi", SINGLE_RANK, output, ToolLoop(), ChatHistory())
     assert exit.value.exit_code == 1
     document = json.loads(capsys.readouterr().out)
     assert document["parsed"] is None
