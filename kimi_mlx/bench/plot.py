@@ -26,7 +26,7 @@ LOG_FROM = 8
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
 
 LABEL_HEIGHT, LABEL_WIDTH = 8, 26
-"""Size in points that a written value takes."""
+"""Size in points of a written value."""
 
 LABEL_GAP = 4
 """Distance in points from a point to its value."""
@@ -63,7 +63,7 @@ class Panel:
         x_name: name of x.
         x_of: x of a case.
         point_of: y of a row, and the ends of its whisker.
-        group_of: the fields that distinguish its lines, and their text in the legend.
+        group_of: text in the legend for a case; cases with equal texts share a line.
         predicted: y of a prediction.
     """
 
@@ -104,7 +104,7 @@ def save_plot(report: Report, path: Path) -> None:
     if any(line.style == DOTTED for lines in all_lines for line in lines):
         notes += "; dotted: predicted by kimi-mlx plan"
     figure.supxlabel(notes, fontsize=7, x=0.01, ha="left")
-    figure.canvas.draw()  # fixes the layout, and with it where the values stand
+    figure.canvas.draw()  # computes the layout, which the positions of the values depend on
     figure.set_layout_engine("none")
     for axis, lines in zip(axes, all_lines, strict=True):
         _write_values(axis, lines)
@@ -112,7 +112,7 @@ def save_plot(report: Report, path: Path) -> None:
 
 
 def panels_of(report: Report) -> list[Panel]:
-    """Return the diagrams: decode, first token, and with several requests at once their sum."""
+    """Return the diagrams: decode, first token, and for several requests at once their total rate."""
     depths = {row.case.depth for row in report.rows}
     panels = [
         Panel(
@@ -178,7 +178,7 @@ def make_lines(report: Report, panel: Panel) -> list[Line]:
 
 
 def is_logarithmic(values: Sequence[float]) -> bool:
-    """Return whether an axis with these values is logarithmic: they are above 0, and LOG_FROM times apart."""
+    """Return whether an axis with these values is logarithmic: all above 0, the largest LOG_FROM times the smallest."""
     return len(values) > 0 and min(values) > 0 and max(values) >= LOG_FROM * min(values)
 
 
@@ -246,7 +246,7 @@ def _scale(set_scale: Callable[..., None], ticks: Any, values: Sequence[float]) 
 
 
 def _spaced(values: Sequence[float]) -> list[float]:
-    """Return the values without those so close to the one before that their numbers would overlap."""
+    """Return the values without those whose number would overlap the previous one."""
     kept: list[float] = []
     for value in values:
         if not kept or value >= 1.3 * kept[-1]:

@@ -34,6 +34,7 @@ FIGURE_NAMES = {
     "decode_tok_per_s": "decode",
     "aggregate_tok_per_s": "new tokens over wall time",
 }
+"""Rate -> its name in the summary."""
 
 
 def _is_plain(case: Case) -> bool:
@@ -51,7 +52,7 @@ class Report:
         runs: all runs, or those before an interrupt.
         sides: the sides.
         share_of: share of the roofline.
-        towers: times of the vision tower alone, against mlx-vlm's.
+        towers: times of the vision tower alone, of kimi-mlx and of mlx-vlm.
         predict: the planner's prediction; None where it has none.
     """
 
@@ -136,7 +137,7 @@ class Report:
         ]
 
     def _prediction_lines(self) -> list[str]:
-        """Return the predicted speeds of kimi-mlx beside the measured ones, with an empty cache and one request."""
+        """Return the predicted speeds of kimi-mlx and their ratios to the measured ones: empty cache, one request."""
         seen = {row.case.prompt_tokens: row.rates for row in self.rows if row.side == OURS and _is_plain(row.case)}
         lines: list[str] = []
         for prediction in self.settings.get("predictions", ()):
@@ -230,7 +231,7 @@ COLUMNS: Sequence[Column] = (
 
 @dataclass(frozen=True)
 class RatioRow:
-    """Speed of kimi-mlx relative to what it is compared with, in one case.
+    """Speed of kimi-mlx relative to the best other side, in one case.
 
     Args:
         case: the case.

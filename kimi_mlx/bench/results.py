@@ -309,7 +309,7 @@ def notes(runs: Sequence[Run], sides: Sequence[Side]) -> list[str]:
 
 
 def _draft_notes(statistics: Sequence[Statistics]) -> list[str]:
-    """Return how many draft tokens were accepted, and why drafts were off at the end; empty without drafts."""
+    """Return the number of accepted draft tokens, and why drafts were off at the end; empty without drafts."""
     drafted = sum(answer.drafted_tokens for answer in statistics)
     reasons = [answer.drafts_off for answer in statistics if answer.drafts_off is not None]
     facts: list[str] = []

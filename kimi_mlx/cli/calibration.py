@@ -14,7 +14,8 @@ from kimi_mlx.session.calibrate import calibrate
 def calibrate_on(cluster: Cluster, is_quiet: bool, dtype: str | None = None) -> Calibrate:
     """Return a function that measures on a cluster.
 
-    If that fails, it prints why: the ranks of the model then start with the strategy of a rule, or fail likewise.
+    If the measurement fails, the function prints the error and returns None. The ranks of the model then start with the
+    strategy of a rule, or fail with the same error.
 
     Args:
         cluster: hosts of the ranks.

@@ -43,7 +43,7 @@ class Batch:
         features: features of images.
         on_header: callback for the leader's state of each step.
         chunk: maximum number of prompt tokens per step.
-        estimate: estimates the time of chunks beside decoding; None if they are as long as others.
+        estimate: estimates the time of chunks while other sequences decode; None to make them as long as other chunks.
         speculate: maximum number of draft tokens per step and sequence.
         planner: decides on drafts; None without drafts, and on ranks other than the leader.
     """

@@ -27,11 +27,11 @@ class FairQueue:
         return sum(map(len, self._by_client.values()))
 
     def append(self, sequence: Sequence) -> None:
-        """Add a sequence behind those of its client; a new client comes last."""
+        """Add a sequence after those of its client; a new client comes last."""
         self._by_client.setdefault(sequence.request.client, deque()).append(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
-        """Put a preempted sequence before all others."""
+        """Put a preempted sequence at the front of the queue."""
         client = sequence.request.client
         sequences = self._by_client.pop(client, deque())
         sequences.appendleft(sequence)

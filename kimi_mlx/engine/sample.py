@@ -65,8 +65,8 @@ class SampledTokens:
     @property
     def arrays(self) -> list[mx.array]:
         """Arrays to evaluate."""
-        found = [self.tokens, *(array for part in self.prompt_logprobs for array in part.arrays)]
-        return found if self.logprobs is None else found + self.logprobs.arrays
+        arrays = [self.tokens, *(array for part in self.prompt_logprobs for array in part.arrays)]
+        return arrays if self.logprobs is None else arrays + self.logprobs.arrays
 
     def read(self, entries: Sequence[BatchEntry]) -> dict[int, list[int]]:
         """Wait for the tokens; return them by index of their entry."""
@@ -91,13 +91,13 @@ class SampledTokens:
         """
         start = sum(entry.num_prompt_logits for entry in entries[:index])
         count = entries[index].sequence.request.prompt_logprobs or 0
-        found = self._prompt_logprobs[start : start + entries[index].num_prompt_logits]
-        return tuple(_cut(logprobs, count) for logprobs in found)
+        stop = start + entries[index].num_prompt_logits
+        return tuple(_cut(logprobs, count) for logprobs in self._prompt_logprobs[start:stop])
 
     @cached_property
     def _token_logprobs(self) -> dict[int, Logprobs]:
-        found = [] if self.logprobs is None else self.logprobs.read()
-        return dict(zip(self.logprob_rows, found, strict=True))
+        logprobs = [] if self.logprobs is None else self.logprobs.read()
+        return dict(zip(self.logprob_rows, logprobs, strict=True))
 
     @cached_property
     def _prompt_logprobs(self) -> list[Logprobs]:

@@ -1,4 +1,4 @@
-"""Prefixes whose rows several KV caches share, so that a hundred agents hold their common instructions once."""
+"""Prefixes whose rows several KV caches share: the common instructions of a hundred agents are in memory once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIN_SHARED_TOKENS = 512
 more memory than a copy of the prefix."""
 
 SHARED_STEP = 64
-"""Lengths are multiples of this: what two prompts have in common by chance should not split a group that shares."""
+"""Lengths are multiples of this, so that a few tokens that two prompts share by chance do not split a group."""
 
 
 @dataclass(frozen=True, eq=False)

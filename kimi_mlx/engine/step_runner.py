@@ -194,7 +194,7 @@ class StepRunner:
             following: step that was launched on these tokens.
 
         Returns:
-            The tokens by index of their entry, without those that this rank neither knows nor needs; and the state.
+            The tokens by index of their entry, except those that this rank neither knows nor needs; and the state.
         """
         # Ranks that sum send the header after the work of a step, so the header of `step` is the one that is ready.
         is_ahead = self._communicator is None or self._pipeline is not None
@@ -259,9 +259,9 @@ def _divide_rows(entries: list[BatchEntry]) -> tuple[list[int], list[int], list[
 
 def _features(entries: list[BatchEntry]) -> list[ImageRows]:
     """Return the features of all entries, with positions in the tokens of the step."""
-    found: list[ImageRows] = []
+    features: list[ImageRows] = []
     start = 0
     for entry in entries:
-        found += [ImageRows(start + image.start, image.rows) for image in entry.features]
+        features += [ImageRows(start + image.start, image.rows) for image in entry.features]
         start += entry.length
-    return found
+    return features

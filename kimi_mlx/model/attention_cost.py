@@ -93,7 +93,7 @@ class AttentionCost:
     def is_latent(self, offset: int, length: int) -> bool:
         """Return whether `length` new tokens after `offset` cached ones attend in the latent space.
 
-        The projections of the new tokens are equal on both sides: L queries are absorbed, or L tokens expanded. A
+        The projections of the new tokens cost the same either way: L queries are absorbed, or L tokens expanded. A
         single token always attends in the latent space, where it can share kernels with those of other sequences.
         """
         is_always = length == 1 or self.break_even == math.inf

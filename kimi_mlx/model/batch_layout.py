@@ -118,7 +118,7 @@ class LatentRun:
 
     Attributes:
         start, stop: range of their tokens in the step.
-        segments: index of the sequence and segment of each.
+        segments: (index of the sequence, segment) of each.
         groups: groups that attend at once; sequences sorted by length give fewer.
         num_pairs: number of pairs of a query and a key.
     """
@@ -215,7 +215,7 @@ class BatchLayout:
 
     @cached_property
     def separate_segments(self) -> list[tuple[int, Segment]]:
-        """Index of the sequence and segment of all others, also of sequences without new tokens."""
+        """(index of the sequence, segment) of all others, including sequences without new tokens."""
         stacked = {index for group in self.stacked_groups for index in group.indices}
         return [(index, segment) for index, segment in enumerate(self.segments) if index not in stacked]
 

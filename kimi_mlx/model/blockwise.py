@@ -43,7 +43,7 @@ class SoftmaxState(NamedTuple):
 
 
 def attend_all(q: mx.array, rows: mx.array, expand: Expand, key_block: int) -> SoftmaxState:
-    """Attend to all rows with every query, block by block as `attend`.
+    """Attend to all rows with every query, block by block as in `attend`.
 
     Args:
         q: (B, H, L, Q), scaled.

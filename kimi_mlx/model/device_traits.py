@@ -18,6 +18,7 @@ METAL_FEW_QUERIES = 8
 """Up to this many queries MLX takes its vector kernel, which lacks the widths 72 and 80."""
 
 METAL_VECTOR_WIDTHS = METAL_WIDTHS - {72, 80}
+"""Head sizes of that kernel."""
 
 METAL_MAX_FLOAT32_WIDTH = 128
 """Largest head size in float32: width 192 needs 40,448 bytes of threadgroup memory, and there are 32,768."""
@@ -83,8 +84,8 @@ class Tuning:
             kernels instead of one set each.
         keeps_stacks: whether the caches of sequences that attend together stay stacked in memory between steps
             (kimi_mlx.model.cache.KeyStack). Each change of the batch copies them once.
-        stack_padding: largest share by which the longest cache of a stack exceeds the shortest, besides
-            kimi_mlx.model.batch_layout.MIN_PADDING tokens. What exceeds is computed and masked.
+        stack_padding: largest share by which the longest cache of a stack may exceed the shortest; MIN_PADDING tokens
+            (kimi_mlx.model.batch_layout) are always allowed. The excess is computed and masked.
         sort_min_choices: minimum number of (token, expert) pairs that are sorted, so that each expert is read once.
         sort_min_per_expert: the same, per expert of the layer.
         prefill_chunk: number of prompt tokens per step: large enough to keep the hardware busy, small enough to show
@@ -134,9 +135,9 @@ CPU_TUNING = Tuning(
 METAL_TUNING = replace(
     CPU_TUNING,
     stack_max_keys=2**31,
-    keeps_stacks=True,  # 16 sequences: 31 dispatches a layer less
-    sort_min_per_expert=4,  # MLX has a kernel for sorted pairs from 4 per expert on: 171 tokens of K2. Below, sorting
-    # only adds seven kernels
+    keeps_stacks=True,  # 16 sequences: 31 dispatches fewer per layer
+    # MLX has a kernel for sorted pairs from 4 per expert on: 171 tokens of K2. Below, sorting only adds seven kernels.
+    sort_min_per_expert=4,
     stack_padding=0.25,  # attention is 5 to 20 % of a decode step, so this wastes at most 5 %
     encode_multiply_adds=5 * 10**11,  # as long as a decode step of K2
     weight_flops=1.6e13,  # M3 Ultra, as in the planner
@@ -148,6 +149,6 @@ METAL_TUNING = replace(
 about 50 ms on an M3 Ultra, as long as a decode step of K2."""
 
 CUDA_TUNING = replace(METAL_TUNING, weight_flops=1e14, attention_flops=1e14, latent_flops=8e13, read_bytes_per_s=1.5e12)
-"""Not measured yet; rates of a GPU for servers."""
+"""Not measured yet; rates of a server GPU."""
 
 TUNINGS: dict[DeviceKind, Tuning] = {"cpu": CPU_TUNING, "metal": METAL_TUNING, "cuda": CUDA_TUNING}

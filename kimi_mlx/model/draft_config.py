@@ -141,9 +141,9 @@ def _reject_unsupported(raw: Mapping[str, Any], where: str) -> None:
     """Reject files of other models, and draft models that would compute something else."""
     names = architectures(raw)
     if not set(names) & set(ARCHITECTURES):
-        found = " and ".join(map(reprlib.repr, names)) or "none"
+        listed = " and ".join(map(reprlib.repr, names)) or "none"
         raise ConfigError(
-            f"`{where}` is not that of a draft model that kimi-mlx supports: architectures are {found}, not "
+            f"`{where}` is not that of a draft model that kimi-mlx supports: architectures are {listed}, not "
             f"'{ARCHITECTURES[0]}'",
             hint=UNSUPPORTED_HINT,
         )

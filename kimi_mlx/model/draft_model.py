@@ -2,9 +2,9 @@
 
 It reads captured states: hidden states of some layers of the model, which EAGLE's papers call auxiliary hidden states.
 
-A row i has the embedding of token i + 1 and the state of position i, is rotated to position i, and predicts token
-i + 2. The state is `fuse` of the captured states of position i where the model has computed them. For later rows it is
-the draft model's own output of row i - 1.
+Row i has the embedding of token i + 1 and the state of position i, is rotated to position i, and predicts token i + 2.
+The state is `fuse` of the captured states of position i where the model has computed them. For later rows it is the
+draft model's own output of row i - 1.
 
 Letters: L rows of a step, M rows with outputs, C captured layers, T target_hidden_size, D hidden_size, V
 draft_vocab_size.
@@ -151,5 +151,5 @@ class DraftModel(nn.Module):
         return mx.fast.rms_norm(x, self["norm"], self.config.rms_norm_eps)
 
 
-def _check_nothing(name: str, x: mx.array, is_set: bool = False) -> None:
+def _check_nothing(name: str, x: mx.array) -> None:
     """Compare nothing: only one rank drafts."""

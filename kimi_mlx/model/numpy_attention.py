@@ -2,7 +2,7 @@
 
 MLX's wheel for Linux has the reference BLAS, which does one multiply-add per clock cycle (3e9 a second). NumPy has
 OpenBLAS, ten times as fast on one core, and its exponential is 20 times as fast. The price: the inputs are evaluated
-here, so this part of the graph is not lazy. kimi_mlx.model.device_traits.uses_numpy says when it pays.
+here, so this part of the graph is not lazy. kimi_mlx.model.device_traits.uses_numpy decides when it pays off.
 
 Letters: B batch, L new tokens, H heads, T tokens in the cache, R kv_lora_rank, P qk_rope_head_dim.
 """
@@ -72,7 +72,7 @@ def attend(q: mx.array, parts: Sequence[LatentQueries], latent_dim: int, shared:
 
 
 class Sums(NamedTuple):
-    """Running softmax of some tokens, besides the sums of the values.
+    """Running softmax of some tokens, without the sums of the values, which are in the output array.
 
     Args:
         peak: (L, H, 1), largest scores.
@@ -83,16 +83,16 @@ class Sums(NamedTuple):
     total: np.ndarray
 
     def tokens(self, start: int, stop: int) -> Sums:
-        """Return those of some tokens."""
+        """Return the sums of some tokens."""
         return Sums(self.peak[start:stop], self.total[start:stop])
 
     def rows(self) -> Sums:
-        """Return them with a row per token and head."""
+        """Return the sums with a row per token and head, (L * H, 1)."""
         return Sums(self.peak.reshape(-1, 1), self.total.reshape(-1, 1))
 
 
 def _attend_shared(q: np.ndarray, keys: np.ndarray, out: np.ndarray) -> Sums:
-    """Attend with queries (L, H, R + P) to all of the keys (T, R + P); write the sums of values to `out` (L, H, R)."""
+    """Attend with queries (L, H, R + P) to all keys (T, R + P); write the sums of values to `out` (L, H, R)."""
     length, heads, width = q.shape
     peak, total = np.empty((length, heads, 1), np.float32), np.empty((length, heads, 1), np.float32)
     tokens = max(1, NUMPY_ROW_BLOCK // heads)
@@ -111,7 +111,7 @@ def _attend(q: np.ndarray, keys: np.ndarray, out: np.ndarray, before: Sums | Non
     Args:
         q: queries.
         keys: keys.
-        out: result; before, the sums of values of earlier keys, if there are any.
+        out: result; on entry the sums of the values of earlier keys, if `before` is given.
         before: sums of earlier keys, if there are any.
     """
     length, heads, width = q.shape
@@ -143,7 +143,7 @@ def _add_keys(
         keys: (T, R + P).
         heads: H.
         buffer: memory for the scores.
-        out: (M, R), sums of the values; their content counts only if there are earlier keys.
+        out: (M, R), sums of the values; the content on entry is used only if `before` is given.
         first: position of the first token among the keys; it sees those up to itself.
         before: sums of earlier keys, if there are any.
 

@@ -20,7 +20,7 @@ class QueryCost:
     """Seconds of one layer's attention on a rank.
 
     Args:
-        read_s: time to read the weights, which few queries take too.
+        read_s: time to read the weights, the minimum however few the queries are.
         row_s: projections of a query: from the hidden state to the heads, and the output projection.
         absorb_s: absorption of a query in the latent space, or expansion of a cached token by heads.
         latent_pair_s: a query and a key in the latent space.
@@ -70,7 +70,7 @@ class QueryCost:
 
 @dataclass(frozen=True)
 class QuerySplit:
-    """Decides whether and where the queries of a step are divided. Equal on all ranks, so that they decide alike.
+    """Decides whether and where the queries of a step are divided. Equal on all ranks, so all make the same decision.
 
     Args:
         num_ranks: number of ranks.

@@ -88,7 +88,7 @@ class Comparison:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether some experts were read from the SSD: such rows depend on assumed hits, and are counted apart."""
+        """Whether some experts were read from the SSD. Such rows depend on assumed hits; their median is separate."""
         return self.row.expert_memory is not None
 
     @property

@@ -59,10 +59,10 @@ class Calibration:
     Args:
         num_ranks: number of ranks.
         num_layers: number of layers of the model.
-        layers: a layer by strategy, as a rank of it computes it; `single` is a whole layer.
+        layers: a rank's share of a layer, by strategy; `single` is a whole layer.
         heads: output head for one token, by strategy.
         sums: sum of the hidden states over the ranks.
-        gathers: gather of hidden states: each rank's part has these tokens.
+        gathers: gather of hidden states, with these tokens in each rank's part.
         hops: message with hidden states to the next rank.
         seconds: duration of the measurement.
     """
@@ -82,11 +82,11 @@ class Calibration:
             strategies: Sequence[Strategy] = ("single",)
         else:
             strategies = ("pipeline", *(name for name in SPLIT_STRATEGIES if name in self.layers))
-        found = [
+        predictions = [
             Prediction(name, prompt_tokens / self.step_s(name, prompt_tokens), 1 / self.step_s(name, 1))
             for name in strategies
         ]
-        return sorted(found, key=lambda prediction: -prediction.decode_tok_per_s)
+        return sorted(predictions, key=lambda prediction: -prediction.decode_tok_per_s)
 
     def step_s(self, strategy: Strategy, tokens: int) -> float:
         """Return the seconds of a step with new tokens of one sequence."""
@@ -110,7 +110,7 @@ class Calibration:
 
     @classmethod
     def of_ranks(cls, num_layers: int, reports: Sequence[Mapping[str, Any]], seconds: float) -> Calibration:
-        """Combine the reports of all ranks (kimi_mlx.rank.calibrate): the slowest counts.
+        """Combine the reports of all ranks (kimi_mlx.rank.calibrate) into the times of the slowest.
 
         Args:
             num_layers: number of layers of the model.

@@ -109,7 +109,7 @@ def known_chips() -> tuple[Chip, ...]:
 
 
 def user_chips_file() -> Path | None:
-    """Return the path of the user's `chips.json`, beside `config.toml`; None for a user without a home folder."""
+    """Return the path of the user's `chips.json`, in the folder of `config.toml`; None without a home folder."""
     folder = config_folder()
     return None if folder is None else folder / "chips.json"
 
@@ -168,8 +168,8 @@ def _parse_chip(value: Any, which: str, where: str) -> Chip:
         expected = (REQUIRED | OPTIONAL)[name]
         if not CHECKS[expected](field):
             raise _error(where, f"`{name}` of {which} is {json.dumps(field)}, but must be {expected}")
-    made = make_chip(row["chip"], row["bandwidth_gb_per_s"], row.get("tflops_fp16"), row["memory_gb"], f"`{where}`")
-    return replace(made, **{name: row[name] for name in OPTIONAL if name in row and name != "tflops_fp16"})
+    chip = make_chip(row["chip"], row["bandwidth_gb_per_s"], row.get("tflops_fp16"), row["memory_gb"], f"`{where}`")
+    return replace(chip, **{name: row[name] for name in OPTIONAL if name in row and name != "tflops_fp16"})
 
 
 def _error(where: str, problem: str) -> ConfigError:
@@ -210,12 +210,12 @@ CHECKS: Mapping[str, Callable[[Any], bool]] = {
     "true or false": _is_flag,
     'prices by memory size, such as {"512": 9499}': _are_prices,
 }
-"""What a field must be -> check of its value."""
+"""Description of a field's valid values -> check of a value."""
 
 _NAME, _SIZES, _NUMBER, _COUNT, _FLAG, _PRICES = CHECKS
 
 REQUIRED = {"chip": _NAME, "memory_gb": _SIZES, "bandwidth_gb_per_s": _NUMBER}
-"""Fields that a user's chip must have -> what they must be."""
+"""Fields that a user's chip must have -> description of their values."""
 
 OPTIONAL = {
     "tflops_fp16": _NUMBER,
@@ -228,7 +228,7 @@ OPTIONAL = {
     "watts_max": _NUMBER,
     "price_usd": _PRICES,
 }
-"""Fields that it may have -> what they must be."""
+"""Fields that it may have -> description of their values."""
 
 assert {*REQUIRED, *OPTIONAL} < {field.name for field in fields(Chip)}
 

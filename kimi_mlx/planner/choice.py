@@ -37,7 +37,7 @@ class Choice:
     Args:
         strategy: strategy as `--strategy` takes it.
         reason: why it was chosen, shown to the user.
-        memory: memory that each rank needs, if it is known.
+        memory: memory that each rank needs with all experts in memory, if it is known.
         calibration: measured times on which the choice is based, if any.
     """
 
@@ -169,7 +169,7 @@ def _with_shares(
 def memory_of(
     strategy: str, shape: ModelShape | None, machines: Sequence[Machine], draft: DraftShape | None = None
 ) -> tuple[HostMemory, ...]:
-    """Return the memory that each rank needs; empty if it is not known."""
+    """Return the memory that each rank needs with all experts in memory; empty if it is not known."""
     if shape is None:
         return ()
     try:

@@ -1,4 +1,4 @@
-"""Predict the speed of a loaded model whose experts are partly on the SSD."""
+"""Predict the speed of a loaded model with some of its experts on the SSD."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kimi_mlx.sizing.streaming import ZIPF_EXPONENT
 
 @dataclass(frozen=True)
 class Expectation:
-    """Prediction for a model whose experts are partly on the SSD.
+    """Prediction for a model with some of its experts on the SSD.
 
     Args:
         kept_share: fraction of the experts in memory.

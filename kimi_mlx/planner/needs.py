@@ -37,7 +37,7 @@ def smallest_memory(shape: ModelShape) -> int:
 
 
 def streams_here(shape: ModelShape, memory_bytes: int, gpu_bytes: int) -> bool:
-    """Return whether one host runs the model if some of its experts are read from the SSD.
+    """Return whether one host can run the model if some of its experts are read from the SSD.
 
     Args:
         shape: the model.

@@ -51,7 +51,7 @@ class RankExperts:
 
 @dataclass(frozen=True)
 class Streaming:
-    """Experts of all ranks, of which at least one reads some from its SSD.
+    """Experts of all ranks; at least one rank reads some from its SSD.
 
     Args:
         ranks: experts of each rank.

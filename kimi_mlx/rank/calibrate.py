@@ -23,13 +23,13 @@ from kimi_mlx.runtime.load import compute_dtype, prepare_device
 from kimi_mlx.runtime.sample_layer import sample_head, sample_model
 
 NUM_LAYERS = 4
-"""Layers per step of one token: one layer alone would count the start of a step too."""
+"""Layers per step of one token: with a single layer, the start of a step would count too much."""
 
 CACHED_TOKENS = 32
 """Tokens in the caches of that step."""
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 20
-"""Number of rounds of short work: always, and within TIME_LIMIT_S."""
+"""Number of rounds of short work: the minimum, and the maximum within TIME_LIMIT_S."""
 
 MESSAGE_ROUNDS = 20
 """Number of rounds of messages, the same on all ranks."""
@@ -38,7 +38,7 @@ TIME_LIMIT_S = 0.4
 """Time for the rounds of one measurement."""
 
 LONG_LIMIT_S = 1.0
-"""Time for all rounds with MANY_TOKENS tokens, after which no other round starts."""
+"""Time for all rounds with MANY_TOKENS tokens; no round starts later."""
 
 SUMS_PER_ROUND = 2
 """Collectives timed as one: with a single one, a late rank finds all data already received and seems fast."""
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def serve(channel: Channel, start: Message) -> None:
-    """Join, measure, send the result as `done`, and wait for the end, so that no peer loses its neighbour."""
+    """Join, measure, send the result as `done`, and wait for a command, so that no peer loses its neighbour."""
     prepare_device()
     group = join_group(channel, start)
     config = read_dimensions(start["dimensions"])

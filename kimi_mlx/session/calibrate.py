@@ -1,4 +1,4 @@
-"""Measure a layer of a model and messages of its size on the ranks of a cluster, in processes of their own."""
+"""Measure a layer of a model and messages of its size on the ranks of a cluster, in separate processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kimi_mlx.planner.calibration import Calibration, dimensions
 from kimi_mlx.planner.model_shape import ModelShape
 
 MODULE = "kimi_mlx.rank.calibrate"
+"""Module that each rank's process runs."""
 
 STALL_S = 120.0
 """Time limit of the whole measurement after the ranks have connected."""

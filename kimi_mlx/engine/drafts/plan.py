@@ -1,4 +1,4 @@
-"""Choose how many draft tokens each sequence gets in a step."""
+"""Choose the number of draft tokens of each sequence in a step."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The leader's decisions on drafts for one batch: when to draft, and how many tokens for each sequence.
+"""The leader's decisions on drafts for one batch: when to draft, and the number of tokens for each sequence.
 
-Without drafts steps are launched ahead, on tokens that are not read yet, and nothing is lost. Drafts start when the
-expected gain is clear. Otherwise they are tried from time to time, the less often the less they gain: a probe is a step
-with drafts that are not expected to gain anything.
+Without drafts, steps are launched ahead, on tokens that are not read yet, at no cost. Drafts start when the expected
+gain is clear. Otherwise they are tried from time to time, less often each time that they gain nothing. Such a trial is
+a probe: a step with drafts that are not expected to gain anything.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REFRESH_STEPS = 4
 """Number of steps without drafts that are measured then, and at each new load; the first one is discarded."""
 
 FIRST_PAUSE_STEPS, MAX_PAUSE_STEPS = 2, 64
-"""Number of steps before drafts are considered again after a switch to drafts was in vain; doubled each time."""
+"""Number of steps before drafts are considered again after a useless switch to drafts; doubled each time."""
 
 LINGER_STEPS = 3
 """Number of steps without any draft after which drafts end, if the last one was accepted in part."""
@@ -181,7 +181,7 @@ class DraftPlanner:
         return self._run_ahead(load, 0 if self._has_accepted else self._next_pause())
 
     def _next_pause(self) -> int:
-        """Return the number of steps to wait after a switch to drafts that was in vain, and double the next one."""
+        """Return the number of steps to wait after a useless switch to drafts, and double the next one."""
         pause, self._pause_steps = self._pause_steps, min(2 * self._pause_steps, MAX_PAUSE_STEPS)
         return pause
 
@@ -206,7 +206,7 @@ class DraftPlanner:
 
         Args:
             sequence: sequence to draft for.
-            known: candidate of one of the drafters, if it is already known; then this drafter is not asked.
+            known: candidate of one of the drafters, if it is already known; this drafter makes no other offer.
         """
         limit = min(self._max_tokens, sequence.remaining_tokens - 1)
         candidates = [] if known is None else [known]
@@ -260,11 +260,11 @@ class DraftPlanner:
                 continue
             began = time.perf_counter()
             requests = [(sequences[index], offer, plan.lengths[index]) for index, offer in chosen]
-            found = drafter.draft(requests)
+            new_drafts = drafter.draft(requests)
             seconds = time.perf_counter() - began
             self.clock.exclude(seconds)
             self._records.on_drafted(chosen[0][1].source, max(plan.lengths[index] for index, _ in chosen), seconds)
-            for (index, offer), draft in zip(chosen, found, strict=True):
+            for (index, offer), draft in zip(chosen, new_drafts, strict=True):
                 sequences[index].drafts.offer = offer
                 drafts[index] = tuple(sequences[index].until_stop(list(draft)))
         return drafts

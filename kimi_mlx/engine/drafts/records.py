@@ -12,7 +12,7 @@ from kimi_mlx.engine.drafts.plan import MAX_STEP_TOKENS
 from kimi_mlx.engine.drafts.step_times import NUM_SAMPLES, Load, StepTimes
 
 REPORTED_TOKENS = 4
-"""Number of tokens per sequence of the step whose time `off_reason` states."""
+"""Number of tokens per sequence in the example step of `off_reason`."""
 
 
 @dataclass

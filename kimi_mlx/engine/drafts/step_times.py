@@ -18,7 +18,7 @@ NUM_SAMPLES = 9
 """Number of recent samples. Their median is used, so a few slow steps do not matter."""
 
 MIN_SAMPLES = 2
-"""With fewer samples, the expected time is one more sample of the median."""
+"""With fewer samples, the median includes the expected time as one more sample."""
 
 DEPTH_STEP = 1024
 """Sequences shorter than this have depth 0; each doubling of the length adds 1."""
@@ -152,6 +152,7 @@ class StepClock:
         now = time.perf_counter()
         if self._last is not None and load is not None:
             had_drafts, since = self._last
+            # A step after a change of the mode, or one with an empty draft, is typical of neither mode.
             if had_drafts == with_drafts and with_drafts == (tokens > load.sequences):
                 self._times.add(load, tokens, now - since - self._excluded_s)
         self._last, self._excluded_s = (with_drafts, now), 0.0
