@@ -297,7 +297,7 @@ def test_a_long_prompt_stalls_the_others_for_a_chunk_at_a_time(model: Model) -> 
 
 
 @pytest.mark.parametrize(("seconds", "chunk"), [(0.0, 1), (10.0, 8)])
-def test_chunks_beside_decoding_fit_the_time_of_a_step(
+def test_chunks_while_others_decode_fit_the_time_of_a_step(
     model: Model, greedy: UncachedGreedy, seconds: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_time, "SHARED_STEP_S", seconds)

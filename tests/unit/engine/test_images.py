@@ -181,7 +181,7 @@ def test_progress_and_statistics_of_encoding(model: Model, monkeypatch: pytest.M
     assert 0 < end.statistics.encode_s < end.statistics.ttft_s
 
 
-def test_text_is_the_same_in_a_batch_beside_text_only_prompts(model: Model, greedy: Greedy) -> None:
+def test_text_is_the_same_in_a_batch_with_text_only_prompts(model: Model, greedy: Greedy) -> None:
     engine, answers = Engine(model, prefill_chunk=8), Answers()
     requests = [
         request_of(TEXT[:11], count=12),
@@ -232,7 +232,7 @@ def test_a_draft_model_reads_prompts_with_images(
     assert engine.drafts.num_drafted > 5
 
 
-def test_decode_goes_on_while_images_are_encoded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_continues_while_images_are_encoded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision, "TUNINGS", {"cpu": replace(model.tuning, encode_multiply_adds=1)})
     engine = Engine(model, prefill_chunk=8)
     engine.add(0, request_of(TEXT[:3], count=60))
@@ -369,7 +369,7 @@ def test_models_without_a_tower_say_why_and_what_to_do(model: Model, monkeypatch
         Engine(model).add(0, MIXED)
 
 
-def test_blocks_on_disk_tell_images_apart(model: Model, tmp_path: Path) -> None:
+def test_blocks_on_disk_distinguish_images(model: Model, tmp_path: Path) -> None:
     answers: list[list[int]] = []
     all_cached: list[int] = []
     for image in (A, A, make_image(9)):
@@ -382,7 +382,7 @@ def test_blocks_on_disk_tell_images_apart(model: Model, tmp_path: Path) -> None:
     assert answers[0] == answers[1]
 
 
-def test_names_of_blocks_of_text_are_those_of_before() -> None:
+def test_names_of_text_blocks_have_not_changed() -> None:
     names = [block.name for block in chain(root_of("key"), list(range(512)))]
     assert names == ["20e53d4324e03d2770f5a04e3d966f9a", "9625d5c79f9dabd791b65bc1b9919a03"]
     key = request_of(A, list(range(512))).cache_key()

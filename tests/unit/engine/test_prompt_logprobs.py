@@ -102,7 +102,7 @@ def texts(model: Model) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("chunk", "rows"), [(512, 64), (16, 5), (1, 64)])
-def test_they_are_those_of_the_logits(
+def test_prompt_logprobs_equal_those_of_the_logits(
     model: Model, texts: list[list[int]], chunk: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_runner, "PROMPT_ROWS", rows)
@@ -113,7 +113,7 @@ def test_they_are_those_of_the_logits(
                 assert found.tokens == texts[REQUESTS.index(request)]
 
 
-def test_with_drafts(model: Model, texts: list[list[int]]) -> None:
+def test_prompt_logprobs_are_the_same_with_drafts(model: Model, texts: list[list[int]]) -> None:
     known = {request.prompt: tokens for request, tokens in zip(REQUESTS, texts, strict=True)}
     engine = Engine(model, prefill_chunk=16, speculate=4, drafters=[Oracle(known, 1.0, 192)])
     for request, found in zip(REQUESTS, answer(engine, REQUESTS), strict=True):

@@ -16,7 +16,7 @@ IMAGE = ImageInput(2, 6, (1, 4, 6), "0123456789abcdef" * 2, PATCHES)
 REQUEST = Request((1, 2, *[9] * 6, 3), images=(IMAGE,))
 
 
-def test_keys_of_images_are_above_all_tokens_and_tell_images_apart() -> None:
+def test_keys_of_images_are_above_all_tokens_and_distinguish_images() -> None:
     key = REQUEST.cache_key()
     assert key[:2] + key[8:] == [1, 2, 3]
     assert key[2:8] == [IMAGE.key] * 6
@@ -52,6 +52,6 @@ def test_invalid_images_are_refused(values: dict[str, object], words: str) -> No
 
 
 @pytest.mark.parametrize("images", [(replace(IMAGE, start=4),), (IMAGE, replace(IMAGE, start=1)), (IMAGE, IMAGE)])
-def test_images_must_lie_in_the_prompt_one_after_the_other(images: tuple[ImageInput, ...]) -> None:
+def test_images_must_be_in_the_prompt_one_after_the_other(images: tuple[ImageInput, ...]) -> None:
     with pytest.raises(UsageError, match="but the next image or the end is at"):
         replace(REQUEST, images=images)

@@ -34,7 +34,7 @@ def test_on_a_short_context_fewer_queries_are_latent() -> None:
     assert 50 < most[1] < 100 < most[2] < most[3] == 170
 
 
-def test_the_time_of_either_side_is_what_decides() -> None:
+def test_the_faster_attention_is_chosen() -> None:
     for kind in TUNINGS:
         cost = AttentionCost(K2, TUNINGS[kind])
         for offset in (1, 100, 3_000, 100_000):

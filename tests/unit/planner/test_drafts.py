@@ -56,7 +56,7 @@ def test_acceptance_is_published_or_assumed() -> None:
 
 
 @pytest.mark.parametrize("tokens_per_step", [1.0, 1.5, 2.65, 3.2, 4.0])
-def test_acceptance_gives_the_published_number_back(tokens_per_step: float) -> None:
+def test_acceptance_reproduces_the_published_number(tokens_per_step: float) -> None:
     shape = draft(tokens_per_step)
     counts = [shape.tokens_of(drafted) for drafted in range(PUBLISHED_DRAFTED + 1)]
     assert counts[0] == 1

@@ -72,7 +72,7 @@ def test_the_number_of_experts_is_that_of_the_slots(share: float) -> None:
     assert K2.staging_bytes == min_expert_bytes(layers, K2.num_chosen)
 
 
-def test_a_size_is_taken_as_it_is() -> None:
+def test_a_set_size_is_not_changed() -> None:
     free = 600 * GB
     assert K2.budget(ExpertMemory("size", num_bytes=0), free, 0) == 0
     assert K2.budget(ExpertMemory("size", share=0.5), free, 0) == round(K2.all_bytes / 2)

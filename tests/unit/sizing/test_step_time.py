@@ -51,7 +51,7 @@ def test_chunks_of_k2_on_two_macs() -> None:
         assert chunk == 1 or estimate.seconds(offset, chunk) <= SHARED_STEP_S
 
 
-def test_without_company_a_chunk_has_its_full_size() -> None:
+def test_without_other_sequences_a_chunk_has_its_full_size() -> None:
     budget = ChunkBudget(512, None)
     assert budget.largest(100_000) == 512
     budget.take(100_000, 300)
