@@ -23,7 +23,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: the text is none of these.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)(i?)B?)", text.strip().replace("K", "k"))
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?(?:([kMGT]?)(i?)B?)", text.strip().replace("K", "k"))
     if match is None or (match[3] and not match[2]):
         raise ValueError(f"`{text}` is not a size in bytes")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " "))

@@ -230,7 +230,8 @@ def bench(context: typer.Context, run: RunOptions, measurement: MeasurementOptio
 def _size(text: str) -> tuple[int, int]:
     """Parse a size such as `1024x768`."""
     numbers = text.lower().split("x")
-    if len(numbers) != 2 or not all(number.isdecimal() and 1 <= int(number) <= MAX_IMAGE_SIDE for number in numbers):
+    are_short = all(number.isdecimal() and len(number) < 10 for number in numbers)
+    if len(numbers) != 2 or not are_short or not all(1 <= int(number) <= MAX_IMAGE_SIDE for number in numbers):
         raise UsageError(
             f"--image-size is `{text}`, not a width and a height of 1 to {MAX_IMAGE_SIDE} pixels",
             hint="use for example --image-size 1024x768",

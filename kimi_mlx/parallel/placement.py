@@ -150,7 +150,7 @@ def parse_strategy(text: str) -> tuple[StrategyName, tuple[int, ...]]:
     name, *parts = text.split(":")
     if name not in STRATEGIES:
         raise UsageError(f"unknown strategy `{name}`", hint=f"use one of {', '.join(STRATEGIES)}")
-    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= MAX_WEIGHT for part in parts):
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 and 0 < int(part) <= MAX_WEIGHT for part in parts):
         raise UsageError(
             f"`{text}` has invalid weights",
             hint=f"use whole numbers from 1 to {MAX_WEIGHT}, one per rank: `--strategy {name}:3:1`",

@@ -313,7 +313,7 @@ def _target(reference: str, root: Schema) -> Schema | bool | None:
     names = [] if reference == "#" else reference.split("/")[1:] if reference.startswith("#/") else [""]
     for name in map(_unescape, names):
         if isinstance(target, list):
-            target = dict(enumerate(cast("list[Any]", target))).get(int(name) if name.isdigit() else -1)
+            target = {str(index): item for index, item in enumerate(cast("list[Any]", target))}.get(name)
         else:
             target = cast("Schema", target).get(name) if isinstance(target, dict) else None
     return cast("Schema | bool", target) if isinstance(target, dict | bool) else None

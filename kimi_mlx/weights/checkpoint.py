@@ -85,7 +85,7 @@ class Checkpoint(CheckpointTensors):
         if name.endswith(IGNORED_SUFFIXES) or (is_vision(name) and not self.has_vision):
             return True
         parts = name.split(".")
-        is_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdigit()
+        is_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal() and len(parts[2]) < 10
         return is_layer and int(parts[2]) >= self.config.num_hidden_layers
 
     def entries(self) -> list[TreeEntry]:

@@ -174,6 +174,7 @@ def test_reset_forgets_all_images(picture: Path, capfd: pytest.CaptureFixture[st
         ("{folder}", "`{folder}` is a folder", "drop the images in it"),
         ("/files drop 1", "there is no file 1", "/files lists"),
         ("/files 1", "/files does not know `1`", "/files drop 1"),
+        pytest.param("/files drop " + "5" * 5000, "/files does not know", "/files drop 1", id="many digits"),
     ],
 )
 def test_an_error_sends_nothing_and_gives_the_line_back(

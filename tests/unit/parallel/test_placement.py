@@ -128,6 +128,7 @@ def test_strategies_are_normalized(text: str, size: int, normal: str) -> None:
         ("hybrid:1:x", "invalid weights"),
         ("hybrid:1:", "invalid weights"),
         ("hybrid:1:1048577", "invalid weights"),
+        pytest.param("hybrid:1:" + "5" * 5000, "invalid weights", id="many digits"),
         ("hybrid:1:2:3", "has 3 weights, but there are 2 ranks"),
     ],
 )

@@ -50,6 +50,8 @@ def nested(depth: int) -> dict[str, Any]:
         ),
         ({"$ref": "#/$defs/a", "$defs": {"b": {}}}, "`here: $.$ref`: no schema `#/$defs/a` in this schema"),
         ({"$ref": "https://example.com/schema"}, "no schema `https://example.com/schema`"),
+        ({"$ref": "#/anyOf/²", "anyOf": [{}, {}, {}]}, "no schema `#/anyOf/²`"),
+        pytest.param({"$ref": "#/anyOf/" + "5" * 5000, "anyOf": [{}]}, "no schema `#/anyOf/555", id="many digits"),
         ({"properties": {"a": {"oneOf": [{"type": "number"}, {"minimum": 3}]}}}, "`here: $.properties.a`: `oneOf`"),
         ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum (3) is greater than maximum (2)"),
         ({"exclusiveMinimum": 0, "maximum": 0.5}, "less than 1 from the other bound"),

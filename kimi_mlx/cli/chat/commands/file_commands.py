@@ -222,7 +222,7 @@ class FileCommands:
             self._show(files)
             return
         word, _, which = argument.partition(" ")
-        if word != DROP or not (which == ALL or which.isdecimal()):
+        if word != DROP or not (which == ALL or (which.isdecimal() and len(which) < 10)):
             raise UsageError(f"/files does not know `{argument}`", hint="type /files, /files drop 1 or /files drop all")
         if which != ALL and not 1 <= int(which) <= len(files):
             raise UsageError(f"there is no file {which}", hint="/files lists them with their numbers")
