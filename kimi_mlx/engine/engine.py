@@ -94,7 +94,7 @@ class Engine:
             num_draft_layers=int(draft_model is not None),
             sequences=None if streaming is None else streaming.sequences,
         )
-        # A chunk reads nearly all experts from the SSD, whatever its length: shorter ones beside decoding do not pay.
+        # A chunk reads nearly all experts from the SSD, whatever its length: shorter ones would not help decoding.
         estimate = None
         if streaming is None:
             estimate = agreed_chunk_estimate(model, group, self._runner.pipeline is not None)

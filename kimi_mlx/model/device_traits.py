@@ -93,10 +93,10 @@ class Tuning:
         max_sequences: maximum number of sequences that run at the same time, if their caches fit in memory; further
             ones wait. More sequences share each read of the weights, but every answer becomes slower.
         encode_multiply_adds: largest number of multiply-adds of a part of the encoding of images, so that it takes no
-            longer than a chunk of a prompt beside decoding.
+            longer than a chunk of a prompt while other sequences decode.
         weight_flops: operations per second in products with weights. The rates choose between attention in the latent
-            space and by heads (kimi_mlx.model.attention_cost), and the size of chunks of prompts beside decoding
-            (kimi_mlx.sizing.step_time).
+            space and by heads (kimi_mlx.model.attention_cost), and the size of chunks of prompts while other sequences
+            decode (kimi_mlx.sizing.step_time).
         attention_flops: operations per second in attention by heads, softmax included.
         latent_flops: operations per second in attention in the latent space, softmax included.
         read_bytes_per_s: bytes of weights read per second.

@@ -17,7 +17,7 @@ SHARED_STEP_S = 0.2
 """Time for chunks of prompts in a step that other sequences decode in; a reader notices a pause of 0.3 s."""
 
 CHUNK_STEP = 8
-"""Chunks beside decoding are multiples of this, or have 4, 2 or 1 tokens if even this number takes too long."""
+"""While other sequences decode, lengths of chunks are multiples of this, or 4, 2 or 1 if even this takes too long."""
 
 
 @dataclass(frozen=True)

@@ -353,7 +353,7 @@ def test_first_tokens_come_in_order_of_arrival_within_a_client(model: Model) -> 
 
 
 def test_limits_of_experts_on_the_ssd_are_those_of_the_engine(model: Model) -> None:
-    """One sequence at a time; a prompt beside decoding gets whole chunks, because shorter ones read as many experts."""
+    """One sequence at a time; chunks stay whole while others decode, because shorter ones read as many experts."""
     engine = Engine(model, streaming=StreamingLimits(chunk=16, sequences=1))
     for number in range(3):
         engine.add(number, Request(make_prompt(40, number), max_tokens=3))

@@ -1,4 +1,4 @@
-"""The estimated time of chunks, and the chunks that fit beside decoding. No model is loaded."""
+"""The estimated time of chunks, and the chunks that fit while others decode. No model is loaded."""
 
 from __future__ import annotations
 
