@@ -125,11 +125,17 @@ def write_checkpoint(folder: Path, config: Config, seed: int, dtype: str = "floa
 
 
 def write_endless_checkpoint(folder: Path) -> Path:
-    """Write a checkpoint with random weights and kimi-mini's text: greedy, it never ends an answer."""
+    """Write a checkpoint with random weights and kimi-mini's text: greedy, it never ends an answer or calls a tool.
+
+    Control tokens have a logit of 0, which is never the largest one.
+    """
     mini = ensure_downloaded("kimi-mini")
     config = json.loads((mini / "config.json").read_text())
     kept = {name: value for name, value in config.items() if not name.startswith("quantization")}
-    write_checkpoint(folder, kept, seed=1)
+    tensors = {name: tensor_values(name, shape, seed=1) for name, shape in tensor_shapes(kept).items()}
+    tensors["lm_head.weight"][kept["bos_token_id"] :] = 0
+    stored = {name: store(name, value, "float32") for name, value in tensors.items()}
+    write_shards(folder, {**kept, "torch_dtype": "float32"}, stored, num_shards=2)
     for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(mini / name, folder)
     generation = json.loads((mini / "generation_config.json").read_text())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 
 from kimi_mlx.bench.sides import BatchResult, RequestBatch, TimedAnswer
@@ -13,8 +13,12 @@ from kimi_mlx.engine.events import Statistics
 from kimi_mlx.errors import RingError
 from kimi_mlx.session.session import SessionOptions
 
-MODES: Mapping[bool, tuple[str, ...]] = {False: ("single",), True: ("tensor", "pipeline")}
-"""Modes of mlx-lm for one process, and for several."""
+MODES: Mapping[str, Sequence[str]] = {
+    "mlx-lm": ("tensor", "pipeline"),
+    "mlx-lm-tensor": ("tensor",),
+    "mlx-lm-pipeline": ("pipeline",),
+}
+"""Modes of mlx-lm on several ranks, by value of `--against`. In one process its mode is `single`."""
 
 
 class MlxLmSide:
@@ -84,7 +88,7 @@ def open_mlx_lm(options: SessionOptions, mode: str) -> Iterator[MlxLmSide]:
 
     Args:
         options: the same options as for kimi-mlx.
-        mode: one of MODES.
+        mode: a mode of MODES, or `single`.
 
     Raises:
         KimiMlxError: mlx-lm cannot load the model, or cannot split it in this mode.

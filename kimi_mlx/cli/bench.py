@@ -96,12 +96,13 @@ class MeasurementOptions:
         ),
     ] = None
     against: Annotated[
-        Literal["mlx-lm", "mlx-vlm", "resident"] | None,
+        Literal["mlx-lm", "mlx-lm-tensor", "mlx-lm-pipeline", "mlx-vlm", "resident"] | None,
         typer.Option(
             "--against",
-            help="`mlx-lm`: also run mlx-lm on the same checkpoint, alternating, and print the ratios. `mlx-vlm`: with "
-            "--images, also compare the vision tower alone, with random weights, with that of mlx-vlm. `resident`: "
-            "with --expert-memory, also run the model with all experts in memory, alternating.",
+            help="`mlx-lm`: also run mlx-lm on the same checkpoint, alternating, and print the ratios; with several ranks "
+            "in both of its modes, or with `mlx-lm-tensor` or `mlx-lm-pipeline` in one. `mlx-vlm`: with --images, also "
+            "compare the vision tower alone, with random weights, with that of mlx-vlm. `resident`: with "
+            "--expert-memory, also run the model with all experts in memory, alternating.",
             rich_help_panel=MEASUREMENT,
         ),
     ] = None
@@ -135,7 +136,7 @@ class MeasurementOptions:
         Raises:
             UsageError: mlx-lm with images, or mlx-vlm without images or not installed.
         """
-        if plan.has_images and self.against == "mlx-lm":
+        if plan.has_images and self.against is not None and self.against.startswith("mlx-lm"):
             raise UsageError("mlx-lm does not see images", hint="use `--against mlx-vlm`, which compares the tower")
         if self.against == "mlx-vlm":
             if not plan.has_images:

@@ -76,6 +76,7 @@ class BenchmarkModels:
             "hosts": None if launch is None else launch.cluster.names,
             "link_delay_ms": measurement.link_delay_ms,
             "predictions": self._predictions(),
+            "draft": run.used_draft,
             "speculate": run.speculate,
             "sums": next((choice.to_dict() for choice in all_reduce if choice), None),
             "dtype": _dtype_name(run.dtype, self.config),
@@ -141,8 +142,9 @@ def open_models(
     sides: list[Side] = [SessionSide("kimi-mlx", session)]
     if launch is not None:
         return BenchmarkModels(prepared, sides, config, plan, expectation=opened.expectation)
-    if measurement.against == "mlx-lm":
-        sides += _open_mlx_lm_sides(options_on_this_machine(prepared, options, run.ranks), stack, is_quiet)
+    if measurement.against in MODES:
+        modes = MODES[measurement.against] if run.ranks > 1 else ("single",)
+        sides += _open_mlx_lm_sides(modes, options_on_this_machine(prepared, options, run.ranks), stack, is_quiet)
     if measurement.against == "resident":
         sides = [*open_resident_sides(prepared, options, run.ranks, session, is_quiet, stack)]
     roofline = Roofline.of(config, _dtype_name(run.dtype, config), measurement.generation_tokens)
@@ -195,11 +197,11 @@ def _cluster(ranks: int, delay_ms: float | None, fast_sync: bool, stack: ExitSta
     return replace(cluster, hostfile_rewriter=stack.enter_context(slow_links(delay_ms)))
 
 
-def _open_mlx_lm_sides(options: SessionOptions, stack: ExitStack, is_quiet: bool) -> list[Side]:
+def _open_mlx_lm_sides(modes: Sequence[str], options: SessionOptions, stack: ExitStack, is_quiet: bool) -> list[Side]:
     """Load mlx-lm in each mode that supports the model; print why the others are left out, and fail if none is left."""
     sides: list[Side] = []
     failure: KimiMlxError | None = None
-    for mode in MODES[options.ranks > 1]:
+    for mode in modes:
         try:
             with slow_status(is_quiet) as set_status:
                 set_status(f"loading mlx-lm ({mode})")

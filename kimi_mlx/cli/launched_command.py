@@ -14,7 +14,7 @@ from kimi_mlx.cli.command_list import LAUNCHED_COMMANDS, OTHER_TOOLS_COMMANDS, c
 from kimi_mlx.cli.option_defaults import LAUNCHED, option_sources
 from kimi_mlx.cli.option_file import CONFIG_NAME
 from kimi_mlx.cli.option_groups import build_group
-from kimi_mlx.cli.options import model_name
+from kimi_mlx.cli.options import model_name, used_draft
 from kimi_mlx.cli.other_tools import HINTS
 from kimi_mlx.errors import UsageError
 from kimi_mlx.parallel.placement import normalize_strategy
@@ -80,8 +80,8 @@ class LaunchedCommand:
 
     @property
     def draft(self) -> str | None:
-        """Value of its `--draft`."""
-        return self._parameters.get("draft")
+        """Value of its `--draft`; None if drafts are off."""
+        return used_draft(self._parameters.get("draft"), self._parameters.get("speculate"))
 
     @property
     def expert_memory(self) -> ExpertMemory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from kimi_mlx.cluster.doctor.memory_need import DiskSpace, ModelNeed
 from kimi_mlx.errors import ConfigError, UsageError, WeightsError
@@ -10,7 +11,8 @@ from kimi_mlx.files import free_disk_bytes
 from kimi_mlx.hub.catalogue import CatalogueEntry
 from kimi_mlx.hub.environment import hub_cache
 from kimi_mlx.model.config import load_config
-from kimi_mlx.model.draft_config import load_draft_config
+from kimi_mlx.model.draft_config import canonical_name, load_draft_config
+from kimi_mlx.model.draft_names import EMBEDDING
 from kimi_mlx.planner.drafts import DraftShape, make_draft_shape, published_draft_config
 from kimi_mlx.planner.model_shape import ModelShape, known_models, known_shape, shape_of_config
 from kimi_mlx.sizing.draft import draft_weight_bytes
@@ -20,6 +22,7 @@ from kimi_mlx.sizing.prefill import PREFILL_CHUNK
 from kimi_mlx.store.locate import config_folder
 from kimi_mlx.store.model_ref import ModelRef, resolve_draft_name, resolve_model_name
 from kimi_mlx.store.vision import sees_images
+from kimi_mlx.weights.index import read_index
 
 FALLBACK_MODEL = "kimi-k2"
 """Model whose dimensions are assumed for a big one whose configuration is not on this machine."""
@@ -77,13 +80,21 @@ def draft_shape(draft: str, model: str, *, is_assumed: bool = False) -> DraftSha
     target = resolve_draft_name(draft, resolve_model_name(model))
     folder = config_folder(target)
     if folder is not None:
-        return make_draft_shape(target.name, load_draft_config(folder), target.draft)
+        return make_draft_shape(target.name, load_draft_config(folder), target.draft, _has_embedding(folder))
     if target.draft is not None or is_assumed:
         return make_draft_shape(target.name, published_draft_config(), target.draft)
     raise UsageError(
         f"the dimensions of the draft model `{draft}` are not known here",
         hint=f"download it first: `kimi-mlx download {draft}`",
     )
+
+
+def _has_embedding(folder: Path) -> bool:
+    """Return whether the files of a draft model have an embedding; False while they are not all there."""
+    try:
+        return any(canonical_name(name) == EMBEDDING for name in read_index(folder))
+    except WeightsError:
+        return False
 
 
 def draft_download_bytes(draft: str, model: str) -> int:

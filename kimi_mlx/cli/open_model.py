@@ -13,6 +13,7 @@ from kimi_mlx.cli.calibration import calibrate_on
 from kimi_mlx.cli.deployment import deployment_here, deployment_on_hosts
 from kimi_mlx.cli.expert_note import describe_expectation, expectation_of, limit_hint
 from kimi_mlx.cli.fetch_model import fetch_model
+from kimi_mlx.cli.model_size import draft_shape
 from kimi_mlx.cli.options import DiskCacheOptions, RunOptions
 from kimi_mlx.cli.output import load_progress, print_note, print_warning
 from kimi_mlx.cli.placement import choose_placement, print_placement
@@ -22,6 +23,7 @@ from kimi_mlx.cluster.ring.watch import RingTimeouts
 from kimi_mlx.model.config import load_config
 from kimi_mlx.model.draft_config import load_draft_config
 from kimi_mlx.planner.choice import Choice
+from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.expectation import Expectation
 from kimi_mlx.planner.model_shape import ModelShape
 from kimi_mlx.session import open as session_open
@@ -112,6 +114,7 @@ def place_model(
     cluster: Cluster | None = None,
     shape: ModelShape | None = None,
     dtype: str | None = None,
+    draft: DraftShape | None = None,
 ) -> Choice:
     """Choose the placement of a model on ranks of this machine, and print it.
 
@@ -123,12 +126,13 @@ def place_model(
         cluster: ranks to measure on; None for ranks over loopback.
         shape: dimensions of the model; None to look them up by its name.
         dtype: compute dtype; None for the default.
+        draft: draft model; None without one.
 
     Raises:
         UsageError: the weights of the strategy are for another number of ranks.
     """
     calibrate = calibrate_on(cluster or local_cluster(ranks), is_quiet, dtype)
-    choice = choose_placement(target, ranks, strategy, calibrate, shape)
+    choice = choose_placement(target, ranks, strategy, calibrate, shape, draft)
     print_placement(choice, f"{ranks} ranks", is_quiet or ranks == 1)
     return choice
 
@@ -155,11 +159,16 @@ def prepare_model(
         WeightsError: the model cannot be downloaded, or its store is broken or has another placement.
         ConfigError: the model is not supported, or the draft model is made for another one.
     """
-    draft = None if run.draft is None else resolve_draft_name(run.draft, target)
+    draft, drafting = None, None
+    if run.used_draft is not None:
+        draft = resolve_draft_name(run.used_draft, target)
+        drafting = draft_shape(run.used_draft, target.name, is_assumed=True)
     if launch is not None:
         draft_name = None if draft is None else name_for_hosts(draft)
         return PreparedModel(target, target.name, launch.choice, None, launch, draft_name=draft_name)
-    choice = place_model(target, run.ranks, run.strategy, is_quiet=is_quiet, cluster=cluster, dtype=run.dtype)
+    choice = place_model(
+        target, run.ranks, run.strategy, is_quiet=is_quiet, cluster=cluster, dtype=run.dtype, draft=drafting
+    )
     folder = fetch_model(target, run.ranks, choice.strategy, is_quiet)
     config = load_config(folder)  # before anything is loaded: an unsupported checkpoint gets an error that says so
     draft_folder = None if draft is None else fetch_model(draft, 1, "hybrid", is_quiet)

@@ -94,14 +94,15 @@ ToolArgumentsOption = Annotated[
     ),
 ]
 SpeculateOption = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--speculate",
         min=0,
         max=MAX_DRAFT_TOKENS,
         metavar="N",
         help="Propose up to N tokens per step: from earlier text (prompt lookup), which is faster for code and "
-        "quotations, and from --draft, with which the default is 7. The text stays the same.",
+        "quotations, and from --draft. The text stays the same. 0 turns both off. Default: 7 with --draft, else 0.",
+        show_default=False,
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -209,7 +210,7 @@ class RunOptions:
     strategy: StrategyOption = None
     dtype: DtypeOption = None
     draft: DraftOption = None
-    speculate: SpeculateOption = 0
+    speculate: SpeculateOption = None
     check_every: CheckEveryOption = 0
     fast_sync: FastSyncOption = False
     cache_memory: CacheMemoryOption = None
@@ -219,6 +220,11 @@ class RunOptions:
     def model_name(self) -> str:
         """Name of the model: the argument, else the environment's default."""
         return model_name(self.model)
+
+    @property
+    def used_draft(self) -> str | None:
+        """Value of `--draft`; None if `--speculate 0` turns drafts off."""
+        return used_draft(self.draft, self.speculate)
 
 
 @dataclass(frozen=True)
@@ -241,6 +247,11 @@ class DiskCacheOptions:
 def model_name(argument: str | None) -> str:
     """Return the name of the model: the argument, else the environment's default."""
     return argument or Settings.from_environment().model
+
+
+def used_draft(draft: str | None, speculate: int | None) -> str | None:
+    """Return the value of `--draft`; None if `--speculate 0` turns drafts off."""
+    return None if speculate == 0 else draft
 
 
 def refuse_mlx_launch() -> None:

@@ -55,6 +55,7 @@ def choose_placement(
     requested: str | None,
     calibrate: Calibrate | None = None,
     shape: ModelShape | None = None,
+    draft: DraftShape | None = None,
 ) -> Choice:
     """Choose the strategy of ranks on this machine.
 
@@ -64,6 +65,7 @@ def choose_placement(
         requested: value of `--strategy`.
         calibrate: function that measures on these ranks; None to measure nothing.
         shape: dimensions of the model; None to look them up by its name.
+        draft: draft model; None without one.
 
     Raises:
         UsageError: the weights of the strategy are for another number of ranks.
@@ -77,7 +79,7 @@ def choose_placement(
     # The planner assumes one rank per chip, so it cannot predict several on one machine.
     if calibrate is not None:
         shape = shape or (None if target is None else _shape(target.name))
-        if (choice := _calibrated(calibrate, shape, (), None)) is not None:
+        if (choice := _calibrated(calibrate, shape, (), None, draft)) is not None:
             return choice
     return by_rule(None, (), None, "the ranks share one machine")
 

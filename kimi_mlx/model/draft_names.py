@@ -12,6 +12,9 @@ from kimi_mlx.model.names import CheckpointLayout, TreeEntry, attention_entries,
 TOKEN_OFFSETS, IS_DRAFTED = "d2t", "t2d"
 """Tensors of a reduced vocabulary: token minus id for each drafted id, and whether each token is drafted."""
 
+EMBEDDING = "embed_tokens.weight"
+"""Embedding; a draft model without one uses that of the model."""
+
 
 def draft_entries(config: DraftConfig, layout: CheckpointLayout) -> list[TreeEntry]:
     """Return all entries of a draft model.
@@ -32,6 +35,6 @@ def draft_entries(config: DraftConfig, layout: CheckpointLayout) -> list[TreeEnt
     ]
     if config.fc_norm:
         entries += [single_entry(f"fc_norm.{i}", f"fc_norm.{i}", (target,)) for i in range(config.num_captured)]
-    if layout.has("embed_tokens.weight"):
+    if layout.has(EMBEDDING):
         entries.append(single_entry("embed_tokens", "embed_tokens", (config.vocab_size, hidden)))
     return entries

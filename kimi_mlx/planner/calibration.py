@@ -12,6 +12,7 @@ from typing import Any
 from kimi_mlx.model.config import ModelConfig
 from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.planner.constants import Strategy
+from kimi_mlx.planner.drafts import DraftShape
 from kimi_mlx.planner.model_shape import ModelShape
 
 MANY_TOKENS = 64
@@ -44,12 +45,19 @@ class Prediction:
     Args:
         strategy: the strategy; `single` for one rank.
         prefill_tok_per_s: prompt tokens per second, with an empty cache.
-        decode_tok_per_s: new tokens per second.
+        decode_tok_per_s: new tokens per second, without drafts.
+        drafted_tok_per_s: new tokens per second with drafts; None without a draft model, or if drafts gain nothing.
     """
 
     strategy: Strategy
     prefill_tok_per_s: float
     decode_tok_per_s: float
+    drafted_tok_per_s: float | None = None
+
+    @property
+    def best_tok_per_s(self) -> float:
+        """New tokens per second, with drafts if they gain anything."""
+        return self.drafted_tok_per_s or self.decode_tok_per_s
 
 
 @dataclass(frozen=True)
@@ -76,17 +84,39 @@ class Calibration:
     hops: Times
     seconds: float = field(default=0.0, compare=False)
 
-    def predictions(self, prompt_tokens: int = PROMPT_TOKENS) -> list[Prediction]:
-        """Return the predictions of all measured strategies, the fastest in decode first."""
+    def predictions(self, prompt_tokens: int = PROMPT_TOKENS, draft: DraftShape | None = None) -> list[Prediction]:
+        """Return the predictions of all measured strategies, the fastest in decode first, with drafts if there are any.
+
+        Args:
+            prompt_tokens: length of the prompt.
+            draft: draft model; None without one.
+        """
         if self.num_ranks == 1:
             strategies: Sequence[Strategy] = ("single",)
         else:
             strategies = ("pipeline", *(name for name in SPLIT_STRATEGIES if name in self.layers))
         predictions = [
-            Prediction(name, prompt_tokens / self.step_s(name, prompt_tokens), 1 / self.step_s(name, 1))
+            Prediction(
+                name,
+                prompt_tokens / self.step_s(name, prompt_tokens),
+                1 / self.step_s(name, 1),
+                None if draft is None else self._drafted_tok_per_s(name, draft),
+            )
             for name in strategies
         ]
-        return sorted(predictions, key=lambda prediction: -prediction.decode_tok_per_s)
+        return sorted(predictions, key=lambda prediction: -prediction.best_tok_per_s)
+
+    def _drafted_tok_per_s(self, strategy: Strategy, draft: DraftShape) -> float | None:
+        """Return the new tokens per second with drafts of the fastest length; None if drafts gain nothing.
+
+        A draft token is taken to cost as much as a layer and the head on one rank: a draft model has both.
+        """
+        draft_s = self.layers["single"].one_s + self.heads["single"]
+        best = max(
+            draft.tokens_of(drafted) / (self.step_s(strategy, 1 + drafted) + drafted * draft_s)
+            for drafted in range(1, draft.most_drafted + 1)
+        )
+        return best if best > 1 / self.step_s(strategy, 1) else None
 
     def step_s(self, strategy: Strategy, tokens: int) -> float:
         """Return the seconds of a step with new tokens of one sequence."""

@@ -124,7 +124,7 @@ def needs_calibration(shape: ModelShape | None, machines: Sequence[Machine], lin
 def by_calibration(
     calibration: Calibration, shape: ModelShape, machines: Sequence[Machine], draft: DraftShape | None = None
 ) -> Choice:
-    """Return the strategy with the fastest predicted decode, from measured times.
+    """Return the strategy with the fastest predicted decode, with drafts if there are any, from measured times.
 
     Args:
         calibration: times measured on two ranks or more.
@@ -132,10 +132,11 @@ def by_calibration(
         machines: one machine per rank; empty if their memory is not known.
         draft: draft model; None without one.
     """
-    best, other, *_ = calibration.predictions()
+    best, other, *_ = calibration.predictions(draft=draft)
+    drafts = " with drafts" if best.drafted_tok_per_s is not None else ""
     reason = (
-        f"a layer and messages measured: {best.decode_tok_per_s:.3g} tok/s predicted, "
-        f"{other.strategy} {other.decode_tok_per_s:.3g}"
+        f"a layer and messages measured: {best.best_tok_per_s:.3g} tok/s predicted{drafts}, "
+        f"{other.strategy} {other.best_tok_per_s:.3g}"
     )
     choice = _with_shares(best.strategy, shape, machines, reason, draft) if machines else Choice(best.strategy, reason)
     return replace(choice, calibration=calibration)

@@ -9,7 +9,7 @@ from importlib import resources
 
 from kimi_mlx.hub.catalogue import DraftEntry
 from kimi_mlx.model.draft_config import DraftConfig, parse_draft_config
-from kimi_mlx.sizing.draft import DraftMemory, draft_memory, draft_pass_bytes
+from kimi_mlx.sizing.draft import DraftMemory, draft_memory, draft_pass_bytes, draft_weight_bytes
 
 PUBLISHED_DRAFTED = 3
 """Drafted tokens per step in the published measurements of acceptance."""
@@ -28,12 +28,14 @@ class DraftShape:
         config: its dimensions.
         tokens_per_step: mean number of tokens per step with PUBLISHED_DRAFTED drafted ones, including the model's own.
         source: source of that number.
+        has_embedding: whether its files have an embedding of their own.
     """
 
     name: str
     config: DraftConfig
     tokens_per_step: float
     source: str
+    has_embedding: bool = False
 
     @property
     def most_drafted(self) -> int:
@@ -43,7 +45,7 @@ class DraftShape:
     @cached_property
     def memory(self) -> DraftMemory:
         """Memory on the host of rank 0."""
-        return draft_memory(self.config)
+        return draft_memory(self.config, self.has_embedding)
 
     @cached_property
     def _pass_bytes(self) -> int:
@@ -52,7 +54,7 @@ class DraftShape:
     def read_bytes(self, drafted: int, context: int) -> int:
         """Return the bytes that the draft model reads for `drafted` tokens: weights and cache, once for each."""
         one = self._pass_bytes + context * self.memory.token_bytes
-        return drafted * one + self.memory.weights_bytes - self._pass_bytes
+        return drafted * one + draft_weight_bytes(self.config) - self._pass_bytes
 
     def tokens_of(self, drafted: int) -> float:
         """Return the mean number of tokens per step with fewer draft tokens, each accepted with equal probability."""
@@ -76,15 +78,18 @@ def published_draft_config() -> DraftConfig:
     return parse_draft_config(json.loads(text)["drafts"], where="models.json")
 
 
-def make_draft_shape(name: str, config: DraftConfig, entry: DraftEntry | None) -> DraftShape:
+def make_draft_shape(
+    name: str, config: DraftConfig, entry: DraftEntry | None, has_embedding: bool = False
+) -> DraftShape:
     """Return a draft model with the acceptance that the catalogue has, else the assumed one.
 
     Args:
         name: name for the user.
         config: dimensions of the draft model.
         entry: entry in the catalogue; None for other draft models.
+        has_embedding: whether its files have an embedding of their own.
     """
     if entry is None or entry.tokens_per_step is None:
         source = f"assumed: the mean of four workloads of K2.7 Code's, {PUBLISHED_DRAFTED} drafted"
-        return DraftShape(name, config, ASSUMED_TOKENS_PER_STEP, source)
-    return DraftShape(name, config, entry.tokens_per_step, entry.source["tokens_per_step"])
+        return DraftShape(name, config, ASSUMED_TOKENS_PER_STEP, source, has_embedding)
+    return DraftShape(name, config, entry.tokens_per_step, entry.source["tokens_per_step"], has_embedding)

@@ -57,6 +57,7 @@ class Metrics:
         self._drafts = {result: drafts.labels(result) for result in ("accepted", "rejected")}
         self._draft_totals = {"accepted": 0, "rejected": 0}
         self._drafts_active = gauge("kimi_mlx_drafts_active", "1 while tokens are drafted, 0 if that gains nothing.")
+        self._drafts_off = gauge("kimi_mlx_drafts_off", "1 while nothing is drafted, with the reason.", ["reason"])
         experts = counter("kimi_mlx_experts", "Experts that steps needed, of all ranks.", ["result"])
         guesses = counter("kimi_mlx_expert_guesses", "Experts read before they were chosen.", ["result"])
         self._experts = {
@@ -114,6 +115,9 @@ class Metrics:
 
     def _set_drafts(self, drafts: DraftStatus) -> None:
         self._drafts_active.set(drafts.off_reason is None)
+        self._drafts_off.clear()
+        if drafts.off_reason is not None:
+            self._drafts_off.labels(drafts.off_reason).set(1)
         totals = {"accepted": drafts.accepted_tokens, "rejected": drafts.drafted_tokens - drafts.accepted_tokens}
         for result, total in totals.items():
             self._drafts[result].inc(total - self._draft_totals[result])

@@ -247,7 +247,7 @@ class LocalSession:
         draft_model = None if options.draft is None else open_draft_model(options.draft, model, SingleGroup())
         engine = Engine(
             model,
-            speculate=options.speculate,
+            speculate=options.max_drafted,
             draft_model=draft_model,
             constrain=partial(Constraint, grammars),
             cache_bytes=options.cache_memory_bytes,
@@ -256,7 +256,7 @@ class LocalSession:
         )
         if draft_model is not None:
             warm_up_draft(draft_model)
-        if options.speculate:
+        if options.max_drafted:
             engine.measure_steps()
         return engine
 

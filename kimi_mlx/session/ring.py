@@ -98,7 +98,7 @@ class RingSession:
         self.peak_memory_bytes = [0] * self._cluster.size
         """Peak memory of each rank, as MLX counts it, reported with its last finished request."""
         self._batch_sizes = NO_STEPS
-        self._drafts = DraftStatus() if options.speculate else None
+        self._drafts = DraftStatus() if options.max_drafted else None
         self._loaded_memory = [RankMemory()] * self._cluster.size
         self._cache_usage = [CacheUsage()] * self._cluster.size
         self._earlier_cache_usage = self._cache_usage  # of the rings before this one
@@ -223,7 +223,7 @@ class RingSession:
             model=options.model,
             dtype=options.dtype,
             strategy=options.strategy,
-            speculate=options.speculate,
+            speculate=options.max_drafted,
             draft_folder=None if options.draft is None else str(options.draft),
             draft_name=options.draft_name,
             check_every=options.check_every,

@@ -59,7 +59,8 @@ class SessionOptions:
         cluster: hosts of the ranks; None runs all ranks on this machine.
         max_restarts: maximum number of restarts of a lost ring without progress.
         timeouts: timeouts of a ring.
-        speculate: maximum number of draft tokens per step; 0 turns drafts off, or with a draft model is the default.
+        speculate: maximum number of draft tokens per step; 0 turns drafts off, also those of a draft model; None is
+            the default: DEFAULT_DRAFT_TOKENS with a draft model, else 0.
         draft: folder of the draft model, on the host of rank 0; None for drafts by prompt lookup alone.
         draft_name: name of the draft model, by which the host of rank 0 looks it up if there is no `draft`.
         check_every: number of steps between comparisons of the ranks' results; 0 turns them off, but with
@@ -79,7 +80,7 @@ class SessionOptions:
     cluster: Cluster | None = None
     max_restarts: int = 3
     timeouts: RingTimeouts = field(default_factory=RingTimeouts)
-    speculate: int = 0
+    speculate: int | None = None
     draft: Path | None = None
     draft_name: str | None = None
     check_every: int = 0
@@ -93,13 +94,14 @@ class SessionOptions:
         """Check the numbers, and normalise the strategy."""
         if not 1 <= self.ranks <= MAX_RANKS:
             raise UsageError(f"{self.ranks} ranks are not between 1 and {MAX_RANKS}")
-        if not 0 <= self.speculate <= MAX_DRAFT_TOKENS:
+        if self.speculate is not None and not 0 <= self.speculate <= MAX_DRAFT_TOKENS:
             raise UsageError(
                 f"{self.speculate} draft tokens per step are not between 0 and {MAX_DRAFT_TOKENS}",
                 hint=f"use `--speculate` with 0 to {MAX_DRAFT_TOKENS}",
             )
-        if self.has_draft_model and not self.speculate:
-            object.__setattr__(self, "speculate", DEFAULT_DRAFT_TOKENS)
+        if self.speculate == 0:
+            object.__setattr__(self, "draft", None)
+            object.__setattr__(self, "draft_name", None)
         if not 0 <= self.check_every <= MAX_CHECK_EVERY:
             raise UsageError(
                 f"a check every {self.check_every} steps is not between 0 and {MAX_CHECK_EVERY}",
@@ -114,6 +116,11 @@ class SessionOptions:
     def has_draft_model(self) -> bool:
         """Whether there is a draft model."""
         return self.draft is not None or self.draft_name is not None
+
+    @property
+    def max_drafted(self) -> int:
+        """Maximum number of draft tokens per step; 0 without drafts."""
+        return (DEFAULT_DRAFT_TOKENS if self.has_draft_model else 0) if self.speculate is None else self.speculate
 
     @property
     def effective_cluster(self) -> Cluster:

@@ -7,7 +7,7 @@ from math import prod
 
 from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.draft_config import DraftConfig
-from kimi_mlx.model.draft_names import draft_entries
+from kimi_mlx.model.draft_names import EMBEDDING, draft_entries
 from kimi_mlx.model.draft_quantization import EIGHT_BITS
 from kimi_mlx.model.names import CheckpointLayout
 from kimi_mlx.sizing.kv_cache import BFLOAT16_BYTES, kv_values_per_token
@@ -70,7 +70,7 @@ def draft_weight_bytes(
         quantization: quantization of float matrices when they are loaded, by default that on a GPU; None keeps them,
             as on a CPU (kimi_mlx.model.draft_quantization.load_quantization).
     """
-    layout = CheckpointLayout(lambda name: has_embedding and name == "embed_tokens.weight", config.quantization_of)
+    layout = CheckpointLayout(lambda name: has_embedding and name == EMBEDDING, config.quantization_of)
     shapes = {
         path: source.shape
         for entry in draft_entries(config, layout)

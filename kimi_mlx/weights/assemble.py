@@ -114,10 +114,13 @@ def _build(
         done.append(weights)
         progress(len(done), total)
     *hidden, top = done
-    streamer = None if streaming is None else streaming.streamer(config)
+    if streaming is None:
+        return Model(config, top, hidden, communicator, tower)
+    streamer = streaming.streamer(config)
     model = Model(config, top, hidden, communicator, tower, streamer)
-    for number, _ in enumerate([] if streamer is None else streamer.fill(), len(done) + 1):
-        progress(number, total)
+    with streaming.reader.choosing_depth():
+        for number, _ in enumerate(streamer.fill(), len(done) + 1):
+            progress(number, total)
     return model
 
 

@@ -12,7 +12,7 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config_quantization import Quantization
 from kimi_mlx.model.draft_config import LAYER, DraftConfig, canonical_name
 from kimi_mlx.model.draft_model import DraftModel
-from kimi_mlx.model.draft_names import IS_DRAFTED, TOKEN_OFFSETS, draft_entries
+from kimi_mlx.model.draft_names import EMBEDDING, IS_DRAFTED, TOKEN_OFFSETS, draft_entries
 from kimi_mlx.model.names import IGNORED_SUFFIXES, TreeEntry
 from kimi_mlx.model.tree import LayerWeights
 from kimi_mlx.model.weight import Embedding, Weight
@@ -101,7 +101,7 @@ def load_draft(
             embedding.
     """
     checkpoint = read_draft_checkpoint(folder, config)
-    if not checkpoint.matrices.has("embed_tokens.weight"):
+    if not checkpoint.matrices.has(EMBEDDING):
         _check_embedding(folder, config, embedding)
     reader = CheckpointReader(checkpoint)
     token_ids = _read_token_ids(reader)

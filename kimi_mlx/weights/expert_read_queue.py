@@ -16,6 +16,7 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.uncached_file import UncachedFile
 from kimi_mlx.weights.expert_pieces import PreparedLayer
 from kimi_mlx.weights.expert_source import ExpertSource
+from kimi_mlx.weights.read_depth import DepthTrial
 
 DEMAND, GUESS = 0, 1
 """Priorities of reads: those that a step waits for, and those that it may need."""
@@ -73,11 +74,14 @@ class ReadQueue:
 
     Args:
         files: open files.
+        depth: maximum number of pieces that are read at the same time.
     """
 
-    def __init__(self, files: Mapping[Path, UncachedFile]):
-        self.files = files
+    def __init__(self, files: Mapping[Path, UncachedFile], depth: int):
+        self.files, self.depth = files, depth
         self.bytes_read = 0
+        self._num_running = 0
+        self._trial: DepthTrial | None = None
         lock = threading.Lock()
         self._has_work, self._has_result = threading.Condition(lock), threading.Condition(lock)
         self._lock = lock
@@ -131,18 +135,32 @@ class ReadQueue:
             self._has_work.notify_all()
             self._has_result.notify_all()
 
+    def begin_trial(self) -> None:
+        """Begin to try depths."""
+        with self._lock:
+            self._trial = DepthTrial()
+            self.depth = self._trial.depth
+
+    def end_trial(self) -> None:
+        """Keep the best depth."""
+        with self._lock:
+            if self._trial is not None:
+                self.depth, self._trial = self._trial.best, None
+                self._has_work.notify_all()
+
     def next(self) -> tuple[ReadTask, int] | None:
         """Wait for the next piece, and mark it as begun; None at the end."""
         with self._lock:
             while True:
-                while not self._heap:
-                    if self._error is not None:
+                while not self._heap or self._num_running >= self.depth:
+                    if not self._heap and self._error is not None:
                         return None
                     self._has_work.wait()
                 *_, number, task = heapq.heappop(self._heap)
                 if number in task.waiting:  # else it was cancelled, or promoted and has begun
                     task.waiting.discard(number)
                     task.begun_s = task.begun_s or time.perf_counter()
+                    self._num_running += 1
                     return task, number
 
     def end(self, task: ReadTask, num_bytes: int, error: WeightsError | None) -> None:
@@ -150,12 +168,25 @@ class ReadQueue:
         with self._lock:
             self.bytes_read += num_bytes
             task.num_unfinished -= 1
+            self._num_running -= 1  # this thread takes the next piece
+            self._try_depth(num_bytes)
             if error is not None:
                 task.error = task.error or error
                 task.drop_waiting(error)
             if task.is_done:
                 task.ended_s = time.perf_counter()
                 self._has_result.notify_all()
+
+    def _try_depth(self, num_bytes: int) -> None:
+        """Count a piece for the trial, if one is under way, and use the depth that it tries next."""
+        if self._trial is None:
+            return
+        if not self._heap:  # the disk was not kept busy
+            self._trial.restart_window()
+        self._trial.add(num_bytes)
+        if self._trial.depth != self.depth:
+            self.depth = self._trial.depth
+            self._has_work.notify_all()
 
     def _push(self, task: ReadTask, priority: int) -> None:
         order = next(self._numbers)

@@ -10,7 +10,8 @@ import resource
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from kimi_mlx.weights.expert_plan import ExpertArray
 from kimi_mlx.weights.expert_read_queue import DEMAND, GUESS, ReadQueue, ReadTask
 from kimi_mlx.weights.expert_source import ExpertSource
 from kimi_mlx.weights.header import DTYPE_BYTES
+from kimi_mlx.weights.read_depth import DEFAULT_DEPTH, DEPTHS
 
-NUM_THREADS = 8
-"""Number of pieces that are read at the same time."""
+MAX_DEPTH = max(DEPTHS)
+"""Number of threads, and so the maximum number of pieces that are read at the same time."""
 
 PIECE_BYTES = 4 << 20
 """Maximum size of the pieces of an expert."""
@@ -91,7 +93,7 @@ class ExpertReader:
     Args:
         sources: the experts of each layer.
         float_dtype: compute type, to which stored floats are converted, as safetensors names it: `F32`, `F16`, `BF16`.
-        num_threads: number of pieces that are read at the same time.
+        depth: number of pieces that are read at the same time, at most MAX_DEPTH; `choosing_depth` may change it.
         piece_bytes: maximum size of the pieces of an expert.
         uses_page_cache: whether to read through the page cache; for loading, which reads each expert once.
 
@@ -103,7 +105,7 @@ class ExpertReader:
         self,
         sources: Iterable[ExpertSource],
         float_dtype: str,
-        num_threads: int = NUM_THREADS,
+        depth: int = DEFAULT_DEPTH,
         piece_bytes: int = PIECE_BYTES,
         uses_page_cache: bool = False,
     ):
@@ -113,10 +115,10 @@ class ExpertReader:
             layer: PreparedLayer(source, float_dtype, max(IO_ALIGNMENT, piece_bytes), files)
             for layer, source in self.sources.items()
         }
-        self._queue = ReadQueue(files)
+        self._queue = ReadQueue(files, depth)
         threads = [
             threading.Thread(target=_work, args=(self._queue,), name=f"expert-reader-{number}", daemon=True)
-            for number in range(num_threads if self.sources else 0)
+            for number in range(MAX_DEPTH if self.sources else 0)
         ]
         for thread in threads:
             thread.start()
@@ -135,6 +137,20 @@ class ExpertReader:
     def is_direct(self) -> bool:
         """Whether all files are open with O_DIRECT (Linux)."""
         return all(file.is_direct for file in self._queue.files.values())
+
+    @property
+    def depth(self) -> int:
+        """Maximum number of pieces that are read at the same time."""
+        return self._queue.depth
+
+    @contextmanager
+    def choosing_depth(self) -> Generator[None]:
+        """Try several depths during the block, which must keep the disk busy, and keep the best one."""
+        self._queue.begin_trial()
+        try:
+            yield
+        finally:
+            self._queue.end_trial()
 
     def read(self, layer: int, expert: int, destination: Sequence[np.ndarray], is_guess: bool = False) -> Read:
         """Start to read an expert.

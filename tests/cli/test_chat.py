@@ -300,12 +300,13 @@ def test_a_wrong_image_is_an_error_before_the_model_is_loaded(
 
 @pytest.mark.slow
 def test_a_draft_model_changes_the_number_of_steps_but_not_the_text() -> None:
-    plain, drafted = (
+    plain, drafted, off = (
         json.loads(run("chat", "-t", "0", "-p", QUESTION, "--json", *options).stdout)
-        for options in ((), ("--draft", "auto", "--speculate", "5"))
+        for options in ((), ("--draft", "auto", "--speculate", "5"), ("--draft", "auto", "--speculate", "0"))
     )
-    assert drafted["text"] == plain["text"]
+    assert drafted["text"] == off["text"] == plain["text"]
     assert drafted["statistics"]["generated_tokens"] == plain["statistics"]["generated_tokens"]
+    assert (off["statistics"]["drafted_tokens"], off["statistics"]["drafts_off"]) == (0, None)
 
 
 def test_a_draft_model_of_another_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

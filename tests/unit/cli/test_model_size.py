@@ -12,6 +12,7 @@ from kimi_mlx.cli.placement import SINGLE_RANK, with_placement
 from kimi_mlx.cluster.doctor.run_checks import DoctorRequest, check_hosts
 from kimi_mlx.cluster.hosts.facts import Facts, HeldStore
 from kimi_mlx.cluster.hosts.host import Host, Hostfile
+from kimi_mlx.model.config import read_json
 from kimi_mlx.planner.choice import Choice
 from kimi_mlx.planner.links import RDMA
 from kimi_mlx.planner.machines import parse_machines
@@ -23,6 +24,7 @@ from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
 from kimi_mlx.weights.conversion import open_conversion
 from kimi_mlx.weights.convert import convert
 from kimi_mlx.weights.convert_options import ConvertOptions
+from tests.drafts import draft_config, write_draft
 from tests.fakes import KIMI_MINI
 
 
@@ -61,6 +63,13 @@ def test_a_draft_model_is_part_of_the_need_of_rank_0() -> None:
 def test_a_draft_model_that_is_not_here_is_assumed_for_a_launch() -> None:
     assumed = draft_shape("someone/draft", "kimi-k2.6", is_assumed=True)
     assert assumed.memory == draft_shape("auto", "kimi-k2.6").memory
+
+
+@pytest.mark.parametrize("has_embedding", [False, True])
+def test_an_embedding_in_the_files_of_a_draft_model_is_counted(has_embedding: bool, tmp_path: Path) -> None:
+    config = draft_config(read_json(KIMI_MINI / "config.json"))
+    folder = write_draft(tmp_path / "draft", config, layer="layers.0.", prefix="model.", has_embedding=has_embedding)
+    assert draft_shape(str(folder), "kimi-mini").has_embedding == has_embedding
 
 
 def test_expert_bits_plan_what_the_conversion_makes(tmp_path: Path) -> None:

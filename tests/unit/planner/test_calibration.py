@@ -10,6 +10,7 @@ from kimi_mlx.bench.workloads import SHAPES, synthetic_config
 from kimi_mlx.model.config import parse_config
 from kimi_mlx.planner.calibration import MANY_TOKENS, Calibration, Times, dimensions, read_dimensions
 from kimi_mlx.planner.choice import by_calibration, needs_calibration
+from kimi_mlx.planner.drafts import PUBLISHED_DRAFTED, DraftShape, published_draft_config
 from kimi_mlx.planner.links import RDMA
 from kimi_mlx.planner.machines import any_machine
 from kimi_mlx.planner.model_shape import ModelShape, known_shape, shape_of_config
@@ -49,6 +50,19 @@ def test_wide_at_4_ms_takes_hybrid_and_deep_at_1_ms_pipeline() -> None:
     assert "hybrid" not in choice.reason
     assert choice.to_dict()["calibration"]["measured"]["num_layers"] == 8
     assert by_calibration(DEEP, shape("deep"), ()).strategy == "pipeline"
+
+
+def test_drafts_may_change_the_choice() -> None:
+    """In `hybrid` a step of several tokens waits for the link as often as one of a single token."""
+    for chance, strategy in ((0.97, "hybrid"), (0.3, "pipeline"), (0.0, "pipeline")):
+        tokens_per_step = sum(chance**drafted for drafted in range(PUBLISHED_DRAFTED + 1))
+        draft = DraftShape("draft", published_draft_config(), tokens_per_step, "")
+        choice = by_calibration(DEEP, shape("deep"), (), draft)
+        assert choice.strategy == strategy
+        assert ("with drafts" in choice.reason) == (chance > 0.9)
+        best, *_ = DEEP.predictions(draft=draft)
+        assert best.strategy == strategy
+        assert best.best_tok_per_s >= DEEP.predictions()[0].decode_tok_per_s
 
 
 def test_uneven_machines_get_shares_by_memory() -> None:

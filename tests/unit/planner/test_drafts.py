@@ -106,6 +106,14 @@ def test_the_draft_model_is_in_the_memory_of_rank_0() -> None:
         assert option.longest_context <= others[key(option)].longest_context
 
 
+def test_an_embedding_of_its_own_takes_memory_but_is_not_read() -> None:
+    config = published_draft_config()
+    without, with_embedding = (make_draft_shape("", config, None, has_embedding) for has_embedding in (False, True))
+    more = with_embedding.memory.weights_bytes - without.memory.weights_bytes
+    assert more == 2 * config.vocab_size * config.hidden_size
+    assert with_embedding.read_bytes(3, CONTEXT) == without.read_bytes(3, CONTEXT)
+
+
 def test_shares_by_memory_leave_room_for_the_draft_model() -> None:
     machines = "m3-ultra-512,m4-max-128"
     shape = known_shape("kimi-k2")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kimi_mlx.engine.batch_sizes import BATCH_SIZE_LIMITS, NO_STEPS, BatchSizes
 from kimi_mlx.server.metrics import Metrics
-from kimi_mlx.session.session import SessionStatus
+from kimi_mlx.session.session import DraftStatus, SessionStatus
 
 
 def test_batch_sizes_are_a_histogram() -> None:
@@ -23,6 +23,17 @@ def test_batch_sizes_are_a_histogram() -> None:
     }
     assert float(values["kimi_mlx_batch_size_count"]) == 6
     assert float(values["kimi_mlx_batch_size_sum"]) == 506
+
+
+def test_the_reason_why_nothing_is_drafted() -> None:
+    metrics = Metrics()
+    reasons = ("a step of 4 tokens takes 2.9 times as long as one of 1", "nothing to draft", None)
+    for reason in reasons:
+        status = SessionStatus(is_up=True, drafts=DraftStatus(off_reason=reason))
+        lines = metrics.render(status, is_up=True).decode().splitlines()
+        off = [line for line in lines if line.startswith("kimi_mlx_drafts_off")]
+        assert off == ([] if reason is None else [f'kimi_mlx_drafts_off{{reason="{reason}"}} 1.0'])
+        assert f"kimi_mlx_drafts_active {float(reason is None)}" in lines
 
 
 def test_batch_sizes_by_name() -> None:

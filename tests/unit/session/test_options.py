@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kimi_mlx.cluster.hosts.host import local_cluster
-from kimi_mlx.session.session import FAST_SYNC_CHECK_EVERY, SessionOptions
+from kimi_mlx.session.session import DEFAULT_DRAFT_TOKENS, FAST_SYNC_CHECK_EVERY, SessionOptions
 
 
 @pytest.mark.parametrize(
@@ -20,3 +22,13 @@ from kimi_mlx.session.session import FAST_SYNC_CHECK_EVERY, SessionOptions
 )
 def test_the_fast_fence_keeps_checks_on(options: SessionOptions, check_every: int) -> None:
     assert options.check_every == check_every
+
+
+@pytest.mark.parametrize("has_draft", [False, True])
+@pytest.mark.parametrize(("speculate", "max_drafted"), [(None, None), (0, 0), (1, 1), (5, 5)])
+def test_maximum_number_of_draft_tokens(has_draft: bool, speculate: int | None, max_drafted: int | None) -> None:
+    for draft in ({"draft": Path("draft")}, {"draft_name": "draft"}) if has_draft else ({},):
+        options = SessionOptions(None, speculate=speculate, **draft)
+        default = DEFAULT_DRAFT_TOKENS if has_draft else 0
+        assert options.max_drafted == (default if max_drafted is None else max_drafted)
+        assert options.has_draft_model == (has_draft and speculate != 0)

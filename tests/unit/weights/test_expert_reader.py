@@ -23,9 +23,10 @@ from kimi_mlx.store.stores import open_manifest
 from kimi_mlx.uncached_file import UncachedFile
 from kimi_mlx.weights.assemble import load_layer
 from kimi_mlx.weights.expert_plan import EXPERT_ENTRIES, split_experts
-from kimi_mlx.weights.expert_reader import NUM_THREADS, PIECE_BYTES, ExpertReader
+from kimi_mlx.weights.expert_reader import MAX_DEPTH, PIECE_BYTES, ExpertReader
 from kimi_mlx.weights.expert_source import ExpertSource, checkpoint_sources
 from kimi_mlx.weights.layer_plan import plan_layer
+from kimi_mlx.weights.read_depth import DEFAULT_DEPTH
 from kimi_mlx.weights.reader import open_checkpoint
 from tests.checkpoints import FORMATS
 from tests.experts import expected_arrays, new_destination, read_expert, resident_layers
@@ -36,10 +37,10 @@ HINT = "run `kimi-mlx download`"
 
 
 def open_checkpoint_experts(
-    folder: Path, float_dtype: str = "F32", num_threads: int = NUM_THREADS, piece_bytes: int = PIECE_BYTES
+    folder: Path, float_dtype: str = "F32", depth: int = DEFAULT_DEPTH, piece_bytes: int = PIECE_BYTES
 ) -> ExpertReader:
     checkpoint = open_checkpoint(folder, load_config(folder)).checkpoint
-    return ExpertReader(checkpoint_sources(checkpoint, None, HINT), float_dtype, num_threads, piece_bytes)
+    return ExpertReader(checkpoint_sources(checkpoint, None, HINT), float_dtype, depth, piece_bytes)
 
 
 def open_store_experts(stores: Path, source: Path, ranks: int, strategy: str, rank: int) -> ExpertReader:
@@ -72,7 +73,7 @@ def test_experts_of_a_checkpoint(folder: Path, float_dtype: str) -> None:
 
 @pytest.mark.parametrize("is_aligned", [False, True])
 def test_experts_in_small_pieces(is_aligned: bool) -> None:
-    reader = open_checkpoint_experts(FORMATS / "int4", piece_bytes=1, num_threads=3)
+    reader = open_checkpoint_experts(FORMATS / "int4", piece_bytes=1, depth=3)
     check(reader, FORMATS / "int4", mx.float32, is_aligned)
 
 
@@ -194,7 +195,7 @@ class Gate:
 
 
 def test_reads_that_a_step_waits_for_come_before_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = open_checkpoint_experts(KIMI_MINI, num_threads=1)
+    reader = open_checkpoint_experts(KIMI_MINI, depth=1)
     runs, arrays = reader.sources[1].runs, reader.arrays(1)
     gate = Gate(monkeypatch)
     first = reader.read(1, 0, new_destination(arrays))
@@ -231,7 +232,7 @@ def test_a_disk_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_closed_reader(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = open_checkpoint_experts(KIMI_MINI, num_threads=1)
+    reader = open_checkpoint_experts(KIMI_MINI, depth=1)
     gate = Gate(monkeypatch)
     reads = [reader.read(1, expert, new_destination(reader.arrays(1))) for expert in range(3)]
     gate.wait_for(1)
@@ -248,8 +249,8 @@ def test_a_closed_reader(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_reader_that_is_dropped_ends_its_threads() -> None:
     before = threading.active_count()
-    reader = open_checkpoint_experts(KIMI_MINI, num_threads=4)
-    assert threading.active_count() == before + 4
+    reader = open_checkpoint_experts(KIMI_MINI, depth=4)
+    assert threading.active_count() == before + MAX_DEPTH
     del reader
     assert threading.active_count() == before
 

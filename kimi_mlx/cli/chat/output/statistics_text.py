@@ -37,7 +37,7 @@ def statistics_line(statistics: Statistics) -> str:
 
 
 def describe_experts(experts: ExpertStats, bytes_per_token: float, seconds: float) -> str:
-    """Return the hit rate of experts, the bytes read from the disk, and the share of the time spent waiting.
+    """Return the hit rate of experts, the bytes read from the disk, the right guesses, and the time spent waiting.
 
     Args:
         experts: counters of a period.
@@ -46,8 +46,12 @@ def describe_experts(experts: ExpertStats, bytes_per_token: float, seconds: floa
     """
     if experts.hit_rate is None:
         return "experts on disk"
-    waited = f", {min(experts.wait_seconds / seconds, 1):.0%} of the time waiting" if seconds else ""
-    return f"hit rate of experts {experts.hit_rate:.0%}, {format_bytes(round(bytes_per_token))} read per token{waited}"
+    parts = [f"hit rate of experts {experts.hit_rate:.0%}", f"{format_bytes(round(bytes_per_token))} read per token"]
+    if experts.guesses:
+        parts.append(f"{experts.guesses_right / experts.guesses:.0%} of guesses right")
+    if seconds:
+        parts.append(f"{min(experts.wait_seconds / seconds, 1):.0%} of the time waiting")
+    return ", ".join(parts)
 
 
 def conversation_line(answers: Sequence[Statistics]) -> str:

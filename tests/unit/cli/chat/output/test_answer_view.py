@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -159,6 +160,9 @@ def test_statistics_line() -> None:
 
 
 def test_experts_on_the_disk() -> None:
-    assert describe_experts(ExpertStats(hits=3, misses=1, wait_seconds=0.5), 2e6, 2.0) == (
+    stats = ExpertStats(hits=3, misses=1, wait_seconds=0.5)
+    assert describe_experts(stats, 2e6, 2.0) == (
         "hit rate of experts 75%, 2.0 MB read per token, 25% of the time waiting"
     )
+    stats = replace(stats, guesses=8, guesses_right=3)
+    assert describe_experts(stats, 2e6, 0) == "hit rate of experts 75%, 2.0 MB read per token, 38% of guesses right"
