@@ -18,6 +18,9 @@ from kimi_mlx.planner.model_shape import ModelShape
 MANY_TOKENS = 64
 """Number of tokens of the second measurement, besides 1."""
 
+FEW_TOKENS = 8
+"""Largest number of tokens of a step whose queries the ranks do not divide: a token and its draft."""
+
 PROMPT_TOKENS = 16
 """Default length of the prompt of a prediction."""
 
@@ -124,7 +127,7 @@ class Calibration:
             hops = 0.0 if strategy == "single" else (self.num_ranks - 1) * self.hops.at(tokens) + self.hops.one_s
             return self.num_layers * self.layers["single"].at(tokens) + self.heads["single"] + hops
         sums = {"hybrid": 1, "tensor": 2}[strategy] * self.sums.at(tokens)
-        if strategy == "hybrid" and tokens >= self.num_ranks:
+        if strategy == "hybrid" and tokens > max(FEW_TOKENS, self.num_ranks - 1):
             sums += self.gathers.at(-(-tokens // self.num_ranks))
         layers_s = self.num_layers * (self.layers[strategy].at(tokens) + sums)
         return layers_s + self.heads["split"] + self.gathers.one_s

