@@ -99,10 +99,10 @@ class MeasurementOptions:
         Literal["mlx-lm", "mlx-lm-tensor", "mlx-lm-pipeline", "mlx-vlm", "resident"] | None,
         typer.Option(
             "--against",
-            help="`mlx-lm`: also run mlx-lm on the same checkpoint, alternating, and print the ratios; on several ranks "
-            "in both of its modes, or as `mlx-lm-tensor` or `mlx-lm-pipeline` in one. `mlx-vlm`: with --images, also "
-            "compare the vision tower alone, with random weights, with that of mlx-vlm. `resident`: with "
-            "--expert-memory, also run the model with all experts in memory, alternating.",
+            help="`mlx-lm`: also run mlx-lm on the same checkpoint, alternating, and print the ratios; on several "
+            "ranks in both of its modes, or as `mlx-lm-tensor` or `mlx-lm-pipeline` in one. `mlx-vlm`: with "
+            "--images, also compare the vision tower alone, with random weights, with that of mlx-vlm. `resident`: "
+            "with --expert-memory, also run the model with all experts in memory, alternating.",
             rich_help_panel=MEASUREMENT,
         ),
     ] = None

@@ -142,7 +142,7 @@ def open_models(
     sides: list[Side] = [SessionSide("kimi-mlx", session)]
     if launch is not None:
         return BenchmarkModels(prepared, sides, config, plan, expectation=opened.expectation)
-    if measurement.against in MODES:
+    if measurement.against is not None and measurement.against in MODES:
         modes = MODES[measurement.against] if run.ranks > 1 else ("single",)
         sides += _open_mlx_lm_sides(modes, options_on_this_machine(prepared, options, run.ranks), stack, is_quiet)
     if measurement.against == "resident":

@@ -27,8 +27,11 @@ def test_the_fast_fence_keeps_checks_on(options: SessionOptions, check_every: in
 @pytest.mark.parametrize("has_draft", [False, True])
 @pytest.mark.parametrize(("speculate", "max_drafted"), [(None, None), (0, 0), (1, 1), (5, 5)])
 def test_maximum_number_of_draft_tokens(has_draft: bool, speculate: int | None, max_drafted: int | None) -> None:
-    for draft in ({"draft": Path("draft")}, {"draft_name": "draft"}) if has_draft else ({},):
-        options = SessionOptions(None, speculate=speculate, **draft)
+    folder, name = (Path("draft"), "draft") if has_draft else (None, None)
+    for options in (
+        SessionOptions(None, speculate=speculate, draft=folder),
+        SessionOptions(None, speculate=speculate, draft_name=name),
+    ):
         default = DEFAULT_DRAFT_TOKENS if has_draft else 0
         assert options.max_drafted == (default if max_drafted is None else max_drafted)
         assert options.has_draft_model == (has_draft and speculate != 0)
