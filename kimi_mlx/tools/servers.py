@@ -73,6 +73,8 @@ class McpServers:
         self._notes: list[str] = []
         self._declared: dict[str, DeclaredTool] = {}
         self._is_changed = True
+        self._limit = asyncio.Semaphore(MAX_PARALLEL_CALLS)
+        self._loop_created: Future[asyncio.AbstractEventLoop] = Future()
         self._thread = threading.Thread(target=self._run_loop, name="mcp-servers", daemon=True)
         self._started: Future[None] | None = None
 
@@ -84,9 +86,8 @@ class McpServers:
             logger = logging.getLogger(name)
             logger.addHandler(logging.NullHandler())
             logger.propagate = False
-        self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(lambda loop, context: None)  # its text may come from a server
         self._thread.start()
+        self._loop = self._loop_created.result()
         self._started = self._submit(self._start_all())
         return self
 
@@ -184,13 +185,19 @@ class McpServers:
         self._thread.join(CLOSE_S)
 
     def _run_loop(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._limit = asyncio.Semaphore(MAX_PARALLEL_CALLS)
-        self._loop.run_forever()
-        for task in asyncio.all_tasks(self._loop):
+        try:
+            loop = asyncio.new_event_loop()  # in the main thread, Ctrl-C would leave half a loop, which prints errors
+        except OSError as error:
+            self._loop_created.set_exception(ToolError(f"the MCP servers cannot be started: {error.strerror}"))
+            return
+        loop.set_exception_handler(lambda loop, context: None)  # its text may come from a server
+        asyncio.set_event_loop(loop)
+        self._loop_created.set_result(loop)
+        loop.run_forever()
+        for task in asyncio.all_tasks(loop):
             task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
-        self._loop.close()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
 
     def _submit(self, coroutine: Any) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
