@@ -87,13 +87,16 @@ class ReadQueue:
         self._lock = lock
         self._heap: list[tuple[int, int, int, ReadTask]] = []
         self._numbers = itertools.count()
-        self._error: WeightsError | None = None
+        self._num_running = 0
+        self._close_error: WeightsError | None = None
+        self._timeout_error: WeightsError | None = None
+        """Error of all reads after one that did not end in time, until all pieces that had begun have ended."""
 
     def add(self, task: ReadTask, priority: int) -> None:
         """Append a read."""
         with self._lock:
-            if self._error is not None:
-                task.drop_waiting(self._error)
+            if (error := self._close_error or self._timeout_error) is not None:
+                task.drop_waiting(error)
             self._push(task, priority)
 
     def promote(self, task: ReadTask) -> None:
@@ -113,27 +116,27 @@ class ReadQueue:
     def wait(self, task: ReadTask, timeout_s: float) -> None:
         """Wait for the end of a read, and raise its error.
 
-        After a time-out all further reads fail, because a thread may still write into the destination.
+        After a time-out all further reads fail until the running ones have ended, because these still write into their
+        destinations.
         """
         with self._lock:
             if not self._has_result.wait_for(lambda: task.is_done, timeout_s):
-                path, _ = task.source.runs[0].location(task.expert - task.source.first_expert)
-                self._error = task.error = WeightsError(
-                    f"`{path}` did not answer within {timeout_s:g} s when {task} was read",
-                    hint="check the disk, or the network of a shared folder",
+                path, offset = task.source.runs[0].location(task.expert - task.source.first_expert)
+                task.error = WeightsError(
+                    f"`{path}` did not answer within {timeout_s:g} s when {task} was read at byte {offset}",
+                    hint="check the disk, or the network of a shared folder; experts are read again when it answers",
                 )
+                self._timeout_error = task.error if self._num_running else None
+                self._drop_all(task.error)
             if task.error is not None:
                 raise task.error
 
     def stop(self) -> None:
         """Drop all pieces that have not begun, and end the threads after their current pieces."""
         with self._lock:
-            self._error = self._error or WeightsError("the reader of experts is closed")
-            for *_, task in self._heap:
-                task.drop_waiting(self._error)
-            self._heap.clear()
+            self._close_error = WeightsError("the reader of experts is closed")
+            self._drop_all(self._close_error)
             self._has_work.notify_all()
-            self._has_result.notify_all()
 
     def begin_trial(self) -> None:
         """Begin to try depths."""
@@ -153,7 +156,7 @@ class ReadQueue:
         with self._lock:
             while True:
                 while not self._heap or self._num_running >= self.depth:
-                    if not self._heap and self._error is not None:
+                    if not self._heap and self._close_error is not None:
                         return None
                     self._has_work.wait()
                 *_, number, task = heapq.heappop(self._heap)
@@ -169,6 +172,8 @@ class ReadQueue:
             self.bytes_read += num_bytes
             task.num_unfinished -= 1
             self._num_running -= 1  # this thread takes the next piece
+            if not self._num_running:
+                self._timeout_error = None
             self._try_depth(num_bytes)
             if error is not None:
                 task.error = task.error or error
@@ -187,6 +192,13 @@ class ReadQueue:
         if self._trial.depth != self.depth:
             self.depth = self._trial.depth
             self._has_work.notify_all()
+
+    def _drop_all(self, error: WeightsError) -> None:
+        """Drop all pieces that have not begun."""
+        for *_, task in self._heap:
+            task.drop_waiting(error)
+        self._heap.clear()
+        self._has_result.notify_all()
 
     def _push(self, task: ReadTask, priority: int) -> None:
         order = next(self._numbers)

@@ -219,15 +219,31 @@ def test_reads_that_a_step_waits_for_come_before_guesses(monkeypatch: pytest.Mon
     assert reader.bytes_read == 5 * demanded.num_bytes
 
 
-def test_a_disk_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = open_checkpoint_experts(KIMI_MINI)
+def test_a_disk_that_does_not_answer_and_answers_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = open_checkpoint_experts(KIMI_MINI, num_threads=2)
     gate = Gate(monkeypatch)
-    read = reader.read(1, 0, new_destination(reader.arrays(1)))
-    with pytest.raises(WeightsError, match=r"did not answer within 0\.05 s when expert 0 of layer 1 was read"):
+    arrays = reader.arrays(1)
+    read, destination = reader.read(1, 0, new_destination(arrays)), new_destination(arrays)
+    waiting = reader.read(1, 1, destination, is_guess=True)
+    gate.wait_for(2)
+    with pytest.raises(WeightsError, match=r"did not answer within 0\.05 s when expert 0 of layer 1 was read at byte"):
         read.result(0.05)
-    with pytest.raises(WeightsError, match="did not answer"):  # its threads may still write
-        read_expert(reader, 1, 1)
+    for _ in range(2):
+        with pytest.raises(WeightsError, match="did not answer"):  # its threads may still write
+            read_expert(reader, 1, 2)
+    with pytest.raises(WeightsError, match="did not answer"):
+        waiting.result()
+    assert len(gate.offsets) == 2
     gate.opened.set()
+    deadline = time.monotonic() + 30
+    while reader.bytes_read == 0 or not read.is_done:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(0.01)
+    expected = resident_layers(KIMI_MINI, None, mx.float32)[1]
+    for value, array in zip(read_expert(reader, 1, 1), expected_arrays(expected, arrays, 1), strict=True):
+        assert np.array_equal(value, array)
+    assert all((array.reshape(-1).view(np.uint8) == 0xAA).all() for array in destination)
     reader.close()
 
 
