@@ -421,7 +421,9 @@ class RingSession:
                 error = next_error
                 continue
             except KimiMlxError as next_error:
-                return error if isinstance(error, WeightsError) else next_error
+                if not isinstance(error, WeightsError):
+                    return next_error
+                continue  # a disk that was lost may be back at the next attempt
             self._resume(time.monotonic() - lost_at)
             return None
         return error
