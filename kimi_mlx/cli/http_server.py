@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from kimi_mlx.cli.open_model import OpenedModel
 from kimi_mlx.cli.output import stderr
@@ -37,7 +36,7 @@ def make_server(
         on_ready: callback, called once the server answers.
     """
     folder = opened.tokenizer_folder
-    name, *aliases = served_names(target, folder, names)
+    name, *aliases = served_names(target, names)
     context_tokens = load_config(folder).max_position_embeddings
     title = target.entry.title if target.entry is not None else ""
     model_info = ModelInfo(name, aliases, context_tokens, int(time.time()), title=title)
@@ -46,16 +45,15 @@ def make_server(
     return Server(opened.session, tokenizer, model_info, target.instant_sampling, opened.deployment, options, on_start)
 
 
-def served_names(target: ModelRef, folder: Path, names: Sequence[str]) -> list[str]:
+def served_names(target: ModelRef, names: Sequence[str]) -> list[str]:
     """Return the names of a model in requests, without duplicates; the first one is in responses.
 
     Args:
         target: the model.
-        folder: folder with the configuration and the tokenizer.
         names: the user's names, which come first.
     """
     entry = target.entry
-    default_names = [target.name if target.folder is None or entry else folder.resolve().name]
+    default_names = [target.name if target.folder is None or entry else target.folder.resolve().name]
     if entry is not None:
         known_names = (entry.alias, entry.repository, entry.original_repository, entry.earlier_repository)
         default_names += [name for name in known_names if name is not None]

@@ -18,7 +18,7 @@ from tests.fakes import KIMI_MINI
     ],
 )
 def test_names_of_the_user_come_before_those_of_the_model(model: str, expected: list[str]) -> None:
-    names = served_names(resolve_model_name(model), KIMI_MINI, ["gpt-4o", "gpt-4o"])
+    names = served_names(resolve_model_name(model), ["gpt-4o", "gpt-4o"])
     assert [name for name in expected if name in names] == expected
     assert names[0] == "gpt-4o"
     assert all(isinstance(name, str) for name in names)
