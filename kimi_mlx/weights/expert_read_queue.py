@@ -80,7 +80,6 @@ class ReadQueue:
     def __init__(self, files: Mapping[Path, UncachedFile], depth: int):
         self.files, self.depth = files, depth
         self.bytes_read = 0
-        self._num_running = 0
         self._trial: DepthTrial | None = None
         lock = threading.Lock()
         self._has_work, self._has_result = threading.Condition(lock), threading.Condition(lock)
