@@ -78,19 +78,22 @@ class CostOptions:
     ] = False
     tokens_a_day: Annotated[
         float,
-        typer.Option("--tokens-a-day", min=1, help="With --cost: tokens generated per day.", rich_help_panel=COST),
+        typer.Option(
+            "--tokens-a-day", min=1, max=1e12, help="With --cost: tokens generated per day.", rich_help_panel=COST
+        ),
     ] = 200_000
     electricity: Annotated[
-        float, typer.Option("--electricity", min=0, help="With --cost: price per kWh.", rich_help_panel=COST)
+        float, typer.Option("--electricity", min=0, max=1e6, help="With --cost: price per kWh.", rich_help_panel=COST)
     ] = 0.30
     years: Annotated[
-        float, typer.Option("--years", min=0.1, help="With --cost: years of use.", rich_help_panel=COST)
+        float, typer.Option("--years", min=0.1, max=1000, help="With --cost: years of use.", rich_help_panel=COST)
     ] = 4
     price: Annotated[
         float | None,
         typer.Option(
             "--price",
             min=0,
+            max=1e12,
             help="With --cost: price of all machines. Default: from a table.",
             show_default=False,
             rich_help_panel=COST,
@@ -101,6 +104,7 @@ class CostOptions:
         typer.Option(
             "--watts",
             min=0,
+            max=1e9,
             help="With --cost: power of all machines under load. Default: from a table.",
             show_default=False,
             rich_help_panel=COST,
@@ -111,6 +115,7 @@ class CostOptions:
         typer.Option(
             "--subscription",
             min=0,
+            max=1e9,
             help="With --cost: monthly price of a subscription to compare with.",
             show_default=False,
             rich_help_panel=COST,
@@ -176,7 +181,14 @@ def plan(
     # heavy imports: not for `--help` or a usage error
     from kimi_mlx.cli.output import hides_messages, print_json
     from kimi_mlx.cli.plan_inputs import machines_and_links, planned_draft, planned_shape
-    from kimi_mlx.cli.plan_report import backtest_report, cost_lines, number_that_fits, plan_report, print_parts
+    from kimi_mlx.cli.plan_report import (
+        backtest_report,
+        better_without_draft,
+        cost_lines,
+        number_that_fits,
+        plan_report,
+        print_parts,
+    )
     from kimi_mlx.planner.backtest import backtest
     from kimi_mlx.planner.cost import cost_of_plan
     from kimi_mlx.planner.search import make_plan
@@ -208,6 +220,8 @@ def plan(
     else:
         if result.choice is None:
             print_parts([number_that_fits(result, links), ""])
+        if (better := better_without_draft(result, links)) is not None:
+            print_parts([better, ""])
         print_parts(plan_report(result))
         if cost is not None:
             print_parts(cost_lines(cost, assumptions))

@@ -17,7 +17,15 @@ from kimi_mlx.planner.links import LinkProfile
 from kimi_mlx.planner.machines import name_of_kind
 from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.reasons import rejection_reason
-from kimi_mlx.planner.search import ANSWER_TOKENS, PROMPT_TOKENS, Option, Plan, fits_with_auto, sufficient_number
+from kimi_mlx.planner.search import (
+    ANSWER_TOKENS,
+    PROMPT_TOKENS,
+    Option,
+    Plan,
+    fits_with_auto,
+    make_plan,
+    sufficient_number,
+)
 from kimi_mlx.sizing.hosts import MAX_HOSTS
 from kimi_mlx.units import GB, GIB, format_context, format_count, format_duration, format_gib
 
@@ -62,10 +70,29 @@ def number_that_fits(plan: Plan, links: Sequence[LinkProfile]) -> str:
     return f"Does not fit. {number} x {name} would be enough."
 
 
+def better_without_draft(plan: Plan, links: Sequence[LinkProfile]) -> str | None:
+    """Return the choice without the draft model if that is faster: the draft model takes memory from experts."""
+    if plan.draft is None:
+        return None
+    without = make_plan(
+        plan.shape,
+        plan.machines,
+        links,
+        plan.context,
+        is_fast_sync=plan.is_fast_sync,
+        expert_memory=plan.expert_memory,
+    ).choice
+    if without is None or (plan.choice is not None and without.request_s >= plan.choice.request_s):
+        return None
+    rate = _decode_rate(without.decode_tok_per_s)
+    return f"Faster without the draft model, which takes memory: {_name(without)}: {rate} tok/s."
+
+
 def plan_report(plan: Plan) -> Iterator[Part]:
     """Yield the report of a plan, part by part."""
     names = ", ".join(machine.name for machine in plan.machines)
-    yield f"{plan.shape.name}: {format_gib(plan.shape.weights_bytes)} of weights, {plan.context:,} tokens of context"
+    context = "1 token" if plan.context == 1 else f"{plan.context:,} tokens"
+    yield f"{plan.shape.name}: {format_gib(plan.shape.weights_bytes)} of weights, {context} of context"
     yield f"on {names}{', with fast synchronisation' if plan.is_fast_sync else ''}"
     links = dict.fromkeys(option.link for option in plan.options if option.link is not None)
     if links:
@@ -125,7 +152,8 @@ def choice_lines(plan: Plan) -> Iterator[str]:
         yield "Choice: none, the model does not fit."
         return
     drafted = "" if choice.drafted is None else f", {_decode_rate(choice.drafted.tok_per_s)} with drafts"
-    yield f"Choice: {_name(choice)}: {_decode_rate(choice.decode_tok_per_s)} tok/s{drafted}."
+    where = f" ({choice.hosts[0]})" if choice.link is None and len(plan.machines) > 1 else ""
+    yield f"Choice: {_name(choice)}{where}: {_decode_rate(choice.decode_tok_per_s)} tok/s{drafted}."
     if choice.link is not None:
         yield f"  `launch` takes it as `--strategy {choice.placement}`."
     parts = choice.decode

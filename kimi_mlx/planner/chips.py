@@ -124,7 +124,7 @@ def user_chips() -> tuple[Chip, ...]:
     if file is None:
         return ()
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return ()
     except (OSError, UnicodeDecodeError) as error:
@@ -146,7 +146,7 @@ def parse_chips(text: str, where: str) -> tuple[Chip, ...]:
     """
     try:
         value: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _error(where, f"is not JSON: {error}") from error
     rows: Any = cast("dict[str, Any]", value).get("chips") if isinstance(value, dict) else None
     if not isinstance(rows, list):

@@ -200,7 +200,7 @@ def make_plan(
 
     Args:
         shape: the model.
-        machines: the hosts; options with only the largest 1, 2, ... hosts are included.
+        machines: the hosts; options with each kind of host alone and with only the largest 2, 3, ... are included.
         links: possible links between them.
         context: number of tokens to have room for; decode is predicted at its end.
         is_fast_sync: whether MLX_METAL_FAST_SYNCH=1 is set.
@@ -230,9 +230,16 @@ def make_plan(
 def _candidates(
     machines: Sequence[Machine], links: Sequence[LinkProfile]
 ) -> Iterator[tuple[Strategy, Shares, list[Machine], LinkProfile | None]]:
-    """Yield the largest host alone, then the largest two, and so on, for each strategy and link."""
-    largest = sorted(machines, key=lambda machine: -machine.raised_gpu_bytes)
-    yield "single", "even", largest[:1], None
+    """Yield each kind of host alone, then the largest two, and so on, for each strategy and link.
+
+    Of hosts with equal memory those with more bandwidth come first.
+    """
+    largest = sorted(machines, key=lambda host: (-host.raised_gpu_bytes, -host.chip.bandwidth_gb_per_s))
+    kinds: list[Machine] = []
+    for machine in largest:
+        if (kind := replace(machine, name="")) not in kinds:
+            kinds.append(kind)
+            yield "single", "even", [machine], None
     for count in range(2, len(largest) + 1):
         hosts = [machine for machine in machines if machine in largest[:count]]
         is_uniform = len({machine.memory_bytes for machine in hosts}) == 1

@@ -171,6 +171,12 @@ def test_a_draft_model_is_planned_with_and_without() -> None:
     assert "draft model" in shown
 
 
+def test_a_draft_model_that_costs_more_than_it_gains_is_named() -> None:
+    words = ("kimi-k2.6", "--machines", "m3-ultra-512,m4-max-128", "--draft", "auto")
+    assert call(*words).stdout.startswith("Faster without the draft model, which takes memory: pipeline*, 2 hosts")
+    assert "without the draft model" not in call("kimi-k2.6", "--machines", "m3-ultra-512x2", *words[-2:]).stdout
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -234,6 +240,11 @@ def test_a_set_memory_for_experts_that_does_not_fit() -> None:
     result = call("kimi-k2", "--machines", "m5-max-128", "--preset", "2bit", "--expert-memory", "200GB")
     assert result.exit_code != 0
     assert result.stdout.startswith("Does not fit with this `--expert-memory`. With `auto` it does.\n")
+
+
+@pytest.mark.parametrize("option", ["--tokens-a-day", "--electricity", "--years", "--price", "--watts"])
+def test_costs_that_json_cannot_hold_are_refused(option: str) -> None:
+    assert call("kimi-k2", "--machines", "m3-ultra-512x2", "--cost", option, "inf").exit_code == 2
 
 
 @pytest.mark.parametrize("rate", ["0", "inf", "nan"])

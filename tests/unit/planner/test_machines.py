@@ -126,10 +126,16 @@ def test_the_users_chips_come_first(chips_file: Path) -> None:
     assert machine_of_host("mac-a", "Apple M6 Ultra", 1024 * GIB, None).chip == mine.chip
 
 
+def test_a_file_of_chips_may_begin_with_a_byte_order_mark(chips_file: Path) -> None:
+    chips_file.write_text('{"chips": []}', encoding="utf-8-sig")
+    assert parse_machines("m3-ultra-512")
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("{", "is not JSON"),
+        pytest.param("[" * 100_000, "is not JSON", id="nested"),
         ("[]", "no list `chips`"),
         ('{"chips": {}}', "no list `chips`"),
         ('{"chips": [7]}', "chip 1 is not an object, but 7"),

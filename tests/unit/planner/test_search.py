@@ -73,6 +73,18 @@ def test_a_pipeline_is_chosen_only_by_a_margin() -> None:
     assert "real pipelines have been slower" in (rejection_reason(pipeline, result) or "")
 
 
+@pytest.mark.parametrize("machines", ["m3-ultra-512,m5-ultra-512", "m5-ultra-256,m3-ultra-512"])
+def test_a_model_that_fits_on_the_fastest_machine_alone_runs_there(machines: str) -> None:
+    choice = plan("moonlight", machines).choice
+    assert choice is not None
+    assert (choice.strategy, choice.hosts[0][:8]) == ("single", "m5-ultra")
+
+
+def test_equal_machines_are_planned_alone_only_once() -> None:
+    result = plan("kimi-k2", "m3-ultra-512x3")
+    assert [option.strategy for option in result.options].count("single") == 1
+
+
 def test_every_rejected_option_has_a_reason() -> None:
     for machines in ("m3-ultra-512x4", "m3-ultra-512,m4-max-128", "m3-ultra-512"):
         result = plan("kimi-k2", machines)
