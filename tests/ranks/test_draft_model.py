@@ -52,7 +52,7 @@ def expected(requests: list[Request]) -> list[list[int]]:
 
 def test_one_process(draft: Path, requests: list[Request], expected: list[list[int]]) -> None:
     options = SessionOptions(KIMI_MINI, draft=draft)
-    assert options.speculate == DEFAULT_DRAFT_TOKENS
+    assert options.max_drafted == DEFAULT_DRAFT_TOKENS
     with closing(LocalSession(options)) as session:
         answers = [run(session, request) for request in requests]
         status = session.status().drafts
