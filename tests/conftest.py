@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from tests import processes
 if TYPE_CHECKING:
     from kimi_mlx.session.session import Session
     from tests.server.running_server import RunningServer
+
+gc.disable()  # while tests are collected, since nothing of it goes: see `pytest_collection_finish`
 
 # Signals that were ignored by whoever started the tests (in the background, under nohup) would be ignored by all
 # processes that the tests start.
@@ -104,6 +107,17 @@ def running(session: Session) -> Iterator[RunningServer]:
 
     with serving(session) as server:
         yield server
+
+
+def pytest_collection_finish() -> None:
+    """Begin to collect garbage, except in what is there by now.
+
+    A session that closes collects all garbage: in the thousands of collected tests and their packages this took longer
+    than the test.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -143,6 +144,12 @@ class FixedGather:
         return self.gather(x).sum(axis=0)
 
 
+@cache
+def mini_tokenizer() -> ChatTokenizer:
+    """Return kimi-mini's tokenizer, which takes 30 ms to load."""
+    return ChatTokenizer.load(KIMI_MINI)
+
+
 def chat_model_of(session: Session, tokenizer: ChatTokenizer) -> LocalChatModel:
     """Return a chat model, in this process, of a session that answers as kimi-mini does or in its place."""
     return LocalChatModel(session, tokenizer, ModelDeployment("fake", "hybrid", None, load_config(KIMI_MINI)))
@@ -160,7 +167,7 @@ def conversation_of(
 
     With sees_images the chat template is that of K2.5, and the session accepts images.
     """
-    tokenizer = ChatTokenizer.load(KIMI_MINI)
+    tokenizer = mini_tokenizer()
     if sees_images:
         tokenizer = replace(tokenizer, template=ChatTemplate(K25_TEMPLATE.read_text()))
     end_of_reasoning = [tokenizer.tokenizer.special_tokens["</think>"]]

@@ -132,6 +132,7 @@ def test_an_interrupted_report_says_so() -> None:
     assert report.to_dict()["is_complete"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", [RUNS, RUNS[:4], []], ids=["three sides", "one side", "no runs"])
 def test_the_plot_is_a_png(tmp_path: Path, runs: list[Run]) -> None:
     pytest.importorskip("matplotlib")

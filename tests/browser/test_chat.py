@@ -30,6 +30,7 @@ print("<b>")
 """
 
 
+@pytest.mark.slow
 def test_a_conversation(running: RunningServer, open_page: OpenPage) -> None:
     chat = open_page(running.url)
     chat.wait_model("kimi-mini")

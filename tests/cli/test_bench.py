@@ -79,6 +79,7 @@ def test_depth_and_several_at_once_make_a_case_each(tiny: Path, tmp_path: Path) 
     assert {request["cached_tokens"] for request in report["runs"][-1]["requests"]} == {20}
 
 
+@pytest.mark.slow
 def test_images_are_encoded_apart_from_prefill() -> None:
     images = ["--images", "0,2", "--image-size", "60x40", "--prompt-tokens", "8", "--generation-tokens", "2"]
     report = json.loads(bench("kimi-mini-vl", *images, "--repeat", "1", "--json").stdout)
@@ -123,6 +124,7 @@ def test_against_mlx_lm_on_two_ranks(tiny: Path) -> None:
     assert all(agreement["equal"] == agreement["answers"] == 6 for agreement in report["same_tokens"])
 
 
+@pytest.mark.slow
 def test_streamed_experts_are_compared_with_all_in_memory() -> None:
     quick = ["--prompt-tokens", "8", "--generation-tokens", "4", "--repeat", "1", "--expert-memory", "35%"]
     report = json.loads(bench("kimi-mini", *quick, "--against", "resident", "--json").stdout)

@@ -52,6 +52,7 @@ def test_one_answer_equals_that_of_a_local_model(server: RunningServer) -> None:
     assert there["placement"]["reason"] == f"served at {server.url}"
 
 
+@pytest.mark.slow
 def test_pipes_schemas_and_system_prompts_work_there(server: RunningServer) -> None:
     url = ("--url", server.url, *GREEDY, "-q")
     here = call("chat", "kimi-mini", "--system", "Be brief.", "-p", "-", *GREEDY, "-q", stdin=QUESTION)
@@ -112,6 +113,7 @@ def test_a_key(session: Session, tmp_path: Path) -> None:
         assert (done.returncode, "needs an API key" in done.stderr, "--api-key-file" in done.stderr) == (1, True, True)
 
 
+@pytest.mark.slow
 def test_a_conversation_at_a_server(spawn: Spawn, server: RunningServer) -> None:
     terminal = spawn(COMMAND, "chat", "--url", server.url, *GREEDY)
     assert "kimi-mini" in terminal.expect("\n> ")

@@ -126,6 +126,7 @@ def test_a_window_beyond_the_context_is_refused() -> None:
         run("compare", "kimi-mini", "kimi-mini", TEXT, "--window", "65537")
 
 
+@pytest.mark.slow
 def test_importance_is_written_and_used(tmp_path: Path) -> None:
     path = tmp_path / "mini.importance"
     report = json.loads(run("importance", "kimi-mini", "-", "-o", path, "--json", stdin=TEXT * 20).stdout)

@@ -33,6 +33,7 @@ def listed() -> list[tuple[str, str, int]]:
     return [(item["id"], item["title"], item["turns"]) for item in conversations]
 
 
+@pytest.mark.slow
 def test_single_answers_are_stored_and_continued(ask: Ask) -> None:
     first = ask("-p", "Hello", "--system", "Be brief.", "--seed", "5")
     assert listed() == [(first["conversation"], "Hello", 1)]
@@ -46,6 +47,7 @@ def test_single_answers_are_stored_and_continued(ask: Ask) -> None:
     assert shown["settings"]["sampling"] == {"temperature": 0, "seed": 5}
 
 
+@pytest.mark.slow
 def test_a_chat_without_a_log_leaves_nothing(ask: Ask, tmp_path: Path) -> None:
     assert ask("-p", "Hello", "--no-log")["conversation"] is None
     assert not (tmp_path / "data").exists()

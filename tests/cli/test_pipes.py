@@ -60,11 +60,13 @@ def test_files_are_attached_to_the_first_message_of_a_conversation(tmp_path: Pat
     assert terminal.wait() == 0
 
 
+@pytest.mark.slow
 def test_an_image_is_known_by_its_name() -> None:
     by_name = num_prompt_tokens("kimi-mini-vl", "-f", str(PICTURE), "-p", "What?")
     assert by_name == num_prompt_tokens("kimi-mini-vl", "-i", str(PICTURE), "-p", "What?")
 
 
+@pytest.mark.slow
 def test_a_system_prompt_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "system.txt"
     path.write_text("Answer in French.\n")

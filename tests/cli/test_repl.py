@@ -116,6 +116,7 @@ def test_messages_of_several_lines(spawn: Spawn) -> None:
     assert terminal.wait() == 0
 
 
+@pytest.mark.slow
 def test_keys_at_the_prompt(spawn: Spawn, tmp_path: Path) -> None:
     history = tmp_path / "kimi-mlx" / "history"
     history.parent.mkdir()

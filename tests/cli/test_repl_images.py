@@ -236,6 +236,7 @@ def test_control_characters_in_names_are_not_shown(tmp_path: Path, capfd: pytest
     assert "\x1b" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "begin"),
     [

@@ -110,6 +110,7 @@ def test_one_answer_with_a_call(tmp_path: Path) -> None:
     assert "roll_dice(count: 4)" in done.stderr
 
 
+@pytest.mark.slow
 def test_json_has_calls_and_results(tmp_path: Path) -> None:
     mcp = write(tmp_path, toys=[*HOSTILE, "roll_dice=roll_dice"])
     document = json.loads(chat("--mcp", mcp, "--allow", "all", "--json", "-p", "Roll 4 dice.").stdout)

@@ -59,7 +59,14 @@ def test_the_format_is_read_from_the_configuration(published: Path) -> None:
     assert (config.compression, config.quantization) == (COMPRESSIONS[published.name], None)
 
 
-@pytest.mark.parametrize("sizes", [[1000], [13], [88, 1]], ids=["whole", "by-13", "88-then-decode"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param([1000], id="whole", marks=pytest.mark.slow),
+        pytest.param([13], id="by-13", marks=pytest.mark.slow),
+        pytest.param([88, 1], id="88-then-decode"),
+    ],
+)
 def test_published_logits_equal_transformers(published: Path, model: Model, sizes: list[int]) -> None:
     with np.load(published / "golden.npz", allow_pickle=False) as golden:
         error = relative_error(feed(model, golden["input_ids"], sizes), golden["logits"])
@@ -177,7 +184,7 @@ OVERRIDES: dict[str, dict[str, dict[str, int] | bool]] = {
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        *(("k2", overrides) for overrides in OVERRIDES),
+        *(pytest.param("k2", overrides, marks=pytest.mark.slow) for overrides in OVERRIDES),
         ("k2.5", "mixed bits"),
         *(pytest.param("moonlight", overrides, marks=pytest.mark.slow) for overrides in OVERRIDES),
     ],

@@ -94,7 +94,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-@pytest.mark.parametrize("new", [1, 4])
+@pytest.mark.parametrize("new", [pytest.param(new, marks=pytest.mark.slow) for new in (1, 4)])
 def test_sixteen_long_sequences_take_at_most_twice_the_dispatches_of_one(
     tmp_path: Path, metal_like: None, new: int
 ) -> None:

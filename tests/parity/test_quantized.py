@@ -56,7 +56,7 @@ def logits_of_mlx_lm(folder: Path, ids: mx.array, dtype: mx.Dtype | None = None)
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *(("k2", layout) for layout in LAYOUTS),
+        *(pytest.param("k2", layout, marks=() if layout == "4-bit" else pytest.mark.slow) for layout in LAYOUTS),
         pytest.param("k2.5", "4-bit", marks=pytest.mark.slow),
         ("moonlight", "overrides"),
         pytest.param("grouped", "4-bit", marks=pytest.mark.slow),

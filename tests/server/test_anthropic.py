@@ -202,6 +202,7 @@ def test_errors_have_anthropics_format(client: anthropic.Anthropic, url: str):
         client.messages.create(model="kimi-mini", max_tokens=1, messages=[{"role": "user", "content": long}])
 
 
+@pytest.mark.slow
 def test_a_request_like_claude_codes(url: str):
     """Claude Code's headers, query, fields, billing header, and server tool for web searches."""
     headers = {

@@ -99,6 +99,7 @@ def test_the_example_of_the_documentation(
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_curl_with_a_picture(running: RunningServer, tmp_path: Path) -> None:
     source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(PICTURE).decode()}

@@ -314,6 +314,7 @@ def test_chunks_while_others_decode_fit_the_time_of_a_step(
     assert [event.id for number, event in events if number == 1 and isinstance(event, Token)] == greedy(PROMPT, 3)
 
 
+@pytest.mark.slow
 def test_requests_without_room_wait_or_are_preempted(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_limits, "MIN_CACHE_TOKENS", 0)
     layers, width = len(model.layers), model.config.kv_lora_rank + model.config.qk_rope_head_dim

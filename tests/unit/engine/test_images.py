@@ -214,6 +214,7 @@ def test_drafts_from_prompts_with_images(model: Model, greedy: Greedy) -> None:
     assert run(engine, repeated)[0] == greedy(repeated, 16)
 
 
+@pytest.mark.slow
 def test_a_draft_model_reads_prompts_with_images(
     model: Model, greedy: Greedy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +402,7 @@ def shared_engine(model: Model) -> Engine:
     return engine
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(conversations=st.lists(TURNS, min_size=1, max_size=3))
 def test_random_conversations_with_swapped_images_answer_the_same_with_and_without_a_cache(

@@ -58,9 +58,11 @@ def expected(model: Model) -> list[list[int]]:
     answers: list[list[int]] = []
     for request in REQUESTS:
         answer: list[int] = []
+        cache, new = model.make_cache(), list(request.prompt)
         while len(answer) < 15 and not (answer and answer[-1] in request.stop_ids):
-            logits = np.array(model(mx.array([[*request.prompt, *answer]]))[0, -1])
+            logits = np.array(model(mx.array([new]), cache)[0, -1])
             answer.append(int(expected_logits(logits, request, answer).argmax()))
+            new = answer[-1:]
         answers.append(answer)
     return answers
 

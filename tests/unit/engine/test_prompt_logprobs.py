@@ -101,7 +101,10 @@ def texts(model: Model) -> list[list[int]]:
     return [answer(Engine(model), [request])[0].tokens for request in plain]
 
 
-@pytest.mark.parametrize(("chunk", "rows"), [(512, 64), (16, 5), (1, 64)])
+@pytest.mark.parametrize(
+    ("chunk", "rows"),
+    [pytest.param(512, 64, marks=pytest.mark.slow), (16, 5), pytest.param(1, 64, marks=pytest.mark.slow)],
+)
 def test_prompt_logprobs_equal_those_of_the_logits(
     model: Model, texts: list[list[int]], chunk: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +134,7 @@ def test_a_cache_hides_no_position_and_is_used_otherwise(model: Model) -> None:
         assert found.end.statistics.cached_tokens == num_cached
 
 
+@pytest.mark.slow
 def test_a_prompt_may_fill_the_context_if_nothing_follows(model: Model) -> None:
     full = Request(make_prompt(model.config.max_position_embeddings, 1), max_tokens=0, prompt_logprobs=1)
     check(model, full, answer(Engine(model), [full])[0])

@@ -209,6 +209,7 @@ def test_a_sequence_is_cancelled_between_any_two_steps(folder: Path, steps: int,
         assert all(found[0][other] == expected[other] for other in (0, 1, 2) if other != number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [pytest.param(2, marks=SLOW), 3])
 def test_ranks_follow_the_leader_in_any_order_of_modes(
     folder: Path, size: int, monkeypatch: pytest.MonkeyPatch

@@ -71,6 +71,7 @@ def write_much_to_stderr(prompt_builder: PromptBuilder, body: bytes) -> int:
     return os.write(2, bytes(1_000_000))
 
 
+@pytest.mark.slow
 def test_a_worker_that_writes_to_stderr_is_not_blocked(prompt_builder: PromptBuilder) -> None:
     async def work() -> None:
         body = b"x" * (SHORT_BODY_BYTES + 1)

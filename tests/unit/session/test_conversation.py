@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from kimi_mlx.engine.events import Finished, FinishReason, Statistics
 from kimi_mlx.errors import EngineError, GrammarError, UsageError
 from kimi_mlx.model.config import load_config
-from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.session.chat_model import ChatEvent, ChatOptions
 from kimi_mlx.session.conversation import Conversation
 from kimi_mlx.session.local_chat_model import LocalChatModel
 from kimi_mlx.session.model_status import ModelDeployment
 from kimi_mlx.text.messages import Delta, Message, ToolCall
-from tests.fakes import KIMI_MINI, FixedSession, chat_model_of, conversation_of
+from tests.fakes import KIMI_MINI, FixedSession, chat_model_of, conversation_of, mini_tokenizer
 
 STATISTICS = Statistics(1, 0, 1, 0.1, 0.1, 0)
 CALL = ToolCall("functions.f:0", "f", "{}")
@@ -32,7 +31,7 @@ class ScriptedModel(LocalChatModel):
 
     def __init__(self, *answers: Sequence[Delta | FinishReason | Exception]):
         deployment = ModelDeployment("scripted", "hybrid", None, load_config(KIMI_MINI))
-        super().__init__(FixedSession([]), ChatTokenizer.load(KIMI_MINI), deployment)
+        super().__init__(FixedSession([]), mini_tokenizer(), deployment)
         self.answers = list(answers)
         self.asked: list[list[Message]] = []
 
@@ -248,7 +247,7 @@ def test_tools_and_schemas_become_the_grammar_of_the_request() -> None:
 
 
 def test_calls_are_numbered_over_the_conversation_whatever_the_model_and_the_file_say() -> None:
-    tokenizer = ChatTokenizer.load(KIMI_MINI)
+    tokenizer = mini_tokenizer()
     special, name = tokenizer.tokenizer.special_tokens, tokenizer.encode("functions.f:0")
     ids = [
         *(special["</think>"], special["<|tool_calls_section_begin|>"], special["<|tool_call_begin|>"], *name),

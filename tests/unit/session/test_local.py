@@ -96,6 +96,7 @@ def test_closing_releases_the_memory_of_the_model(session: LocalSession) -> None
     other.close()
 
 
+@pytest.mark.slow
 def test_experts_are_read_from_the_disk_if_the_options_say_so(session: LocalSession) -> None:
     assert session.status().memory[0].expert_budget is None
     options = SessionOptions(KIMI_MINI, expert_memory=ExpertMemory.parse("50%"))

@@ -42,6 +42,7 @@ def reading_threads() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("expert-reader")}
 
 
+@pytest.mark.slow
 def test_an_unreadable_expert_fails_the_request_and_the_next_one_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(LocalSession(OPTIONS)) as session:
         expected = tokens_of(session)
@@ -69,6 +70,7 @@ def test_closing_releases_memory_and_threads() -> None:
     assert mx.get_active_memory() < before_bytes + 1000
 
 
+@pytest.mark.slow
 def test_closing_ends_reads_that_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
     before_threads = reading_threads()
     session = LocalSession(OPTIONS)

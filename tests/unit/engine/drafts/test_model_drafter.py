@@ -87,7 +87,10 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("fields", [{}, {"draft_vocab_size": 100, "norm_output": None, "fc_norm": None}])
+@pytest.mark.parametrize(
+    "fields",
+    [pytest.param({}, marks=pytest.mark.slow), {"draft_vocab_size": 100, "norm_output": None, "fc_norm": None}],
+)
 def test_drafts_are_those_of_the_whole_text(
     model: Model, tmp_path: Path, fields: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +126,7 @@ SAMPLED = [
 ]
 
 
+@pytest.mark.slow
 def test_sampled_text_is_that_without_drafts(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "DraftPlanner", RandomPlanner)
     draft = make_draft(tmp_path / "draft", model)
@@ -173,6 +177,7 @@ def _probability(model: Model, tokens: tuple[int, ...], token: int, ids: Sequenc
     return float(weights[list(ids).index(token)] / weights.sum())
 
 
+@pytest.mark.slow
 def test_rows_of_blocks_from_the_disk_are_missing(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,7 +114,7 @@ def oracle(answers: Answers, acceptance: float, requests: ListOf[Request] = REQU
     return Oracle(known, acceptance, GOLDEN.config["vocab_size"])
 
 
-@pytest.mark.parametrize("acceptance", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("acceptance", [0.7, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.0, 1.0))])
 def test_text_is_the_same_in_any_order_of_modes(
     model: Model, expected: Answers, random_modes: list[RandomPlanner], acceptance: float
 ) -> None:
@@ -190,6 +190,7 @@ def test_progress_is_the_same_with_drafts(model: Model, expected: Answers) -> No
     assert [event.done for event in events if isinstance(event, Prefilled)] == [0, 16, 32, 40]
 
 
+@pytest.mark.slow
 def test_drafts_that_are_always_wrong_are_few(model: Model) -> None:
     request = Request(make_prompt(20, 3), max_tokens=200)
     expected = answer(Engine(model), [request])
