@@ -7,7 +7,6 @@ repetition if a recent token chose it. An expert with a higher score evicts one 
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -119,7 +118,7 @@ class ExpertUse:
                 version, repeat_chance = int(file["version"]), float(file["repeat_chance"])
                 layers, num_experts = file["layers"].tolist(), file["num_experts"].tolist()
                 counts, weights = file["counts"].astype(np.float64), file["weights"].astype(np.float64)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # damaged files raise errors of many kinds, such as zlib.error and RuntimeError
             raise WeightsError(f"the statistics of expert use cannot be read: {error}") from error
         if (version, layers, num_experts) != (VERSION, list(self.layers), list(self.num_experts)):
             raise WeightsError("the statistics of expert use are of another model or share")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from kimi_mlx.errors import WeightsError
-from kimi_mlx.files import write_atomically
+from kimi_mlx.files import read_regular_file, write_atomically
 from kimi_mlx.folders import cache_folder
 from kimi_mlx.model.expert_use import ExpertUse
 from kimi_mlx.weights.dequantize import FLOAT_NAMES
@@ -73,21 +74,27 @@ class ExpertUseFile:
 
     def load(self, use: ExpertUse) -> None:
         """Load the newest usable file, if there is one."""
-        dated = [(path.stat().st_mtime, path) for path in self._paths if path.is_file()]
+        dated: list[tuple[float, Path]] = []
+        for path in self._paths:
+            with contextlib.suppress(OSError):  # there is none, or the folder is another user's
+                dated.append((path.stat().st_mtime, path))
         for _, path in sorted(dated, reverse=True):
             try:
-                use.update_from_bytes(path.read_bytes())
+                use.update_from_bytes(read_regular_file(path))
             except (OSError, WeightsError) as error:
                 LOG.info(f"`{path}` is not used: {error}")
                 continue
             return
 
     def save(self, use: ExpertUse) -> None:
-        """Write the file. A failure is only logged: the statistics are collected again after the next start."""
+        """Write the file. A failure is only a note: the statistics are collected again after the next start."""
+        reason = "there is no folder for caches"
         for path in self._paths:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, use.to_bytes())
                 return
             except OSError as error:
-                LOG.info(f"`{path}` cannot be written: {error.strerror}")
+                reason = f"`{path}` cannot be written: {error.strerror}"
+                LOG.info(reason)
+        log_note(f"which experts are used most is not kept for the next start, because {reason}")

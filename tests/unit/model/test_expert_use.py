@@ -93,3 +93,14 @@ def test_the_staging_area_exists_with_any_memory_and_grows_with_it() -> None:
     assert divide_slots(10**5, layers, 8).staging == 64
     whole = divide_slots(160 + 60 * 384 * 10, layers, 8)
     assert (whole.staging, set(whole.kept)) == (16, {384})
+
+
+def test_any_damaged_byte_is_an_error_or_statistics_of_the_same_form() -> None:
+    data = ExpertUse([1], [4], 2).to_bytes()
+    for position in range(0, len(data), 7):
+        use = ExpertUse([1], [4], 2)
+        try:
+            use.update_from_bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
+        except WeightsError:
+            continue
+        assert use.scores(0).shape == (4,)
