@@ -311,7 +311,7 @@ def test_a_draft_model_changes_the_number_of_steps_but_not_the_text() -> None:
 
 def test_a_draft_model_of_another_model_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     write_draft(tmp_path, draft_config({**read_json(KIMI_MINI / "config.json"), "vocab_size": 99}))
-    result = run("chat", "-p", QUESTION, "--draft", str(tmp_path))
+    result = call("chat", "-p", QUESTION, "--draft", str(tmp_path))
     assert result.returncode == 1
     assert "a vocabulary of 99, but the model has 1792" in result.stderr
     assert "kimi-mlx models" in result.stderr

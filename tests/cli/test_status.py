@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ import pytest
 
 from kimi_mlx.server.http.security import Security
 from kimi_mlx.server.server import ServingOptions
+from tests.command import call
 from tests.fakes import FixedSession
 from tests.server.running_server import RunningServer, serving
 from tests.terminal import COMMAND, CTRL_C, Terminal
@@ -26,9 +26,8 @@ def server() -> Iterator[RunningServer]:
         yield running
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kimi_mlx", "status", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment or None)
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return call("status", *arguments, variables=variables)
 
 
 def test_shows_model_and_ranks(server: RunningServer) -> None:

@@ -49,6 +49,7 @@ def cluster_with_relay(size: int, corrupted: int, every: int, stack: ExitStack) 
     return replace(local_cluster(size), hostfile_rewriter=rewrite)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("corrupted", "size"), [(0, 2), pytest.param(1, 3, marks=pytest.mark.sweep)])
 def test_the_error_at_start_names_the_link_that_corrupts_data(corrupted: int, size: int, stack: ExitStack) -> None:
     ring = Ring(cluster_with_relay(size, corrupted, EVERY_BYTES, stack), module=MODULE)

@@ -13,7 +13,8 @@ from kimi_mlx.session.calibrate import calibrate
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_all_strategies_are_timed(ranks: int) -> None:
     config = synthetic_config("deep", hidden_size=128, moe_intermediate_size=64, intermediate_size=128)
     calibration = calibrate(local_cluster(ranks), shape_of_config("small", parse_config(config)))

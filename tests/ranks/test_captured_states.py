@@ -49,13 +49,15 @@ def test_two_ranks_capture_the_states_of_one(tmp_path: Path) -> None:
         np.testing.assert_array_equal(sums[0][number][..., :128], states[..., :128])  # the embeddings
 
 
+@pytest.mark.slow
 def test_three_stages_capture_the_states_of_one(tmp_path: Path) -> None:
     expected, (found,) = states_of(3, ["pipeline"], STEPS, tmp_path)
     for got, states in zip(found, expected, strict=True):
         np.testing.assert_array_equal(got, states)
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
 def test_states_larger_than_the_buffers_of_a_link_do_not_make_ranks_wait_for_each_other(
     tmp_path: Path, size: int
 ) -> None:

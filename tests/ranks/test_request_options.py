@@ -156,6 +156,7 @@ def answer_together(session: Session, requests: list[Request]) -> list[list[Toke
         return list(pool.map(lambda request: tokens_of(session, request), requests))
 
 
+@pytest.mark.slow
 def test_in_a_batch_and_with_drafts(
     requests: list[Request], expected: list[list[Token]], scored: list[Request], scores: list[list[float]]
 ) -> None:
