@@ -36,7 +36,7 @@ SCHEMA = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 20},
-        "ages": {"type": "array", "items": {"type": "integer"}, "maxItems": 5},
+        "ages": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 150}, "maxItems": 5},
     },
     "required": ["name", "ages"],
     "additionalProperties": False,
