@@ -44,8 +44,8 @@ class ExpertRead(Protocol):
         ...
 
 
-class ExpertReader(Protocol):
-    """Reads experts from the disk with threads of its own, in the order of the requests."""
+class SlotReader(Protocol):
+    """Reads experts into slots with its own threads, in the order of requests; see kimi_mlx.weights.expert_reader."""
 
     def read(self, layer: int, expert: int, destination: Sequence[np.ndarray], is_guess: bool = False) -> ExpertRead:
         """Request a read. Does not wait.
@@ -108,7 +108,7 @@ class Slot:
     read: ExpertRead | None = None
     launch: Launch | None = None
 
-    def begin_read(self, reader: ExpertReader, layer: int, expert: int, is_guess: bool = False) -> None:
+    def begin_read(self, reader: SlotReader, layer: int, expert: int, is_guess: bool = False) -> None:
         """Request a read into the slot, while no computation reads the slot.
 
         Args:

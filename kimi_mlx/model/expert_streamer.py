@@ -20,7 +20,7 @@ import numpy as np
 from kimi_mlx.errors import EngineError, WeightsError
 from kimi_mlx.model.expert_budget import StreamedLayer, divide_slots
 from kimi_mlx.model.expert_format import ExpertFormat, RoutedExperts
-from kimi_mlx.model.expert_slots import ExpertReader, Launch, SlotStack, StagingArea
+from kimi_mlx.model.expert_slots import Launch, SlotReader, SlotStack, StagingArea
 from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.model.expert_use import ExpertUse
 from kimi_mlx.model.layer_experts import LayerExperts, SlotAllocator
@@ -65,7 +65,7 @@ class ExpertStreamer:
 
     def __init__(
         self,
-        reader: ExpertReader,
+        reader: SlotReader,
         routed: Mapping[int, RoutedExperts],
         first_expert: int,
         num_bytes: int,

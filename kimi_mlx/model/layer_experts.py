@@ -11,7 +11,7 @@ import numpy as np
 
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.expert_format import RoutedExperts
-from kimi_mlx.model.expert_slots import ExpertRead, ExpertReader, Slot, SlotStack, StagingArea
+from kimi_mlx.model.expert_slots import ExpertRead, Slot, SlotReader, SlotStack, StagingArea
 
 FREE, BUSY = -1, -2
 """Owners of a slot without an expert: an empty slot, and one that is being read into."""
@@ -53,7 +53,7 @@ class LayerExperts:
         shared: Sequence[mx.array],
         num_kept: int,
         staging: StagingArea,
-        reader: ExpertReader,
+        reader: SlotReader,
     ):
         self.index, self.layer, self.num_experts, self.num_kept = index, layer, routed.num_experts, num_kept
         self.staging, self.stored_bytes = staging, routed.stored_bytes

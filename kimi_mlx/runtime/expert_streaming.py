@@ -18,7 +18,7 @@ from kimi_mlx.weights.dequantize import FLOAT_NAMES
 from kimi_mlx.weights.expert_reader import ExpertReader
 from kimi_mlx.weights.expert_source import ExpertSource
 from kimi_mlx.weights.index import log_note
-from kimi_mlx.weights.streamed_experts import Streaming
+from kimi_mlx.weights.streamed_experts import ExpertStreaming
 
 LOG = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ USE_NAME = "expert_use.npz"
 
 def open_streaming(
     sources: Sequence[ExpertSource], dtype: mx.Dtype, num_bytes: int | None, files: ExpertUseFile, command: str
-) -> Streaming | None:
+) -> ExpertStreaming | None:
     """Open the experts of a rank for streaming; return None if all of them fit in memory.
 
     Args:
@@ -44,7 +44,7 @@ def open_streaming(
     if num_bytes is None or not sources:
         return None
     reader = ExpertReader(sources, FLOAT_NAMES[dtype])
-    streaming = Streaming(reader, num_bytes, dtype, files.load, files.save)
+    streaming = ExpertStreaming(reader, num_bytes, dtype, files.load, files.save)
     if num_bytes < streaming.all_bytes:
         if (num_parts := max(len(source.runs) for source in sources)) > 1:
             log_note(

@@ -29,7 +29,7 @@ from kimi_mlx.weights.assemble import ProgressCallback, build_model
 from kimi_mlx.weights.dequantize import FLOAT_NAMES
 from kimi_mlx.weights.expert_reader import ExpertReader
 from kimi_mlx.weights.expert_stack import ExpertStacks
-from kimi_mlx.weights.streamed_experts import Streaming
+from kimi_mlx.weights.streamed_experts import ExpertStreaming
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def load_store(
     dtype: mx.Dtype,
     communicator: Communicator | None = None,
     progress: ProgressCallback = lambda done, total: None,
-    streaming: Streaming | None = None,
+    streaming: ExpertStreaming | None = None,
 ) -> Model:
     """Load a rank's store layer by layer, without slicing or copying.
 

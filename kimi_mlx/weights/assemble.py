@@ -23,7 +23,7 @@ from kimi_mlx.weights.expert_plan import split_experts
 from kimi_mlx.weights.layer_plan import plan_layer, plan_top, plan_vision
 from kimi_mlx.weights.plan import ArrayPlan, LayerPlan
 from kimi_mlx.weights.reader import C, CheckpointReader, open_checkpoint
-from kimi_mlx.weights.streamed_experts import Streaming
+from kimi_mlx.weights.streamed_experts import ExpertStreaming
 
 ProgressCallback = Callable[[int, int], None]
 """Called with the number of layers loaded and the total."""
@@ -36,7 +36,7 @@ def load_model(
     share: RankShare | None = None,
     communicator: Communicator | None = None,
     progress: ProgressCallback = lambda done, total: None,
-    streaming: Streaming | None = None,
+    streaming: ExpertStreaming | None = None,
 ) -> Model:
     """Build the model, or one rank's share of it, layer by layer.
 
@@ -74,7 +74,7 @@ def build_model(
     vision: LayerWeights,
     communicator: Communicator | None,
     progress: ProgressCallback,
-    streaming: Streaming | None = None,
+    streaming: ExpertStreaming | None = None,
 ) -> Model:
     """Evaluate layers one after the other and build the model from them.
 
@@ -101,7 +101,7 @@ def _build(
     vision: LayerWeights,
     communicator: Communicator | None,
     progress: ProgressCallback,
-    streaming: Streaming | None,
+    streaming: ExpertStreaming | None,
 ) -> Model:
     mx.eval(vision.arrays)
     tower = VisionTower(config.vision, vision) if config.vision is not None and vision.entries else None

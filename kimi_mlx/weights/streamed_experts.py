@@ -18,7 +18,7 @@ from kimi_mlx.weights.expert_reader import ExpertReader
 
 
 @dataclass(frozen=True)
-class Streaming:
+class ExpertStreaming:
     """How a rank streams its routed experts.
 
     Args:

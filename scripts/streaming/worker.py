@@ -31,7 +31,7 @@ from kimi_mlx.store.experts import expert_sources
 from kimi_mlx.store.stores import load_store, open_manifest
 from kimi_mlx.weights.dequantize import MLX_TYPES
 from kimi_mlx.weights.expert_reader import ExpertReader
-from kimi_mlx.weights.streamed_experts import Streaming
+from kimi_mlx.weights.streamed_experts import ExpertStreaming
 from scripts.loading.rank import bytes_read, peak_memory, start_memory
 from scripts.streaming.least_recent import LeastRecentlyUsed
 from scripts.streaming.mapped import load_mapped
@@ -182,12 +182,12 @@ def open_side(options: WorkerOptions, config: ModelConfig) -> Model:
         if options.side != "learn":
             use.update_from_bytes(use_file.read_bytes())
 
-    kind = _LeastRecentStreaming if options.side == "plain LRU" else Streaming
+    kind = _LeastRecentStreaming if options.side == "plain LRU" else ExpertStreaming
     streaming = kind(reader, options.expert_memory, mx.float32, load_use)
     return load_store(folder, manifest, config, mx.float32, streaming=streaming)
 
 
-class _LeastRecentStreaming(Streaming):
+class _LeastRecentStreaming(ExpertStreaming):
     """Streaming with plain LRU."""
 
     def streamer(self, config: ModelConfig) -> ExpertStreamer:
