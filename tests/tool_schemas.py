@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from kimi_mlx.server.anthropic.client_tools import client_function
+from kimi_mlx.server.anthropic.messages_body import MessagesTool
+
 Schema = dict[str, Any]
 
 
@@ -181,6 +184,10 @@ KINDS: dict[str, list[Schema]] = {
         },
         {"type": "object", "properties": {"a": COUNT}, "required": ["a"], "unevaluatedProperties": False},
         arguments(a={"type": "array", "items": COUNT, "contains": {}, "maxItems": 2}),
+    ],
+    "Anthropic's tools": [
+        client_function(MessagesTool(type=kind, enable_zoom=True))[1]  # type: ignore[index]
+        for kind in ("text_editor_20250728", "memory_20250818", "computer_20251124")
     ],
 }
 """Schemas of which every keyword is enforced."""

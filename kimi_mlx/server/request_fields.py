@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BeforeValidator, Field
@@ -57,6 +57,9 @@ Arguments = str | dict[str, Any] | None
 MAX_ARGUMENTS_CHARS = 2_000_000
 """Maximum size of the arguments of an earlier call that are decoded: larger ones do not fit the context."""
 
+MAX_LABELS = 16
+"""Maximum number of tools that a note names."""
+
 UNSUPPORTED = "unsupported"
 
 
@@ -101,15 +104,9 @@ def check_tool_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str,
     """Return the tool choice of a ChatRequest if its tools allow it.
 
     Raises:
-        ApiError: the choice requires a tool that the request does not have, or two tools have one name.
+        ApiError: the choice requires a tool that the request does not have.
     """
-    names: dict[str, int] = {}
-    for index, tool in enumerate(tools):
-        name = tool["function"]["name"]
-        first = names.setdefault(name, index)
-        if first != index:
-            message = f"`tools[{index}]` has the name `{name:.80}`, as `tools[{first}]` has: use different names"
-            raise ApiError(400, message, "invalid_value", f"tools[{index}]")
+    names = {tool["function"]["name"] for tool in tools}
     if choice == "required" and not names:
         raise ApiError(
             400, "`tool_choice` requires a tool call, but there are no tools", "invalid_value", "tool_choice"
@@ -118,6 +115,29 @@ def check_tool_choice(choice: str | dict[str, str], tools: Sequence[Mapping[str,
         message = f"`tool_choice` names `{choice['name']:.80}`, which is not among the tools"
         raise ApiError(400, message, "invalid_value", "tool_choice")
     return choice
+
+
+def name_taken(name: str, place: str, first: str) -> ApiError:
+    """Return the error for a tool at `place` whose name the tool at `first` has."""
+    message = f"`{place}` has the name `{name:.80}`, as `{first}` has: use different names"
+    return ApiError(400, message, "invalid_value", place)
+
+
+def left_out_note(labels: Iterable[str], reason: str) -> str:
+    """Return the note on tools of a request that are left out.
+
+    Args:
+        labels: types of the tools, with their names if they have several.
+        reason: reason, a sentence without its end.
+    """
+    unique = list(dict.fromkeys(labels))
+    more = [f"{len(unique) - MAX_LABELS} more"] if len(unique) > MAX_LABELS else []
+    return f"left out, because {reason}: {', '.join([*unique[:MAX_LABELS], *more])}"
+
+
+def missing_field(param: str) -> ApiError:
+    """Return the error for a required field that a body does not have."""
+    return ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
 
 
 def placeholder(content_type: str) -> str:

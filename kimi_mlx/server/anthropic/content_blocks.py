@@ -13,7 +13,7 @@ from kimi_mlx.server.anthropic.messages_body import (
 )
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.message_content import ContentBuilder
-from kimi_mlx.server.request_fields import placeholder, unsupported
+from kimi_mlx.server.request_fields import missing_field, placeholder, unsupported
 
 
 def add_block(content: ContentBuilder, block: ResultBlock, place: str) -> None:
@@ -51,7 +51,7 @@ def _image_url(block: ImageBlock, place: str) -> str:
     field = "data" if source.type == "base64" else "url"
     value = source.data if source.type == "base64" else source.url
     if value is None:
-        raise _missing(f"{place}.source.{field}")
+        raise missing_field(f"{place}.source.{field}")
     return value if source.type == "url" else f"data:;base64,{value}"
 
 
@@ -64,7 +64,7 @@ def _document_text(block: DocumentBlock, place: str) -> str:
     field = "data" if source.type == "text" else "content"
     text = source.data if source.type == "text" else _joined(source.content)
     if text is None:
-        raise _missing(f"{place}.source.{field}")
+        raise missing_field(f"{place}.source.{field}")
     return "\n".join(filter(None, (block.title, block.context, text)))
 
 
@@ -75,7 +75,3 @@ def _joined(content: Any) -> str | None:
     blocks = [cast("dict[str, Any]", block) for block in cast("list[Any]", content) if isinstance(block, dict)]
     texts = [block.get("text") or placeholder(str(block.get("type"))) for block in blocks]
     return "\n".join(text for text in texts if isinstance(text, str))
-
-
-def _missing(param: str) -> ApiError:
-    return ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)

@@ -2,7 +2,7 @@
 
 Source: https://platform.claude.com/docs/en/api/messages. Fields that have no meaning here (`metadata`, `cache_control`,
 `service_tier`, ...) and unknown fields are ignored, because clients send new ones with every release. Unknown types of
-content and tools are refused, because an answer that ignores them would be wrong.
+content are refused, because an answer that ignores them would be wrong; unknown tools are left out, with a note.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from kimi_mlx.server.thinking_options import Effort, ThinkingOptions
 from kimi_mlx.server.unsupported_fields import CheckedBody
 
 MAX_STOP_SEQUENCES = 64
+
+NO_THREADS = "thread_unsupported_request"
+"""Anthropic's code for a request with `thread`, on which clients send the whole conversation instead."""
 
 CLEAR_THINKING = "clear_thinking_20251015"
 """Type of the rule about the reasoning of earlier answers."""
@@ -169,14 +172,26 @@ class InputMessage(Body):
     content: Blocks
 
 
-class MessagesTool(Body):
-    """A tool of the client; with a `type` other than `custom`, one of Anthropic's own tools."""
+Size = Annotated[int, Field(ge=1, le=2**31 - 1), Integer]
 
-    type: str | None = None
+
+class MessagesTool(Body):
+    """A tool of the client, or one of Anthropic's: a function if the client runs it, otherwise left out with a note."""
+
+    type: str | None = Field(
+        None,
+        description="`custom`; or a type of Anthropic: `bash_...`, `text_editor_...`, `memory_...` and `computer_...` "
+        "need no `input_schema`; tools of other types are left out, and `kimi_mlx_notes` of the response says so.",
+    )
     name: str | None = None
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     strict: bool | None = None
+    max_characters: Size | None = Field(None, description="Of `text_editor_...`.")
+    display_width_px: Size | None = Field(None, description="Of `computer_...`.")
+    display_height_px: Size | None = Field(None, description="Of `computer_...`.")
+    enable_zoom: bool | None = Field(None, description="Of `computer_...`.")
+    mcp_server_name: str | None = Field(None, description="Of `mcp_toolset`, which is left out.")
 
 
 class ToolChoice(Body):
@@ -233,7 +248,8 @@ class CountBody(CheckedBody):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="As in Chat Completions.")
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # name of `output_config.format` in the API's beta
-    mcp_servers: list[Any] | None = None
+    mcp_servers: list[Any] | None = Field(None, description="Left out, because their tools run at Anthropic.")
+    thread: Any = Field(None, description="Refused: the server holds no conversations.")
 
 
 class MessagesBody(CountBody):

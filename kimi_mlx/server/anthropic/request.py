@@ -8,13 +8,13 @@ from typing import Any, cast
 
 from kimi_mlx.server.anthropic.content_blocks import add_block, add_result_block
 from kimi_mlx.server.anthropic.messages_body import (
+    NO_THREADS,
     SUPPORTED,
     CountBody,
     DocumentBlock,
     ImageBlock,
     InputMessage,
     MessagesBody,
-    MessagesTool,
     RedactedThinkingBlock,
     SearchResultBlock,
     TextBlock,
@@ -23,6 +23,7 @@ from kimi_mlx.server.anthropic.messages_body import (
     ToolResultBlock,
     ToolUseBlock,
 )
+from kimi_mlx.server.anthropic.tools import read_tools
 from kimi_mlx.server.api_types import ChatRequest
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.message_content import ContentBuilder
@@ -31,7 +32,6 @@ from kimi_mlx.server.request_fields import (
     Arguments,
     check_tool_choice,
     earlier_call,
-    unsupported,
     unsupported_content,
 )
 from kimi_mlx.server.thinking_options import thinking_fields
@@ -52,8 +52,8 @@ def to_chat_request(body: CountBody) -> ChatRequest:
     Raises:
         ApiError: the body is contradictory, or uses a feature that is not supported.
     """
-    if body.mcp_servers:
-        raise unsupported("`mcp_servers` are", "mcp_servers")
+    if body.thread is not None:
+        raise ApiError(400, "`thread` is not supported: send the whole conversation without it", NO_THREADS, "thread")
     input_messages, partial = _split_prefill(body.messages)
     system = _join(_without_billing_header(block.text) for block in body.system or ())
     messages = [Message("system", system)] if system else []
@@ -65,7 +65,7 @@ def to_chat_request(body: CountBody) -> ChatRequest:
             messages.append(converted)
             places.append(f"messages[{index}]")
     generation = body if isinstance(body, MessagesBody) else None
-    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ()))
+    tools = read_tools(body)
     choice = body.tool_choice
     config_format = body.output_config and body.output_config.format
     output_format = config_format or body.output_format
@@ -76,10 +76,10 @@ def to_chat_request(body: CountBody) -> ChatRequest:
         messages=tuple(messages),
         places=tuple(places),
         part_places=part_places,
-        tools=tools,
-        tool_places=tuple(f"tools[{index}]" for index in range(len(tools))),
+        tools=tools.functions,
+        tool_places=tools.places,
         parameters_name="input_schema",
-        tool_choice=check_tool_choice(_tool_choice(choice) if choice else "auto", tools),
+        tool_choice=check_tool_choice(_tool_choice(choice) if choice else "auto", tools.functions),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
         response_schema=output_format.schema_ if output_format else None,
         response_schema_name=f"{'output_config.format' if config_format else 'output_format'}.schema",
@@ -87,6 +87,7 @@ def to_chat_request(body: CountBody) -> ChatRequest:
         template_kwargs=body.chat_template_kwargs or {},
         partial=partial,
         call_id_prefix=CALL_ID_PREFIX,
+        notes=tools.notes,
     )
 
 
@@ -191,21 +192,6 @@ def _without_billing_header(text: str) -> str:
 def _join(texts: Iterator[str] | Sequence[str]) -> str:
     """Join blocks of the system prompt as paragraphs."""
     return PARAGRAPHS.join(text for text in texts if text)
-
-
-def _tool(tool: MessagesTool, location: str) -> dict[str, Any]:
-    """Return the tool in OpenAI's format."""
-    if tool.type not in (None, "custom"):
-        raise unsupported(f"tools of type `{tool.type:.60}` are", location, "send it with a name and an `input_schema`")
-    if tool.input_schema is None or not tool.name:
-        raise ApiError(400, f"`{location}` has no {'`input_schema`' if tool.name else '`name`'}", param=location)
-    function: dict[str, Any] = {
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": tool.input_schema,
-        "strict": tool.strict,
-    }
-    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
 
 
 def _tool_choice(choice: ToolChoice) -> str | dict[str, str]:

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kimi_mlx.server.anthropic.messages_body import NO_THREADS
 from kimi_mlx.server.api_types import (
     NOTES_FIELD,
     AnswerEvent,
@@ -154,7 +155,8 @@ def anthropic_error(error: ApiError) -> dict[str, Any]:
         message = error.anthropic_message
     fallback = "invalid_request_error" if error.status < 500 else "api_error"
     error_type = ERROR_TYPES.get(error.status, fallback)
-    return {"type": "error", "error": {"type": error_type, "message": message}}
+    details = {"details": {"error_code": NO_THREADS}} if error.code == NO_THREADS else {}
+    return {"type": "error", "error": {"type": error_type, "message": message, **details}}
 
 
 def _content(delta: Delta) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from kimi_mlx.errors import GrammarError
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
-from kimi_mlx.server.request_fields import ListOf
+from kimi_mlx.server.request_fields import ListOf, missing_field
 from kimi_mlx.server.request_grammar import schema_error
 from kimi_mlx.server.unsupported_fields import CheckedBody
 from kimi_mlx.text.lark_rules import choice_rule, grammar_rule, regex_rule
@@ -125,8 +125,7 @@ def _of_response_format(response_format: ResponseFormat) -> AnswerConstraint:
         return AnswerConstraint("response_format.schema", response_format.schema_)
     if response_format.type == "json_object":
         return AnswerConstraint("response_format", True)
-    param = "response_format.json_schema.schema"
-    raise ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
+    raise missing_field("response_format.json_schema.schema")
 
 
 def _of_structured_outputs(outputs: StructuredOutputs) -> Iterator[AnswerConstraint]:

@@ -7,22 +7,31 @@ of those.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.hosted_calls import hosted_text, is_hosted, read_hosted_parts
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.message_content import ContentBuilder
+from kimi_mlx.server.openai.custom_tools import encode_input
 from kimi_mlx.server.openai.media_parts import MEDIA_TYPES, MediaFields, add_media, add_result_media
-from kimi_mlx.server.request_fields import Arguments, ListOf, earlier_call, placeholder, unsupported_content
-from kimi_mlx.text.messages import Content, Message
+from kimi_mlx.server.request_fields import (
+    Arguments,
+    ListOf,
+    earlier_call,
+    missing_field,
+    placeholder,
+    unsupported_content,
+)
+from kimi_mlx.text.messages import Content, Message, ToolCall
 
 TEXT_TYPES = ("text", "input_text", "output_text", "refusal")
 REASONING_TYPES = ("thinking", "reasoning", "redacted_thinking")
+CUSTOM_TYPES = ("custom", "custom_tool_call")
 
 PARAGRAPHS = "\n\n"
 """Separator of the texts in the result of a tool, as in the other APIs."""
@@ -57,8 +66,8 @@ class FunctionCall(Body):
     arguments: Arguments = None
 
 
-class ChatToolCall(Body):
-    """A tool call of the assistant; calls of other types than `function` become calls of a function."""
+class FunctionToolCall(Body):
+    """A call of a function; a call that another server ran becomes one, so that it may have a result."""
 
     id: str
     type: str | None = None
@@ -66,18 +75,49 @@ class ChatToolCall(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_other_types(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "function" in value or "type" not in value:
+    def _read_hosted_call(cls, value: Any) -> Any:
+        call = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+        if call.get("function") is not None or not is_hosted(call.get("type")):
             return cast("Any", value)
-        call = cast("dict[str, Any]", value)
-        custom = cast("Mapping[str, Any]", call["custom"] if isinstance(call.get("custom"), dict) else call)
-        if call["type"] == "custom" or call["type"] == "custom_tool_call":
-            function = {"name": custom.get("name"), "arguments": {"input": custom.get("input")}}
-        elif is_hosted(call["type"]):
-            function = {"name": call["type"], "arguments": _arguments_of_hosted_call(call)}
-        else:
-            return call
-        return {"id": call.get("call_id") or call.get("id") or secrets.token_hex(8), "function": function}
+        return {"id": _call_id(call), "function": {"name": call["type"], "arguments": _arguments_of_hosted_call(call)}}
+
+
+class CustomCall(Body):
+    """A call of a custom tool."""
+
+    name: str = Field(min_length=1)
+    input: str
+
+
+class CustomToolCall(Body):
+    """A call of a tool with free text as its input, also in the flat form of the Responses API."""
+
+    id: str
+    type: str | None = None
+    custom: CustomCall
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_flat_form(cls, value: Any) -> Any:
+        call = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+        is_flat = call.get("custom") is None and "name" in call
+        return {"id": _call_id(call), "custom": call} if is_flat else cast("Any", value)
+
+
+def _call_id(call: Mapping[str, Any]) -> Any:
+    return call.get("call_id") or call.get("id") or secrets.token_hex(8)
+
+
+def _type_of_call(value: Any) -> str:
+    call = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    is_custom = call.get("function") is None and call.get("type") in CUSTOM_TYPES
+    return "custom" if is_custom or isinstance(value, CustomToolCall) else "function"
+
+
+ChatToolCall = Annotated[
+    Annotated[FunctionToolCall, Tag("function")] | Annotated[CustomToolCall, Tag("custom")],
+    Discriminator(_type_of_call),
+]
 
 
 class ChatMessage(Body):
@@ -122,11 +162,14 @@ class Conversation:
     partial: Message | None = None
 
 
-def read_messages(body: Sequence[ChatMessage], *, is_continued: bool = False) -> Conversation:
+def read_messages(
+    body: Sequence[ChatMessage], free_text_tools: Collection[str] = (), *, is_continued: bool = False
+) -> Conversation:
     """Return the conversation of a body.
 
     Args:
         body: messages, at least one.
+        free_text_tools: names of the custom tools whose calls have bare text for the model.
         is_continued: whether the answer continues the last message even if that is not `partial`.
 
     Raises:
@@ -136,7 +179,7 @@ def read_messages(body: Sequence[ChatMessage], *, is_continued: bool = False) ->
     part_places: dict[int, tuple[str, ...]] = {}
     for at, message in enumerate(body):
         content, part_places[at] = _content(message, f"messages[{at}].content")
-        messages.append(_message(message, content, f"messages[{at}]"))
+        messages.append(_message(message, content, free_text_tools, f"messages[{at}]"))
     if not (body[-1].partial or body[-1].prefix or is_continued):
         return Conversation(tuple(messages), part_places)
     param = f"messages[{len(body) - 1}]" + ".partial" * bool(body[-1].partial)
@@ -147,17 +190,21 @@ def read_messages(body: Sequence[ChatMessage], *, is_continued: bool = False) ->
     return Conversation(tuple(messages[:-1]), part_places, messages[-1])
 
 
-def _message(message: ChatMessage, content: Content, location: str) -> Message:
+def _message(message: ChatMessage, content: Content, free_text_tools: Collection[str], location: str) -> Message:
     if message.role == "tool" and not message.tool_call_id:
         raise ApiError(400, "a message of role `tool` needs `tool_call_id`", param=f"{location}.tool_call_id")
     if message.content is None and message.role in ("system", "developer", "user"):
-        param = f"{location}.content"
-        raise ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
+        raise missing_field(f"{location}.content")
     role = "system" if message.role == "developer" else message.role
-    calls = tuple(
-        earlier_call(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
-    )
+    calls = tuple(_call(call, free_text_tools) for call in message.tool_calls or ())
     return Message(role, content, _reasoning(message), calls, message.tool_call_id, message.name)
+
+
+def _call(call: FunctionToolCall | CustomToolCall, free_text_tools: Collection[str]) -> ToolCall:
+    if isinstance(call, FunctionToolCall):
+        return earlier_call(call.id, call.function.name, call.function.arguments)
+    custom = call.custom
+    return ToolCall(call.id, custom.name, encode_input(custom.input, is_free_text=custom.name in free_text_tools))
 
 
 def _content(message: ChatMessage, location: str) -> tuple[Content, tuple[str, ...]]:

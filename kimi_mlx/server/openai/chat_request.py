@@ -11,6 +11,8 @@ from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.openai.answer_constraint import ConstrainedBody
 from kimi_mlx.server.openai.chat_messages import ChatMessage, read_messages
+from kimi_mlx.server.openai.chat_tools import ChatTool, NamedChoice, build_table, choose
+from kimi_mlx.server.openai.tool_table import ToolTable
 from kimi_mlx.server.request_fields import (
     MAX_TOKEN_COUNT,
     MIN_TOP_P,
@@ -22,7 +24,6 @@ from kimi_mlx.server.request_fields import (
     RepetitionPenalty,
     StopText,
     TokenCount,
-    check_tool_choice,
 )
 from kimi_mlx.server.thinking_options import Effort, ThinkingOptions, thinking_fields
 
@@ -36,61 +37,6 @@ THINKING_SWITCHES = ("thinking", "enable_thinking")
 Stop = StopText | Annotated[ListOf[StopText], Field(max_length=MAX_STOPS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-
-
-class Function(Body):
-    """A function that the model may call."""
-
-    name: str = Field(min_length=1, max_length=256)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ChatTool(Body):
-    """A tool that the model may use."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class NamedFunction(Body):
-    """The name of a function."""
-
-    name: str
-
-
-class NamedTool(Body):
-    """The name of a tool, in the form of Chat Completions or in the flat one of the Responses API."""
-
-    type: Literal["function", "allowed_tools"] | None = None
-    function: NamedFunction | None = None
-    name: str | None = None
-
-    def tool_name(self, place: str) -> str:
-        """Return the name.
-
-        Raises:
-            ApiError: there is none.
-        """
-        name = self.function.name if self.function else self.name
-        if not name:
-            param = f"{place}.function"
-            raise ApiError(400, f"`{param}`: required field is missing", "missing_required_parameter", param)
-        return name
-
-
-class AllowedTools(Body):
-    """The tools among which the model may choose."""
-
-    mode: Literal["auto", "required"] | None = None
-    tools: ListOf[NamedTool]
-
-
-class NamedChoice(NamedTool):
-    """The tool that the model must use, or the tools among which it may choose."""
-
-    allowed_tools: AllowedTools | None = None
 
 
 class StreamOptions(Body):
@@ -205,8 +151,19 @@ class ChatBody(GenerationBody):
                 raise ValueError("`functions` and `function_call` are not supported: use `tools` and `tool_choice`")
         return cast("Any", value)
 
-    def to_chat_request(self) -> ChatRequest:
+    def tool_table(self) -> ToolTable:
+        """Return the tools.
+
+        Raises:
+            ApiError: a tool is invalid.
+        """
+        return build_table(self.tools or ())
+
+    def to_chat_request(self, table: ToolTable | None = None) -> ChatRequest:
         """Return the chat request.
+
+        Args:
+            table: tools of the body; None to read them.
 
         Raises:
             ApiError: the body is contradictory, or uses a feature that is not supported.
@@ -214,11 +171,12 @@ class ChatBody(GenerationBody):
         if self.add_generation_prompt is False and not self.continue_final_message:
             message = "`add_generation_prompt: false` needs `continue_final_message: true`"
             raise ApiError(400, message, "invalid_value", "add_generation_prompt")
-        conversation = read_messages(self.messages, is_continued=bool(self.continue_final_message))
+        table = table or self.tool_table()
+        is_continued = bool(self.continue_final_message)
+        conversation = read_messages(self.messages, table.rules, is_continued=is_continued)
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "`top_logprobs` needs `logprobs` to be true", "invalid_value", "top_logprobs")
-        allowed = self._allowed_tools()
-        tools = tuple(tool.model_dump(exclude_none=True) for tool in allowed.values())
+        tool_choice = choose(table, self.tool_choice)
         constraint = self.answer_constraint()
         params = self.generation_params()
         params["return_progress"] = bool(self.return_progress)
@@ -229,13 +187,15 @@ class ChatBody(GenerationBody):
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             messages=conversation.messages,
             part_places=conversation.part_places,
-            tools=tools,
-            tool_places=tuple(allowed),
-            tool_choice=check_tool_choice(self._tool_choice(), tools),
+            tools=tuple(table.functions),
+            tool_places=table.places,
+            tool_choice=tool_choice,
             parallel_tool_calls=self.parallel_tool_calls is not False,
             response_schema=constraint and constraint.schema,
             response_rule=constraint and constraint.rule,
             response_schema_name=constraint.name if constraint else "response_format",
+            input_rules=table.rules,
+            notes=table.notes,
             template_kwargs=self.chat_template_kwargs or {},
             partial=partial and cast("str", partial.content),
             partial_reasoning=(partial and partial.reasoning_content) or "",
@@ -251,27 +211,6 @@ class ChatBody(GenerationBody):
     def shows_reasoning(self) -> bool:
         """Whether the response has the reasoning."""
         return self.include_reasoning is not False and not (self.reasoning and self.reasoning.exclude)
-
-    def _tool_choice(self) -> str | dict[str, str]:
-        choice = self.tool_choice or "auto"
-        if isinstance(choice, str):
-            return choice
-        if choice.allowed_tools is not None:
-            return choice.allowed_tools.mode or "auto"
-        return {"name": choice.tool_name("tool_choice")}
-
-    def _allowed_tools(self) -> dict[str, ChatTool]:
-        """Return the tools that the model may call, by their locations."""
-        tools = {f"tools[{index}]": tool for index, tool in enumerate(self.tools or ())}
-        if not isinstance(self.tool_choice, NamedChoice) or self.tool_choice.allowed_tools is None:
-            return tools
-        place = "tool_choice.allowed_tools.tools"
-        named = enumerate(self.tool_choice.allowed_tools.tools)
-        names = {tool.tool_name(f"{place}[{at}]") for at, tool in named}
-        if unknown := names - {tool.function.name for tool in tools.values()}:
-            message = f"`{place}` names `{min(unknown):.80}`, which is not among the tools"
-            raise ApiError(400, message, "invalid_value", place)
-        return {at: tool for at, tool in tools.items() if tool.function.name in names}
 
     def _thinking(self) -> dict[str, Any]:
         variables = self.chat_template_kwargs or {}

@@ -1,8 +1,12 @@
-"""Responses of POST /v1/chat/completions: chunks of a stream, or one object."""
+"""Responses of POST /v1/chat/completions: chunks of a stream, or one object.
+
+The input of a custom tool without a grammar is one chunk: the model writes it as JSON, which is decoded at its end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from kimi_mlx.server.api_types import (
@@ -16,6 +20,7 @@ from kimi_mlx.server.api_types import (
 )
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.sse import StreamEvent
+from kimi_mlx.server.openai.custom_tools import decode_input
 from kimi_mlx.server.openai.response_fields import (
     DONE,
     MIN_LOGPROB,
@@ -25,7 +30,28 @@ from kimi_mlx.server.openai.response_fields import (
     timings_dict,
     usage_dict,
 )
+from kimi_mlx.server.openai.tool_table import ToolName
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta, UnparsedToolCall
+
+
+@dataclass
+class _OpenInput:
+    """The input of a custom tool that is being streamed.
+
+    Args:
+        index: index of the call in its answer.
+        tool: the tool.
+        arguments: parts of its arguments that have not been sent.
+    """
+
+    index: int
+    tool: ToolName
+    arguments: list[str] = field(default_factory=list[str])
+
+    @property
+    def text(self) -> str:
+        """Text that has not been sent."""
+        return decode_input("".join(self.arguments), is_free_text=self.tool.is_free_text)
 
 
 class ChatFormatter:
@@ -39,6 +65,7 @@ class ChatFormatter:
         include_logprobs: whether the response contains log probabilities.
         include_progress: whether a stream has the progress of the prompt, and the response has `timings`.
         include_reasoning: whether the response contains the reasoning.
+        tools: names of the tools in the API, by the names of the functions.
     """
 
     def __init__(
@@ -51,6 +78,7 @@ class ChatFormatter:
         include_logprobs: bool,
         include_progress: bool = False,
         include_reasoning: bool = True,
+        tools: Mapping[str, ToolName] | None = None,
     ):
         self._head: dict[str, Any] = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
         self._include_usage, self._include_logprobs = include_usage, include_logprobs
@@ -58,6 +86,8 @@ class ChatFormatter:
         self.notes: Sequence[str] = ()
         self._finishes: list[FinishEvent] = []
         self._started: set[int] = set()
+        self._tools = tools or {}
+        self._inputs: dict[int, _OpenInput] = {}  # by the index of the answer
 
     def begin(self) -> Iterable[StreamEvent]:
         """Return no events: each answer starts with its first delta."""
@@ -71,6 +101,7 @@ class ChatFormatter:
         if isinstance(event, DeltaEvent):
             yield from self._delta_chunks(event)
         elif isinstance(event, FinishEvent):
+            yield from self._end_input(event.index)
             self._finishes.append(event)
             yield self._chunk(event.index, {}, finish_reason=event.reason, **notes_dict(self.notes))
         elif isinstance(event, ProgressEvent):
@@ -106,7 +137,7 @@ class ChatFormatter:
         return {} if statistics is None else {"timings": timings_dict(statistics)}
 
     def _choice(self, answer: CompleteAnswer) -> dict[str, Any]:
-        calls = [_call(part) for part in answer.delta.tool_call_deltas]
+        calls = [self._call(part) for part in answer.delta.tool_call_deltas]
         text = answer.delta.text + "".join(_nameless_calls(answer.delta))
         message: dict[str, Any] = {
             "role": "assistant",
@@ -131,10 +162,43 @@ class ChatFormatter:
         if delta.text:
             yield self._chunk(event.index, {"content": delta.text}, event.logprobs)
         for part in delta.tool_call_deltas:
-            call = _call(part) if part.name else {"function": {"arguments": part.arguments}}
-            yield self._chunk(event.index, {"tool_calls": [{"index": part.index, **call}]})
+            yield from self._call_chunks(event.index, part)
         for raw in _nameless_calls(delta):
             yield self._chunk(event.index, {"content": raw})
+
+    def _call_chunks(self, answer: int, part: ToolCallDelta) -> Iterator[StreamEvent]:
+        """Yield the chunks of a part of a call."""
+        tool = self._tools.get(part.name)
+        if part.name:
+            yield from self._end_input(answer)
+        if tool is not None and tool.type == "custom":
+            self._inputs[answer] = _OpenInput(part.index, tool)
+            call = self._call(ToolCallDelta(part.index, part.id, part.name))
+            yield self._call_chunk(answer, part.index, call)
+        if answer not in self._inputs:
+            call = self._call(part) if part.name else {"function": {"arguments": part.arguments}}
+            yield self._call_chunk(answer, part.index, call)
+        elif part.arguments and self._inputs[answer].tool.is_free_text:
+            yield self._call_chunk(answer, part.index, {"custom": {"input": part.arguments}})
+        else:
+            self._inputs[answer].arguments.append(part.arguments)
+
+    def _end_input(self, answer: int) -> Iterator[StreamEvent]:
+        """Yield the rest of the input of the open call, if that is one of a custom tool."""
+        opened = self._inputs.pop(answer, None)
+        if opened is not None and (text := opened.text):
+            yield self._call_chunk(answer, opened.index, {"custom": {"input": text}})
+
+    def _call_chunk(self, answer: int, index: int, call: dict[str, Any]) -> StreamEvent:
+        return self._chunk(answer, {"tool_calls": [{"index": index, **call}]})
+
+    def _call(self, part: ToolCallDelta) -> dict[str, Any]:
+        """Return a tool call, or its beginning; arguments that are not valid JSON stay unchanged."""
+        tool = self._tools.get(part.name)
+        if tool is None or tool.type != "custom":
+            return ToolCall(part.id, part.name, part.arguments).to_dict()
+        text = decode_input(part.arguments, is_free_text=tool.is_free_text)
+        return {"id": part.id, "type": "custom", "custom": {"name": part.name, "input": text}}
 
     def _chunk(
         self,
@@ -152,11 +216,6 @@ class ChatFormatter:
         }
         usage = {"usage": None} if self._include_usage else {}
         return StreamEvent.from_json(self._head | {"choices": [choice]} | usage | fields)
-
-
-def _call(part: ToolCallDelta) -> dict[str, Any]:
-    """Return a tool call, or its beginning; arguments that are not valid JSON stay unchanged."""
-    return ToolCall(part.id, part.name, part.arguments).to_dict()
 
 
 def _nameless_calls(delta: Delta) -> list[str]:

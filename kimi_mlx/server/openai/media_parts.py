@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.message_content import ContentBuilder, MediaType
-from kimi_mlx.server.request_fields import placeholder, unsupported
+from kimi_mlx.server.request_fields import missing_field, placeholder, unsupported
 
 MEDIA_TYPES: dict[str, MediaType] = {"image_url": "image_url", "input_image": "image_url", "video_url": "video_url"}
 """Types of parts with an image or a video, each with the name of the field that has its URL."""
@@ -50,8 +49,7 @@ def add_media(content: ContentBuilder, part: MediaFields, place: str) -> None:
     if media is None and part.file_id is not None:
         raise unsupported("files of an earlier upload are", f"{place}.file_id", f"send a data URL as `{field}`")
     if media is None:
-        message = f"`{place}.{field}`: required field is missing"
-        raise ApiError(400, message, "missing_required_parameter", f"{place}.{field}")
+        raise missing_field(f"{place}.{field}")
     content.add_media(field, media if isinstance(media, str) else media.url, place)
 
 

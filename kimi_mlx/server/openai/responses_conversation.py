@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from kimi_mlx.server.hosted_calls import hosted_text, is_hosted
 from kimi_mlx.server.message_content import ContentBuilder
+from kimi_mlx.server.openai.custom_tools import encode_input
 from kimi_mlx.server.openai.media_parts import MEDIA_TYPES, add_media, add_result_media
 from kimi_mlx.server.openai.responses_body import (
     CallOutputItem,
@@ -25,8 +26,9 @@ from kimi_mlx.server.openai.responses_body import (
     OtherItem,
     ReasoningItem,
 )
-from kimi_mlx.server.openai.responses_tools import ToolTable, encode_input, model_name
+from kimi_mlx.server.openai.responses_tools import model_name
 from kimi_mlx.server.openai.sealed_text import unseal
+from kimi_mlx.server.openai.tool_table import ToolTable
 from kimi_mlx.server.openai.typed_tools import CALL_SUFFIX, OUTPUT_SUFFIX, TOOL_SEARCH_OUTPUT, TYPED_TOOLS
 from kimi_mlx.server.request_fields import earlier_call, placeholder, unsupported_content
 from kimi_mlx.text.messages import Message, ToolCall

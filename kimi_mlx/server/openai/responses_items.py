@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from kimi_mlx.server.openai.responses_tools import ToolName, decode_input
+from kimi_mlx.server.openai.custom_tools import decode_input
+from kimi_mlx.server.openai.tool_table import ToolName
 from kimi_mlx.server.openai.typed_tools import CALL_SUFFIX, TYPED_TOOLS, decode_object
 
 Value = dict[str, Any]
@@ -42,7 +43,8 @@ def completed_call(item: Value, tool: ToolName, arguments: str, status: str) -> 
         status: `completed` or `incomplete`.
     """
     if tool.type == "custom":
-        return {**item, "input": decode_input(arguments), "status": status}
+        text = decode_input(arguments, is_free_text=tool.is_free_text)
+        return {**item, "input": text, "status": status}
     if tool.type == "apply_patch" and status == "incomplete":
         status = "in_progress"  # the API has no other status for a patch that is not complete
     if tool.type in TYPED_TOOLS:

@@ -20,7 +20,8 @@ from kimi_mlx.server.openai.responses_body import (
     TextFormat,
 )
 from kimi_mlx.server.openai.responses_conversation import ConversationBuilder
-from kimi_mlx.server.openai.responses_tools import ToolTable, found_tools
+from kimi_mlx.server.openai.responses_tools import build_table, choose, found_tools
+from kimi_mlx.server.openai.tool_table import ToolTable
 from kimi_mlx.server.request_fields import MIN_TOP_P, unsupported
 from kimi_mlx.server.thinking_options import thinking_fields
 
@@ -117,7 +118,7 @@ def read_tools(body: ConversationBody, state: ParsedState = NO_STATE) -> ToolTab
     Raises:
         ApiError: a tool is invalid.
     """
-    return ToolTable.of(body.tools or (), found_tools(state.items(body)))
+    return build_table(body.tools or (), found_tools(state.items(body)))
 
 
 def to_chat_request(body: ResponsesBody, state: ParsedState = NO_STATE, table: ToolTable | None = None) -> ChatRequest:
@@ -134,7 +135,7 @@ def to_chat_request(body: ResponsesBody, state: ParsedState = NO_STATE, table: T
     _refuse_unsupported(body)
     table = table or read_tools(body, state)
     conversation = read_conversation(body, state, table)
-    tool_choice = table.choose(body.tool_choice)
+    tool_choice = choose(table, body.tool_choice)
     top_p = None if body.top_p is None else max(body.top_p, MIN_TOP_P)
     return ChatRequest(
         max_tokens=body.max_output_tokens,

@@ -28,8 +28,8 @@ from kimi_mlx.server.http.body import Body
 from kimi_mlx.server.http.sse import StreamEvent
 from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.responses_items import call_item, completed_call
-from kimi_mlx.server.openai.responses_tools import ToolName, ToolTable
 from kimi_mlx.server.openai.sealed_text import seal
+from kimi_mlx.server.openai.tool_table import ToolName, ToolTable
 from kimi_mlx.server.tool_calls import CallSequencer
 from kimi_mlx.text.messages import Delta, ToolCall, ToolCallDelta
 

@@ -67,16 +67,19 @@ def openai_routes(context: Context) -> list[Route]:
 def read_chat(prompt_builder: PromptBuilder, model_info: ModelInfo, data: bytes) -> ApiCall:
     """Read the body of POST /v1/chat/completions; a `ReadCall`."""
     body = parse(ChatBody, data)
+    model = model_info.resolve(body.model)
+    table = body.tool_table()
     formatter = ChatFormatter(
         f"chatcmpl-{uuid.uuid4().hex}",
-        model_info.resolve(body.model),
+        model,
         int(time.time()),
         include_usage=body.include_usage,
         include_logprobs=bool(body.logprobs),
         include_progress=bool(body.return_progress),
         include_reasoning=body.shows_reasoning,
+        tools=table.names,
     )
-    return ApiCall([body.to_chat_request()], formatter, bool(body.stream))
+    return ApiCall([body.to_chat_request(table)], formatter, bool(body.stream))
 
 
 def count_prompt_tokens(model_info: ModelInfo, prompt_builder: PromptBuilder, data: bytes) -> int:

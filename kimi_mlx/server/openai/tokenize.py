@@ -12,7 +12,8 @@ from pydantic import Field
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import Body, parse
 from kimi_mlx.server.model_info import ModelInfo
-from kimi_mlx.server.openai.chat_request import ChatBody, ChatMessage, ChatTool
+from kimi_mlx.server.openai.chat_request import ChatBody, ChatMessage
+from kimi_mlx.server.openai.chat_tools import ChatTool
 from kimi_mlx.server.openai.completions import MAX_TOKEN_ID, token_text
 from kimi_mlx.server.prompts import PromptBuilder
 from kimi_mlx.server.request_fields import ListOf

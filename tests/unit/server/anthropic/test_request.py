@@ -205,13 +205,11 @@ def test_hosted_calls_of_earlier_answers_are_text():
         ([message_with("assistant", **RESULT), HI], {}, FIRST, "of role `assistant`"),
         ([message_with("system", **RESULT), HI], {}, FIRST, "of role `system`"),
         ([HI, message_with("assistant", **CALL)], {}, "messages[1]", "results are missing"),
-        ([HI], {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]", "`web_search_20250305`"),
         ([HI], {"tools": [{"name": "f"}]}, "tools[0]", "no `input_schema`"),
         ([HI], {"tools": [{"input_schema": {}}]}, "tools[0]", "no `name`"),
         ([HI], {"tool_choice": {"type": "tool"}}, "tool_choice.name", "no `name`"),
         ([HI], {"tool_choice": {"type": "any"}}, "tool_choice", "there are no tools"),
         ([HI], {"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice", "`f`, which is not among the tools"),
-        ([HI], {"mcp_servers": [{}]}, "mcp_servers", "not supported"),
     ],
 )
 def test_errors_name_the_unsupported_feature_and_its_location(

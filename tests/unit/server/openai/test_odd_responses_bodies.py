@@ -23,7 +23,7 @@ from kimi_mlx.server.openai.responses_request import (
     to_chat_request,
 )
 from kimi_mlx.server.openai.responses_response import ResponseFormatter
-from kimi_mlx.server.openai.responses_tools import ToolName
+from kimi_mlx.server.openai.tool_table import ToolName
 from kimi_mlx.server.openai.typed_tools import TYPED_TOOLS
 
 ITEM_TYPES = (
