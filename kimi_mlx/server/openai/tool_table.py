@@ -55,6 +55,7 @@ class ToolTable:
     _places: dict[str, str] = field(default_factory=dict[str, str])
     _left_out: list[str] = field(default_factory=list[str])
     _notes: list[str] = field(default_factory=list[str])
+    _num_chars: int = 0
     _check_s: float = 0.0
 
     def add(self, function: Value, tool: ToolName, place: str, *, is_optional: bool = False) -> bool:
@@ -114,7 +115,8 @@ class ToolTable:
         if grammar is None:
             return None
         try:
-            if sum(map(len, self.rules.values())) + len(grammar.definition) > MAX_RULE_CHARS:
+            self._num_chars += len(grammar.definition)
+            if self._num_chars > MAX_RULE_CHARS:
                 raise GrammarError(f"the grammars of the tools have more than {MAX_RULE_CHARS:,} characters")
             if self._check_s > MAX_CHECK_S:
                 raise GrammarError(f"the grammars of the tools take more than {MAX_CHECK_S:.0f} s to check")
