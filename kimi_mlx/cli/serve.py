@@ -94,7 +94,7 @@ class ServerOptions:
             help="Maximum number of waiting requests; further ones get status 429.",
             rich_help_panel=SERVER,
         ),
-    ] = 512
+    ] = 1024
     max_wait: Annotated[
         int,
         typer.Option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 
 import mlx.core as mx
@@ -44,6 +44,9 @@ MAX_NEW_COMMANDS = SEQUENCE_MODULUS // 2
 
 RESERVED_TOKENS = 256
 """Number of new tokens that must fit in the caches before a sequence is admitted."""
+
+LEFT_FOR_OTHERS = 8
+"""A client with N running sequences leaves more than N / 8 places free: another client does not wait until one ends."""
 
 MIN_SHARED_TOKENS = 64
 """A request waits while another one is about to prefill a common prefix of at least this many tokens."""
@@ -311,11 +314,13 @@ class Engine:
         if not self._waiting or len(running) >= self.max_sequences:
             return
         prefilling = [sequence for sequence in running if sequence.num_computed_tokens < len(sequence.tokens)]
+        num_by_client = Counter(sequence.request.client for sequence in running)
         for sequence in self._waiting.in_turn():
+            client = sequence.request.client
+            if self.max_sequences - len(running) <= num_by_client[client] // LEFT_FOR_OTHERS:
+                continue
             new_tokens = min(RESERVED_TOKENS, sequence.remaining_tokens)
-            if len(running) >= self.max_sequences or (
-                running and not self._pool.has_room(sequence.tokens, new_tokens, sequence.max_cached_tokens)
-            ):
+            if running and not self._pool.has_room(sequence.tokens, new_tokens, sequence.max_cached_tokens):
                 return
             can_wait = not sequence.needs_prompt_logprobs  # otherwise it must compute all of its prompt itself
             if can_wait and any(_is_about_to_prefill(other, sequence) for other in prefilling):
@@ -327,6 +332,7 @@ class Engine:
             sequence.begin(cache, cached)
             min(self._batches, key=lambda batch: len(batch.members)).members.append(sequence)
             running.append(sequence)
+            num_by_client[client] += 1
             prefilling.append(sequence)
             if not sequence.generated:
                 yield sequence.request_id, Prefilled(cached, len(sequence.tokens))

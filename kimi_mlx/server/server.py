@@ -53,7 +53,7 @@ class ServingOptions:
     """
 
     security: Security = field(default_factory=Security)
-    max_queue: int = 512
+    max_queue: int = 1024
     max_wait_s: float = MAX_WAIT_S
     max_body_bytes: int = 64 * MB
     image_hosts: tuple[str, ...] = ()

@@ -386,3 +386,22 @@ def test_the_number_of_running_sequences_is_limited_by_device_and_counted(model:
     steps = engine.batch_sizes.to_dict()
     assert steps["3-4"] > 0
     assert sum(engine.batch_sizes.counts) * 3 >= engine.batch_sizes.total > sum(engine.batch_sizes.counts)
+
+
+def test_a_client_with_many_sequences_leaves_places_for_others(model: Model) -> None:
+    model.tune(replace(model.tuning, max_sequences=16))
+    try:
+        engine = Engine(model)
+    finally:
+        model.tune(CPU_TUNING)
+    for number in range(20):
+        engine.add(number, Request(make_prompt(4, number), max_tokens=40, client="many"))
+    for _ in range(4):
+        list(engine.step())
+    assert engine.num_running == 15
+    engine.add(20, Request(make_prompt(4, 20), max_tokens=2, client="one"))
+    events = [pair for _ in range(8) for pair in engine.step()]
+    ended = [request_id for request_id, event in events if isinstance(event, Finished)]
+    assert ended == [20]
+    while not engine.is_idle:
+        list(engine.step())
