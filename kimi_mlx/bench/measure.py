@@ -41,8 +41,8 @@ class Case:
     images: int = 0
 
     def __str__(self) -> str:
-        """Describe the case, such as `prompt 128 after 8192, 1 image, 4 at once`."""
-        depth = f" after {self.depth}" if self.depth else ""
+        """Describe the case, such as `prompt 128, depth 8192, 1 image, 4 at once`."""
+        depth = f", depth {self.depth}" if self.depth else ""
         images = f", {format_count(self.images, 'image')}" if self.images else ""
         at_once = f", {self.concurrency} at once" if self.concurrency > 1 else ""
         return f"prompt {self.prompt_tokens}{depth}{images}{at_once}"

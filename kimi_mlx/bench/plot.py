@@ -90,21 +90,22 @@ def require_matplotlib() -> None:
 def save_plot(report: Report, path: Path) -> None:
     """Draw the report into a PNG file."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     panels = panels_of(report)
     all_lines = [make_lines(report, panel) for panel in panels]
     entries = max((len(lines) for lines in all_lines), default=0)
     height = max(4.2, 2.6 + 0.2 * entries)
-    figure = Figure(figsize=(10.5, height * len(panels) + 0.8), layout="constrained")
+    figure = Figure(figsize=(10.5, height * len(panels) + 0.8), layout=ConstrainedLayoutEngine(h_pad=0.1))
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, panel, lines in zip(axes, panels, all_lines, strict=True):
         _draw(axis, panel, lines)
     figure.suptitle("\n".join(report.heading()).replace("; ", "\n"), fontsize=8, x=0.01, ha="left")
     notes = "rates: median, whiskers min to max; times: p50, whisker to p99"
     if any(line.style == DOTTED for lines in all_lines for line in lines):
-        notes += "; dotted: predicted"
+        notes += "; dotted: predicted by kimi-mlx plan"
     figure.supxlabel(notes, fontsize=7, x=0.01, ha="left")
-    figure.canvas.draw()  # computes the layout, which the positions of the values depend on
+    figure.draw_without_rendering()  # computes the layout, which the positions of the values depend on
     figure.set_layout_engine("none")
     for axis, lines in zip(axes, all_lines, strict=True):
         _write_values(axis, lines)
@@ -128,7 +129,7 @@ def panels_of(report: Report) -> list[Panel]:
             "prompt, tokens",
             lambda case: case.prompt_tokens,
             lambda row: (row.ttft_s.p50, row.ttft_s.p50, row.ttft_s.p99),
-            lambda case: _at_once(case) + (f", after {case.depth:,}" if len(depths) > 1 else ""),
+            lambda case: _at_once(case) + (f", depth {case.depth:,}" if len(depths) > 1 else ""),
             lambda prediction: prediction.first_token_s,
         ),
     ]

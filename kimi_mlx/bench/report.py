@@ -25,9 +25,12 @@ from kimi_mlx.bench.results import (
 )
 from kimi_mlx.bench.sides import Side
 from kimi_mlx.bench.towers import TowerRow, ratio_lines
-from kimi_mlx.units import format_bytes, format_count
+from kimi_mlx.units import format_bytes, format_count, format_gib
 
 Row = TypeVar("Row")
+
+BUSY_LOAD = 0.5
+"""Load average per processor before the start from which a machine counts as busy."""
 
 FIGURE_NAMES = {
     "prefill_tok_per_s": "prefill",
@@ -105,7 +108,7 @@ class Report:
         return [
             f"{settings['model']}, {settings['dtype']}, {ranks}, {workload}; "
             f"median (min-max) of {plan.repeat} after {plan.warmup} warm-up",
-            f"{host['device']}, {host['processors']} processors, {format_bytes(host['memory_bytes'])}, "
+            f"{host['device']}, {host['processors']} processors, {format_gib(host['memory_bytes'])}, "
             f"load {host['load_average_1min']}; {names}",
         ]
 
@@ -124,6 +127,12 @@ class Report:
         lines += notes(self.runs, self.sides)
         if roofline := self.settings.get("roofline"):
             lines.append(f"roofline: {roofline['bytes_per_s'] / 1e9:.1f} GB/s ({roofline['source']})")
+        host = self.settings["machine"]
+        if (load := host["load_average_1min"]) > BUSY_LOAD * host["processors"]:
+            lines.append(
+                f"busy: load {load:g} before the start, on {host['processors']} processors: other programs made this "
+                "slower; repeat it on a quiet machine"
+            )
         if not self.is_complete:
             lines.append(f"interrupted after {len(self.runs)} of {self.plan.total * len(self.sides)} runs")
         return lines
@@ -223,7 +232,7 @@ COLUMNS: Sequence[Column] = (
     ("together tok/s", lambda row: _rate(row.rates["aggregate_tok_per_s"])),
     ("TTFT ms p50/p90/p99", lambda row: format_milliseconds(row.ttft_s)),
     ("between tokens ms p50/p90/p99", lambda row: format_milliseconds(row.between_tokens_s)),
-    ("peak memory per rank", lambda row: " + ".join(map(format_bytes, row.peak_memory_bytes))),
+    ("peak memory per rank", lambda row: " + ".join(map(format_gib, row.peak_memory_bytes))),
     ("J/token", lambda row: "" if row.joules_per_token is None else f"{row.joules_per_token:.2f}"),
     ("roofline", lambda row: "" if row.roofline_share is None else f"{row.roofline_share:.1%}"),
 )

@@ -7,15 +7,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from kimi_mlx.bench import machine
 from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run
 from kimi_mlx.bench.plot import DOTTED, is_logarithmic, make_lines, panels_of
-from kimi_mlx.bench.prediction import calibrated_predictor, predictor
+from kimi_mlx.bench.prediction import predictor
 from kimi_mlx.bench.report import Report
-from kimi_mlx.planner.calibration import Calibration, Times
 from kimi_mlx.planner.machines import parse_machines
 from kimi_mlx.planner.model_shape import known_shape
 from tests.bench.runs import make_run
@@ -48,7 +49,7 @@ def make_report(runs: list[Run] = RUNS, plan: BenchmarkPlan = PLAN) -> Report:
         "ranks": 2,
         "dtype": "float32",
         "link_delay_ms": 4.0,
-        "machine": machine.machine(),
+        "machine": {**machine.machine(), "load_average_1min": 0.1, "processors": 2},
         "versions": machine.versions(),
         "commit": machine.commit(),
         "roofline": {"bytes_per_s": 2e9, "source": "measured"},
@@ -76,7 +77,14 @@ def test_the_tables_show_each_side() -> None:
     console = Console(file=io.StringIO(), width=200, color_system=None)
     console.print(*make_report().tables())
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    for cell in ("61.0 (61.0-61.0)", "mlx-lm pipeline", "1.0 GB + 2.0 GB", "6.1%", "250 / 250 / 250", "16.4 / 16.4"):
+    for cell in (
+        "61.0 (61.0-61.0)",
+        "mlx-lm pipeline",
+        "953.7 MiB + 1.9 GiB",
+        "6.1%",
+        "250 / 250 / 250",
+        "16.4 / 16.4",
+    ):
         assert cell in text
     assert "depth" not in text
     assert "at once" not in text
@@ -96,6 +104,13 @@ def test_the_heading_names_the_set_up() -> None:
     first, second = make_report().heading()
     assert first.startswith("wide, float32, 2 ranks 4 ms apart each way, 11 new tokens; median (min-max) of 3")
     assert "load" in second
+
+
+def test_a_busy_machine_is_named() -> None:
+    report = make_report()
+    assert not any(line.startswith("busy") for line in report.summary())
+    report.settings["machine"]["load_average_1min"] = 3.5
+    assert any("load 3.5 before the start, on 2 processors" in line for line in report.summary())
 
 
 def test_the_summary_has_ratios_and_agreement() -> None:
@@ -141,6 +156,10 @@ def test_the_plot_is_a_png(tmp_path: Path, runs: list[Run]) -> None:
 
     save_plot(make_report(runs), tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    with Image.open(tmp_path / "out.png") as image:
+        rows = np.asarray(image.convert("L"))
+    drawn = np.flatnonzero((rows < 255).any(axis=1))
+    assert np.diff(drawn).max() < 0.03 * len(rows), "an empty band: the layout was not computed"
 
 
 def test_a_plot_has_a_line_per_concurrency_and_dotted_predictions() -> None:
@@ -155,22 +174,10 @@ def test_a_plot_has_a_line_per_concurrency_and_dotted_predictions() -> None:
     (dotted,) = (line for line in decode if line.style == DOTTED)
     assert dotted.points[0][1] > dotted.points[1][1] > 0
     assert {len(line.points) for line in first} == {1}  # a line per depth
-    (deep,) = (line for line in first if line.label == "predicted, 1 at once, after 8,192")
-    (short,) = (line for line in first if line.label == "predicted, 1 at once, after 0")
+    (deep,) = (line for line in first if line.label == "predicted, 1 at once, depth 8,192")
+    (short,) = (line for line in first if line.label == "predicted, 1 at once, depth 0")
     assert deep.points[0][1] > short.points[0][1] > 0
     assert [[point[0] for point in line.points] for line in aggregate] == [[1, 8], [1, 8]]
-
-
-def test_a_calibration_predicts_cases_with_an_empty_cache() -> None:
-    layer, free = Times(0.1, 0.73), Times(0, 0)
-    calibration = Calibration(1, 10, {"single": layer}, {"single": 0}, free, free, free)
-    predict = calibrated_predictor(calibration, "single")
-    prediction = predict(Case(0, 64, 1))
-    assert prediction is not None
-    assert prediction.decode_tok_per_s == pytest.approx(1)
-    assert prediction.first_token_s == pytest.approx(7.3)
-    assert predict(Case(8192, 64, 1)) is predict(Case(0, 64, 2)) is predict(Case(0, 64, 1, 1)) is None
-    assert calibrated_predictor(calibration, "expert")(Case(0, 64, 1)) is None
 
 
 @pytest.mark.parametrize(
