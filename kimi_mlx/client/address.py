@@ -17,6 +17,9 @@ SCHEME = re.compile(r"(?i)[a-z][a-z0-9+.-]*://")
 VERSION = re.compile(r"v\d+[a-z0-9]*")
 """Part of a path that is the version of an API, such as `v1` or `v1beta`."""
 
+PORT = re.compile(r":?[0-9]{1,5}")
+"""A port alone, of this machine."""
+
 ENDPOINTS = ("/chat/completions", "/models", "/completions", "/responses", "/messages")
 """Ends of paths that users copy from examples; they are not part of the address."""
 
@@ -42,7 +45,8 @@ def parse_address(text: str) -> ServerAddress:
     """Return the address of a server.
 
     Args:
-        text: URL with or without `/v1`, `host:port`, a host alone (with our own default port), or an IPv6 address.
+        text: URL with or without `/v1`, `host:port`, a host alone (with our own default port), an IPv6 address, or a
+            port of this machine.
 
     Raises:
         UsageError: the text is not an address, or it has a user name, a query or another scheme than http and https.
@@ -71,6 +75,8 @@ def parse_address(text: str) -> ServerAddress:
 def _with_port(text: str) -> str:
     """Return an address without a scheme, with the default port if it has none."""
     host, slash, path = text.partition("/")
+    if PORT.fullmatch(host):
+        host = f"127.0.0.1:{host.removeprefix(':')}"
     if host.count(":") > 1 and not host.startswith("["):
         host = f"[{host}]"  # a bare IPv6 address
     has_port = re.search(r"(?<!:):\d+$", host.rpartition("]")[2] if host.startswith("[") else host)

@@ -354,4 +354,7 @@ def _plain_reason(reason: str) -> str:
 def _reach_hint(url: str) -> str:
     if url.startswith("https://"):
         return "check the address, and set SSL_CERT_FILE if the server has a certificate of your own"
+    address = httpx2.URL(url)
+    if address.host in ("127.0.0.1", "::1", "localhost"):
+        return f"check the port, and that a server runs there: `kimi-mlx serve MODEL --port {address.port or 80}`"
     return "check the address, and that a server runs there: `kimi-mlx serve MODEL --host 0.0.0.0 --api-key-file FILE`"
