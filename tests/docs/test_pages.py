@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from kimi_mlx.cli.app import app
 from kimi_mlx.planner.backtest import backtest
+from kimi_mlx.planner.model_shape import known_shape
+from kimi_mlx.planner.needs import memory_per_host
+from kimi_mlx.units import GIB
 
 ROOT = Path(__file__).parents[2]
 OTHERS = ("README.md", "CONTRIBUTING.md", "hostfiles/README.md")
@@ -42,6 +49,45 @@ def test_the_index_lists_every_page() -> None:
 
 def test_the_readme_has_at_most_180_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+
+
+def test_the_memory_in_the_readme_is_the_planners() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`(?:moonlight|kimi-k2).*?) \| .* \| (\d+) GiB \|", readme, re.MULTILINE)
+    assert len(rows) >= 5
+    for names, memory in rows:
+        for name in re.findall("`(.*?)`", names):
+            assert round(memory_per_host(known_shape(name)) / GIB) == int(memory), name
+
+
+@pytest.mark.slow
+def test_the_speeds_in_the_readme_are_the_planners() -> None:
+    machines = {
+        "two M3 Ultra 512 GB, RDMA": "m3-ultra-512x2",
+        "one M3 Ultra 512 GB, raised GPU limit": "m3-ultra-512",
+        "one M4 Max 128 GB": "m4-max-128",
+    }
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.*?)`.*? \| (.*?) \| ([\d.]+) \| ([\d.]*) ?\| ([\d,]+) \|$", readme, re.MULTILINE)
+    assert {macs for _, macs, *_ in rows} == machines.keys()
+    for model, macs, decode, drafted, prefill in rows:
+        words = ["plan", model, "--machines", machines[macs]]
+        option = best_option(words)
+        assert rounded(option["decode"]) == float(decode), model
+        assert round(option["prefill"]["tok_per_s"]) == int(prefill.replace(",", "")), model
+        if drafted:
+            assert rounded(best_option([*words, "--draft", "auto"])["drafted"]) == float(drafted), model
+
+
+def rounded(speed: dict[str, float]) -> float:
+    """Return a speed with three digits."""
+    return float(f"{speed['tok_per_s']:.3g}")
+
+
+def best_option(words: list[str]) -> dict[str, Any]:
+    """Return the option that a plan chooses."""
+    document = json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout)
+    return document["options"][document["choice"]]
 
 
 @pytest.mark.slow
