@@ -231,7 +231,7 @@ def _fits_text(row: Row, machine: LocalMachine) -> str:
         if row.streams_here:
             answer += f"; here with some experts on the SSD (at least {smallest}), which `kimi-mlx plan` predicts"
         else:
-            answer += f"; {smallest} even with experts on the SSD"
+            answer += f"; with experts on the SSD, one needs {smallest}"
     return answer
 
 

@@ -81,7 +81,7 @@ def choose_placement(
         shape = shape or (None if target is None else _shape(target.name))
         if (choice := _calibrated(calibrate, shape, (), None, draft)) is not None:
             return choice
-    return by_rule(None, (), None, "the ranks share one machine")
+    return by_rule(None, (), None, "the usual choice for ranks on one machine; nothing was measured")
 
 
 def _calibrated(

@@ -14,7 +14,7 @@ from kimi_mlx.planner.backtest import TYPICAL_ERROR, Comparison, left_out, media
 from kimi_mlx.planner.constants import FITTED
 from kimi_mlx.planner.cost import Cost, CostAssumptions
 from kimi_mlx.planner.links import LinkProfile
-from kimi_mlx.planner.machines import name_of_kind
+from kimi_mlx.planner.machines import Machine, name_of_kind
 from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.reasons import rejection_reason
 from kimi_mlx.planner.search import (
@@ -88,9 +88,16 @@ def better_without_draft(plan: Plan, links: Sequence[LinkProfile]) -> str | None
     return f"Faster without the draft model, which takes memory: {_name(without)}: {rate} tok/s."
 
 
+def _with_bandwidth(machine: Machine) -> str:
+    """Return the name of a machine and its memory bandwidth, unless the name has it or it is not known."""
+    if not machine.is_known or "GB/s" in machine.name:
+        return machine.name
+    return f"{machine.name} ({machine.chip.bandwidth_gb_per_s:g} GB/s)"
+
+
 def plan_report(plan: Plan) -> Iterator[Part]:
     """Yield the report of a plan, part by part."""
-    names = ", ".join(machine.name for machine in plan.machines)
+    names = ", ".join(map(_with_bandwidth, plan.machines))
     context = "1 token" if plan.context == 1 else f"{plan.context:,} tokens"
     yield f"{plan.shape.name}: {format_gib(plan.shape.weights_bytes)} of weights, {context} of context"
     yield f"on {names}{', with fast synchronisation' if plan.is_fast_sync else ''}"
