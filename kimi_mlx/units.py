@@ -30,8 +30,11 @@ def parse_bytes(text: str) -> int:
 
 
 def format_gib(count: float) -> str:
-    """Format bytes in GiB, such as `958.5 GiB`, or below 1 GiB in MiB."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB or count == 0 else f"{count / 1024**2:.1f} MiB"
+    """Format memory in GiB, such as `958.5 GiB`, or below 1 GiB in the largest unit that gives at least 1."""
+    for unit, size in (("GiB", GIB), ("MiB", 1024**2), ("KiB", 1024)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B" if count else "0.0 GiB"
 
 
 def format_context(tokens: int) -> str:

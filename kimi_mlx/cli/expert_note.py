@@ -14,7 +14,7 @@ from kimi_mlx.session.model_status import HostStatus, ModelDeployment
 from kimi_mlx.session.session import Session
 from kimi_mlx.sizing.hosts import usable_bytes
 from kimi_mlx.sizing.ssd import THIS_HOST, saved_speeds
-from kimi_mlx.units import format_bytes, format_count, format_gib
+from kimi_mlx.units import format_count, format_gib
 
 MIN_GAIN = 1.05
 """Ratio of memory from which a higher limit of the GPU is suggested."""
@@ -43,8 +43,8 @@ def expectation_of(session: Session, deployment: ModelDeployment, config: ModelC
 def describe_expectation(expected: Expectation) -> str:
     """Return the expectation as a sentence for people."""
     text = (
-        f"{100 * expected.kept_share:.0f} % of the experts are in memory ({format_bytes(expected.kept_bytes)} of "
-        f"{format_bytes(expected.all_bytes)}), the others are read from the SSD: "
+        f"{100 * expected.kept_share:.0f} % of the experts are in memory ({format_gib(expected.kept_bytes)} of "
+        f"{format_gib(expected.all_bytes)}), the others are read from the SSD: "
     )
     rate, hits = (
         expected.decode_tok_per_s,

@@ -23,7 +23,7 @@ from kimi_mlx.client.local_servers import find_servers
 from kimi_mlx.errors import ServerError
 from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.session.model_status import ModelStatus
-from kimi_mlx.units import format_bytes, format_count, format_duration, format_rate, format_seconds
+from kimi_mlx.units import format_bytes, format_count, format_duration, format_gib, format_rate, format_seconds
 
 INTERVAL_S = 1.0
 """Interval of `--watch`."""
@@ -180,7 +180,7 @@ def _facts(address: ServerAddress, status: ModelStatus, document: Mapping[str, A
     yield "state", "running" if status.is_up else f"not answering: {status.reason or 'unknown reason'}"
     for machine in status.machines:
         sizes = [(machine.memory_bytes, "memory"), (machine.gpu_limit_bytes, "for the GPU")]
-        parts = [machine.chip, *(f"{format_bytes(size)} {name}" for size, name in sizes if size)]
+        parts = [machine.chip, *(f"{format_gib(size)} {name}" for size, name in sizes if size)]
         parts.append(machine.macos_version and f"macOS {machine.macos_version}")
         parts += [f"{name} {version}" for name, version in machine.versions.items()]
         yield "host", f"{machine.name}: {', '.join(filter(None, parts))}"
@@ -194,20 +194,20 @@ def _facts(address: ServerAddress, status: ModelStatus, document: Mapping[str, A
     yield "requests", f"{status.active} running, {status.waiting} waiting (at most {capacity})"
     rates: Mapping[str, Any] = document.get("rates") or {}
     decode, prefill = (float(rates.get(name) or 0) for name in ("completion_tok_per_s", "prompt_tok_per_s"))
-    yield "speed", f"{format_rate(decode)} generated, {format_rate(prefill)} read"
+    yield "speed", f"{format_rate(decode)} generated, {format_rate(prefill)} read, in the last 10 s"
     yield from _cache_facts(status)
     if drafts := document.get("drafts"):
-        yield "drafts", _describe_drafts(drafts)
+        yield "drafts", describe_drafts(drafts)
     if ranks := [rank.experts for rank in status.ranks if rank.experts is not None]:
         yield "experts", _describe_experts(ExpertStats.of_ranks(ranks))
     yield from run_facts(status)
 
 
-def _describe_drafts(drafts: Mapping[str, Any]) -> str:
-    """Return how many draft tokens were accepted, and whether tokens are drafted now."""
+def describe_drafts(drafts: Mapping[str, Any]) -> str:
+    """Return whether tokens are drafted now, and how many draft tokens were accepted."""
     drafted, accepted = int(drafts["drafted_tokens"]), int(drafts["accepted_tokens"])
-    state = drafts["off_reason"] or "drafts on"
-    return f"{accepted / drafted:.0%} of {drafted:,} draft tokens accepted; {state}" if drafted else str(state)
+    state = f"off: {reason}" if (reason := drafts["off_reason"]) else "on"
+    return f"{state}; {accepted / drafted:.0%} of {drafted:,} draft tokens accepted" if drafted else state
 
 
 def _describe_experts(stats: ExpertStats) -> str:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from kimi_mlx.cli.chat.output.terminal_text import to_line
 from kimi_mlx.session.model_status import ModelStatus, RankStatus
-from kimi_mlx.units import format_bytes, format_duration
+from kimi_mlx.units import format_duration, format_gib
 
 DISPENSABLE = ("peak", "cache", "step")
 """Columns that are left out, in this order, if the table does not fit the terminal."""
@@ -93,7 +93,7 @@ def _lines(ranks: Sequence[RankStatus], shows_activity: bool) -> Group:
     lines: list[Text] = []
     for rank in ranks:
         sizes = [(rank.weights_bytes, "weights"), (rank.cache_bytes, "cache"), (rank.free_bytes, "free")]
-        parts = [rank.share, *(f"{format_bytes(size)} {name}" for size, name in sizes if size)]
+        parts = [rank.share, *(f"{format_gib(size)} {name}" for size, name in sizes if size)]
         if shows_activity and rank.step is not None:
             parts.append(f"{rank.work}, step {rank.step:,}")
         if shows_activity and rank.last_message_s is not None:
@@ -107,4 +107,4 @@ def _age(seconds: float | None) -> str:
 
 
 def _size(size_bytes: int | None) -> str:
-    return format_bytes(size_bytes) if size_bytes else ""
+    return format_gib(size_bytes) if size_bytes else ""

@@ -25,7 +25,7 @@ def test_format_bytes_seconds_and_rates() -> None:
 
 def test_format_gib_and_context() -> None:
     assert format_gib(1_029_200_000_000) == "958.5 GiB"
-    assert (format_gib(34 * 1024**2), format_gib(0)) == ("34.0 MiB", "0.0 GiB")
+    assert [format_gib(n) for n in (34 * 1024**2, 192 * 1024, 10, 0)] == ["34.0 MiB", "192.0 KiB", "10 B", "0.0 GiB"]
     assert [format_context(tokens) for tokens in (8192, 131_072, 262_144, 1_048_576)] == ["8k", "128k", "256k", "1M"]
     assert [format_count(count, "token") for count in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]
 

@@ -36,7 +36,7 @@ def test_a_higher_limit_of_the_gpu_is_suggested() -> None:
 
 def test_the_line() -> None:
     assert describe_expectation(EXPECTED) == (
-        "19 % of the experts are in memory (74.0 GB of 380.0 GB), the others are read from the SSD: 3.7 tok/s "
+        "19 % of the experts are in memory (68.9 GiB of 353.9 GiB), the others are read from the SSD: 3.7 tok/s "
         "expected, assuming that 61 % of the choices are in memory; 1 sequence at a time, because more would hardly "
         "gain speed"
     )

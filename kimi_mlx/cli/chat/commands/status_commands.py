@@ -21,7 +21,7 @@ from kimi_mlx.planner.memory import HostMemory
 from kimi_mlx.planner.search import Option, make_plan
 from kimi_mlx.session.model_status import ModelStatus
 from kimi_mlx.sizing.hosts import CONTEXT_TOKENS
-from kimi_mlx.units import format_bytes, format_rate
+from kimi_mlx.units import format_gib, format_rate
 
 TABLE_WIDTH = 66
 """Number of columns from which the memory of hosts is shown as a table."""
@@ -157,7 +157,7 @@ def _memory_table(hosts: Sequence[HostMemory]) -> Table:
         table.add_column(name, justify="left" if name == "host" else "right", overflow="fold")
     for host in hosts:
         sizes = (host.weights_bytes, host.cache_bytes, host.workspace_bytes, host.needed_bytes, host.gpu_bytes)
-        table.add_row(Text(to_line(host.host)), *(format_bytes(size) for size in sizes))
+        table.add_row(Text(to_line(host.host)), *(format_gib(size) for size in sizes))
     return table
 
 
@@ -165,6 +165,6 @@ def _memory_lines(hosts: Sequence[HostMemory]) -> Group:
     """Return the memory of the hosts for a narrow terminal, one after the other."""
     lines: list[Text] = []
     for host in hosts:
-        needed, limit = format_bytes(host.needed_bytes), format_bytes(host.gpu_bytes)
+        needed, limit = format_gib(host.needed_bytes), format_gib(host.gpu_bytes)
         lines.append(Text(to_line(f"{host.host}: needs {needed}, its GPU may use {limit}")))
     return Group(*lines)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kimi_mlx.engine.events import Statistics
 from kimi_mlx.model.expert_stats import ExpertStats
-from kimi_mlx.units import format_bytes, format_count, format_rate, format_seconds
+from kimi_mlx.units import format_bytes, format_count, format_gib, format_rate, format_seconds
 
 
 def statistics_line(statistics: Statistics) -> str:
@@ -22,6 +22,8 @@ def statistics_line(statistics: Statistics) -> str:
         parts.append(format_rate(statistics.decode_tok_per_s))
     if statistics.tokens_per_step > 1:
         parts.append(f"{statistics.tokens_per_step:.1f} tokens per step")
+    if statistics.drafted_tokens:
+        parts.append(f"{statistics.accepted_tokens} of {statistics.drafted_tokens} draft tokens accepted")
     if statistics.drafts_off:
         parts.append(f"drafts off: {statistics.drafts_off}")
     if statistics.experts is not None:
@@ -32,7 +34,7 @@ def statistics_line(statistics: Statistics) -> str:
         parts.append(prompt)
     parts.append(f"first token {format_seconds(statistics.ttft_s)}")
     if statistics.peak_memory_bytes:
-        parts.append(f"peak {format_bytes(statistics.peak_memory_bytes)}")
+        parts.append(f"peak {format_gib(statistics.peak_memory_bytes)}")
     return " · ".join(parts)
 
 

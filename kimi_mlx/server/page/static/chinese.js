@@ -212,6 +212,7 @@ export default {
   misses: "未命中",
   drafts: "草稿（投机解码）",
   draftsOn: "启用",
+  draftsOff: "停用：{reason}",
   accepted: "接受率",
   acceptedOf: "{share}%（{drafted} 个草稿 token 中接受 {accepted} 个）",
   expertsOnDisk: "磁盘上的专家",

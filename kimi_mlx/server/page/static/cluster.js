@@ -1,7 +1,7 @@
 // The view of the cluster: what each host does, and what is wrong.
 
 import { byId, element, svg } from "./dom.js";
-import { bytes, count, decimal, duration, text } from "./i18n.js";
+import { bytes, count, decimal, duration, memory, text } from "./i18n.js";
 import { plot } from "./plot.js";
 
 // Axes of a placement that are shown, with their names.
@@ -137,8 +137,8 @@ function hostsOf({ machines }) {
   const rows = machines.map((machine) => [
     machine.name,
     machine.chip || null,
-    bytesIfKnown(machine.memory_bytes),
-    bytesIfKnown(machine.gpu_limit_bytes),
+    memoryIfKnown(machine.memory_bytes),
+    memoryIfKnown(machine.gpu_limit_bytes),
     systemOf(machine).filter(Boolean).join(", ") || null,
   ]);
   return table([text("host"), text("chip"), text("memory"), text("gpuLimit"), text("versions")], rows);
@@ -176,20 +176,20 @@ function axisBar(axis, { dimensions, ranks }) {
   return element("div", { class: "axis-row" }, element("span", {}, `${AXES[axis]} (${count(size)})`), bar);
 }
 
-const bytesIfKnown = (value) => (value === null || value === undefined ? null : bytes(value));
+const memoryIfKnown = (value) => (value === null || value === undefined ? null : memory(value));
 
 function ranksOf(status) {
   const machines = new Map(status.machines.map((machine) => [machine.name, machine]));
   const columns = [
     [text("rank"), ({ rank }) => String(rank)],
-    [text("host"), ({ host }, machine) => [host, machine?.chip, bytesIfKnown(machine?.memory_bytes)].filter(Boolean).join(" · ")],
+    [text("host"), ({ host }, machine) => [host, machine?.chip, memoryIfKnown(machine?.memory_bytes)].filter(Boolean).join(" · ")],
     [text("holds"), (rank) => rank.share + (rank.has_vision ? `, ${text("vision")}` : "")],
-    [text("weights"), (rank) => bytes(rank.weights_bytes)],
-    [text("cache"), (rank) => bytes(rank.cache_bytes)],
-    [text("used"), (rank, machine) => memoryBar(rank, machine) ?? bytesIfKnown(rank.memory_bytes)],
-    [text("peak"), (rank) => bytesIfKnown(rank.peak_memory_bytes)],
-    [text("free"), (rank) => bytesIfKnown(rank.free_bytes)],
-    [text("gpuLimit"), (rank, machine) => bytesIfKnown(machine?.gpu_limit_bytes)],
+    [text("weights"), (rank) => memory(rank.weights_bytes)],
+    [text("cache"), (rank) => memory(rank.cache_bytes)],
+    [text("used"), (rank, machine) => memoryBar(rank, machine) ?? memoryIfKnown(rank.memory_bytes)],
+    [text("peak"), (rank) => memoryIfKnown(rank.peak_memory_bytes)],
+    [text("free"), (rank) => memoryIfKnown(rank.free_bytes)],
+    [text("gpuLimit"), (rank, machine) => memoryIfKnown(machine?.gpu_limit_bytes)],
     [text("step"), ({ step, work }) => (step === null ? null : `${count(step)} (${WORK[work] ?? work})`)],
     [text("lastMessage"), (rank) => (rank.last_message_s === null ? null : text("ago", { time: duration(rank.last_message_s) }))],
   ];
@@ -203,7 +203,7 @@ function memoryBar(rank, machine) {
   const total = machine?.memory_bytes ?? (rank.free_bytes === null ? 0 : used + rank.free_bytes);
   if (!total) return null;
   const limit = machine?.gpu_limit_bytes;
-  const label = text("usedOf", { used: bytes(used), total: bytes(total) });
+  const label = text("usedOf", { used: memory(used), total: memory(total) });
   const width = Math.min(100, (100 * used) / total);
   return element(
     "span",
@@ -262,7 +262,7 @@ function cacheOf({ cached_tokens: cached, prompt_cache: cache }) {
 function draftsOf({ drafts: { drafted_tokens: drafted, accepted_tokens: accepted, off_reason: reason } }) {
   const share = Math.round((100 * accepted) / drafted);
   return factList([
-    [text("state"), reason ?? text("draftsOn")],
+    [text("state"), reason ? text("draftsOff", { reason }) : text("draftsOn")],
     [text("accepted"), drafted ? text("acceptedOf", { accepted: count(accepted), drafted: count(drafted), share }) : null],
   ]);
 }

@@ -212,6 +212,7 @@ export default {
   misses: "Misses",
   drafts: "Drafts",
   draftsOn: "on",
+  draftsOff: "off: {reason}",
   accepted: "Accepted",
   acceptedOf: "{share}% ({accepted} of {drafted} draft tokens)",
   expertsOnDisk: "Experts on disk",

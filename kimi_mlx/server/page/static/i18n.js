@@ -37,12 +37,16 @@ export function duration(seconds) {
   return hours < 48 ? text("hours", { hours, minutes: minutes % 60 }) : text("days", { days: Math.round(hours / 24) });
 }
 
-// Return a size in units of 1,000 bytes, as the terminal shows it.
-export function bytes(value) {
-  const units = ["B", "kB", "MB", "GB", "TB"];
+// Return a size of files in units of 1,000 bytes, as the terminal shows it.
+export const bytes = (value) => size(value, 1000, ["B", "kB", "MB", "GB", "TB"]);
+
+// Return a size of memory in units of 1,024 bytes, as Macs are named: one "with 512 GB" has 512 GiB.
+export const memory = (value) => size(value, 1024, ["B", "KiB", "MiB", "GiB"]);
+
+function size(value, base, units) {
   let power = 0;
-  while (value >= 1000 && power < units.length - 1) {
-    value /= 1000;
+  while (value >= base && power < units.length - 1) {
+    value /= base;
     power += 1;
   }
   return `${power === 0 ? value : decimal(value, value < 100 ? 1 : 0)} ${units[power]}`;

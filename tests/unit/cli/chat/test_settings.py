@@ -191,7 +191,7 @@ def test_the_status_of_a_model_fits_the_terminal(width: int) -> None:
     output = shown(describe_model(STATUS, 1234, width), width)
     assert max(len(line.rstrip()) for line in output.splitlines()) <= width
     assert "1,234 of 131,072 tokens" in " ".join(output.split())
-    assert output.count("289.0 GB") == 2
+    assert output.count("269.2 GiB") == 2
     assert "mac-b" in output
 
 

@@ -153,10 +153,12 @@ def test_which_consoles_are_plain(terminal: Console, pipe: Console, monkeypatch:
 
 def test_statistics_line() -> None:
     assert statistics_line(STATISTICS) == (
-        "28 tokens in 900 ms · 30.0 tok/s · prompt 41 (12 cached) at 145.0 tok/s · first token 200 ms · peak 300.0 MB"
+        "28 tokens in 900 ms · 30.0 tok/s · prompt 41 (12 cached) at 145.0 tok/s · first token 200 ms · peak 286.1 MiB"
     )
     one = Statistics(5, 0, 1, ttft_s=0.5, decode_s=0.0, peak_memory_bytes=10)
     assert statistics_line(one) == "1 token in 0 ms · prompt 5 at 10.0 tok/s · first token 500 ms · peak 10 B"
+    drafted = replace(STATISTICS, decode_steps=10, drafted_tokens=20, accepted_tokens=17)
+    assert "tokens per step · 17 of 20 draft tokens accepted · prompt" in statistics_line(drafted)
 
 
 def test_experts_on_the_disk() -> None:
