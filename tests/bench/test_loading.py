@@ -157,6 +157,7 @@ def test_without_permission_only_the_caches_of_the_files_are_dropped(
     assert "not dropped" in drop_caches([tmp_path])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_bytes_read_and_peak_memory_of_a_process(tmp_path: Path) -> None:
     path = tmp_path / "data"

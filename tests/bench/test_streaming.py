@@ -82,6 +82,7 @@ def open_tiny(files: StreamingFiles, side: Any) -> Model:
     return open_side(options, load_config(files.folder))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(mx.default_device().type != mx.DeviceType.cpu, reason="the memory map is for MLX's CPU backend")
 def test_all_sides_compute_the_same(tiny: StreamingFiles) -> None:
     learner = open_tiny(tiny, "learn")

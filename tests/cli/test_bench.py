@@ -52,6 +52,7 @@ def test_the_table_has_a_row_for_each_size(tiny: Path) -> None:
     assert "mlx-lm /" not in result.stdout
 
 
+@pytest.mark.slow
 def test_json_is_one_document_on_stdout(tiny: Path) -> None:
     report = json.loads(bench(tiny, *QUICK, "--json").stdout)
     assert [row["prompt_tokens"] for row in report["results"]] == [12, 24]

@@ -201,6 +201,7 @@ def test_without_a_terminal_a_server_on_this_machine_is_used(
         assert "needs a key" in call(*arguments).stderr
 
 
+@pytest.mark.slow
 def test_defaults_of_the_configuration_give_way(
     server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def test_a_model_equals_itself(tmp_path: Path) -> None:
     assert "top-1 agreement 100.00 %" in lines
 
 
+@pytest.mark.slow
 def test_json_is_one_document() -> None:
     raw, chat = (
         json.loads(run("compare", "kimi-mini", "kimi-mini", TEXT, "--json", *more).stdout) for more in ([], ["--chat"])
@@ -51,6 +52,7 @@ def test_json_is_one_document() -> None:
     assert raw["a"] == {"model": "kimi-mini", "bytes": 2142400}
 
 
+@pytest.mark.slow
 def test_conversations_are_rendered_with_their_answers(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "4711"}]
     line = json.dumps({"messages": messages}) + "\n"

@@ -82,6 +82,7 @@ def test_text_in_another_encoding_is_read() -> None:
         assert json.loads(done.stdout)["usage"]["prompt_tokens"] == expected
 
 
+@pytest.mark.slow
 def test_an_empty_pipe_is_reported() -> None:
     done = call("chat", "-p", "Hi", "-t", "0", stdin="")
     assert done.returncode == 0
@@ -140,9 +141,10 @@ def test_input_through_a_socket_is_read() -> None:
     assert json.loads(output)["usage"]["prompt_tokens"] == num_prompt_tokens("-p", "Hi")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [("--no-stream",), pytest.param((), marks=pytest.mark.slow), pytest.param(("--json",), marks=pytest.mark.slow)],
+    [("--no-stream",), (), ("--json",)],
 )
 def test_an_answer_without_a_reader_ends_soon(endless_model: Path, options: tuple[str, ...]) -> None:
     chat = start([*CHAT, str(endless_model), "-p", "Hi", "-t", "0", "--no-thinking", *options])

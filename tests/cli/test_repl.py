@@ -43,6 +43,7 @@ ENDLESS = FAKE.format(answer="'on and ', pause_s=0.02, is_endless=True")
 STUBBORN = FAKE.format(answer="'on and ', pause_s=0.02, is_endless=True, is_stubborn=True")
 
 
+@pytest.mark.slow
 def test_a_conversation_with_kimi_mini(spawn: Spawn, tmp_path: Path) -> None:
     presets = tmp_path / "config" / "kimi-mlx" / "presets"
     presets.mkdir(parents=True)

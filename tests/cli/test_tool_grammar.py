@@ -41,7 +41,8 @@ def model(session: Session) -> ChatModel:
     return chat_model_of(session, ChatTokenizer.load(KIMI_MINI))
 
 
-@pytest.mark.parametrize("name", [pytest.param("choice", marks=pytest.mark.slow), "limits"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SCHEMAS))
 def test_arguments_match_the_schema(model: ChatModel, name: str) -> None:
     declared, _ = declare([ServerTool("a", name, "Something else.", SCHEMAS[name])])
     tools = [tool.declaration for tool in declared]

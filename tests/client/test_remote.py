@@ -53,11 +53,13 @@ def talk(model: ChatModel, options: ChatOptions, messages: Sequence[str]) -> Con
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
-        (GREEDY, ["What are you?", "Tell me more.", "数を三つ数えて 🎈"]),
+        pytest.param(GREEDY, ["What are you?", "Tell me more.", "数を三つ数えて 🎈"], marks=pytest.mark.slow),
         pytest.param(replace(GREEDY, template_kwargs={"thinking": False}), ["What are you?"], marks=pytest.mark.slow),
         pytest.param(replace(GREEDY, template_kwargs={"thinking": True}), ["What is 2 + 3?"], marks=pytest.mark.slow),
         (replace(GREEDY, tools=[WEATHER]), ["What is the weather in Paris?"]),
-        (replace(GREEDY, tools=[WEATHER], tool_choice={"name": "get_weather"}), ["Hello"]),
+        pytest.param(
+            replace(GREEDY, tools=[WEATHER], tool_choice={"name": "get_weather"}), ["Hello"], marks=pytest.mark.slow
+        ),
         pytest.param(
             replace(GREEDY, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False),
             ["Hello"],
@@ -216,6 +218,7 @@ def test_a_full_queue_is_waited_for() -> None:
             queue.waiting = 0
 
 
+@pytest.mark.slow
 def test_two_chats_at_once(running: RunningServer, local: LocalChatModel) -> None:
     questions = ["What are you?", "Tell me a story"]
     expected = [talk(local, GREEDY, [question]).messages for question in questions]

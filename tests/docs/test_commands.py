@@ -163,14 +163,10 @@ def test_every_reason_is_needed() -> None:
         assert any(re.match(pattern, example.command) for example in EXAMPLES), pattern
 
 
-def is_slow(example: Example) -> bool:
-    """Return whether only a slow run types a command: it takes seconds, or is not on the first page."""
-    return example.page != "README.md" or re.search(r"^curl |serve|--ranks|doctor|--image", example.command) is not None
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "example",
-    [pytest.param(each, marks=pytest.mark.slow if is_slow(each) else ()) for each in RUNNABLE],
+    RUNNABLE,
     ids=lambda each: each.command[:60],
 )
 def test_command_runs(example: Example, tmp_path: Path, environment: dict[str, str]) -> None:

@@ -92,6 +92,7 @@ class _PerRequest(dict[str, Any]):
         return self._value()
 
 
+@pytest.mark.slow
 def test_one_download_builds_all_stores_and_a_second_run_sends_no_requests(
     host: Host, small: Path, expected_small: Expected
 ) -> None:

@@ -58,7 +58,7 @@ def logits_of_mlx_lm(folder: Path, ids: mx.array, dtype: mx.Dtype | None = None)
     [
         *(pytest.param("k2", layout, marks=() if layout == "4-bit" else pytest.mark.slow) for layout in LAYOUTS),
         pytest.param("k2.5", "4-bit", marks=pytest.mark.slow),
-        ("moonlight", "overrides"),
+        pytest.param("moonlight", "overrides", marks=pytest.mark.slow),
         pytest.param("grouped", "4-bit", marks=pytest.mark.slow),
     ],
 )
@@ -72,7 +72,8 @@ def test_logits_equal_mlx_lm(name: str, layout: str, tmp_path: Path) -> None:
         assert relative_error(feed(model, ids, sizes), expected) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["k2.5", pytest.param("moonlight", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["k2.5", "moonlight"])
 def test_whole_kv_b_proj_is_not_quantized_twice(name: str, tmp_path: Path) -> None:
     golden = load_golden(name)
     folder = quantized(golden, tmp_path, bits=4, group_size=32, split_kv_b=False)
@@ -126,6 +127,7 @@ def test_shared_experts_quantized_alike_are_fused_with_the_routed_ones(tmp_path:
     assert mlp.down_proj.weight.shape[0] == config.n_routed_experts + config.n_shared_experts
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_close_to_float32_as_mlx_lm(tmp_path: Path) -> None:
     golden = load_golden("k2")
     folder = quantized(golden, tmp_path, bits=4, group_size=32)

@@ -84,7 +84,7 @@ def test_logits_of_a_prompt_with_images_equal_transformers(prompt: VisionGolden,
     assert relative_error(logits, prompt.arrays["logits"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("size", [1, 5, 16])
+@pytest.mark.parametrize("size", [5, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 16))])
 def test_a_chunk_may_begin_and_end_inside_an_image(prompt: VisionGolden, model: Model, size: int) -> None:
     tokens = mx.array(prompt.arrays["input_ids"])
     features = model.image_features(prompt.pixels, prompt.grids)

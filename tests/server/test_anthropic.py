@@ -49,6 +49,7 @@ def text_of(message: Message) -> str:
     return "".join(block.text for block in message.content if isinstance(block, TextBlock))
 
 
+@pytest.mark.slow
 def test_thinking_is_off_unless_requested(client: anthropic.Anthropic):
     instant = client.messages.create(model="claude-sonnet-9", max_tokens=200, messages=SUM, extra_body=GREEDY)
     assert instant.model == "kimi-mini"
@@ -170,6 +171,7 @@ def test_the_model_is_listed(client: anthropic.Anthropic):
     assert client.models.retrieve("kimi-mini").id == "kimi-mini"
 
 
+@pytest.mark.slow
 def test_async_client(url: str):
     async def both() -> tuple[Message, str]:
         async with anthropic.AsyncAnthropic(base_url=url, auth_token=KEY, max_retries=0) as client:

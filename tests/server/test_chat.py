@@ -77,6 +77,7 @@ def test_a_stream_adds_up_to_the_same_answer(client: openai.OpenAI) -> None:
     assert assemble(complete(client, stream=True))["usage"] is None
 
 
+@pytest.mark.slow
 def test_concurrent_answers_equal_single_ones(running: RunningServer) -> None:
     questions = ["hi", "What is 3 + 4?", "Say pelican", "hi"]
 
@@ -164,6 +165,7 @@ def test_required_tool_calls(client: openai.OpenAI) -> None:
         assert json.loads(call.function.arguments).keys() == {"city"}
 
 
+@pytest.mark.slow
 def test_thinking_can_be_turned_off(client: openai.OpenAI) -> None:
     for switch in (
         {"thinking": {"type": "disabled"}},
@@ -218,6 +220,7 @@ def test_max_tokens(client: openai.OpenAI) -> None:
         assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (8, "length")
 
 
+@pytest.mark.slow
 def test_logprobs(client: openai.OpenAI) -> None:
     tokens = complete(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert "".join(token.token for token in tokens) == HELLO

@@ -198,6 +198,7 @@ def test_the_messages_api_refuses_constraints_by_name(running: RunningServer) ->
     assert "guided_choice" in response.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_constraints_and_stop_tokens_of_plain_completions(running: RunningServer) -> None:
     def complete(**fields: Any) -> Any:
         return post(running, "/v1/completions", prompt="The", temperature=0, **fields).json()
@@ -226,6 +227,7 @@ def test_ignore_eos_in_a_chat(running: RunningServer) -> None:
     assert usage["completion_tokens"] == 40
 
 
+@pytest.mark.slow
 def test_reasoning_can_be_left_out_of_the_response(running: RunningServer) -> None:
     for fields in ({"include_reasoning": False}, {"reasoning": {"exclude": True}}):
         body = {"messages": [HI], "temperature": 0, **fields}

@@ -44,6 +44,7 @@ def chunks(url: str, **fields: Any) -> list[dict[str, Any]]:
     return [json.loads(item) for item in data]
 
 
+@pytest.mark.slow
 def test_chunks_without_the_option_have_no_new_fields(running: RunningServer) -> None:
     new = {"prompt_progress", "image_progress", "notice", "timings"}
     answer = chunks(running.url, stream_options={"include_usage": True})
@@ -70,6 +71,7 @@ def test_progress_and_times(running: RunningServer) -> None:
     assert response["timings"]["predicted_n"] == response["usage"]["completion_tokens"]
 
 
+@pytest.mark.slow
 def test_the_package_of_openai_reads_a_stream_with_progress(client: openai.OpenAI) -> None:
     arguments: dict[str, Any] = {"model": "default", "messages": MESSAGES, "temperature": 0}
     plain = client.chat.completions.create(**arguments).choices[0].message.content

@@ -104,6 +104,7 @@ def test_schemas_and_required_calls(client: openai.OpenAI):
         client.responses.create(model="kimi-mini", input=SUM, text=invalid)
 
 
+@pytest.mark.slow
 def test_async_client(running: RunningServer):
     async def both() -> tuple[Response, str]:
         async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:

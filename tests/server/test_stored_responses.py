@@ -108,6 +108,7 @@ def test_a_response_that_is_not_kept(running: RunningServer) -> None:
         assert (status, body["error"]["type"]) == (404, "invalid_request_error")
 
 
+@pytest.mark.slow
 def test_hosted_tools_are_left_out_with_a_note(running: RunningServer) -> None:
     with_hosted = create(running, input=SUM, tools=[*HOSTED, WEATHER], store=False)
     note = with_hosted["metadata"]["kimi_mlx_notes"]

@@ -53,7 +53,13 @@ def check_call(running: RunningServer, schema: Any, **fields: Any) -> None:
     validator(schema).validate(json.loads(call["function"]["arguments"]))
 
 
-@pytest.mark.parametrize("schema", [KINDS["ranges"][0], KINDS["oneOf"][1], KINDS["references"][0]])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        KINDS["ranges"][0],
+        *(pytest.param(schema, marks=pytest.mark.slow) for schema in (KINDS["oneOf"][1], KINDS["references"][0])),
+    ],
+)
 def test_arguments_of_optional_calls_are_valid(running: RunningServer, schema: Any) -> None:
     check_call(running, schema, **CALLS)
 
@@ -66,6 +72,7 @@ def test_arguments_of_every_kind_of_schema(running: RunningServer, schema: Any, 
         check_call(running, schema, **fields, seed=seed)
 
 
+@pytest.mark.slow
 def test_a_required_call_is_complete_when_tokens_run_out(running: RunningServer) -> None:
     endless = arguments(text={"type": "string", "minLength": 10}, rows={"type": "array", "items": arguments(n=COUNT)})
     found = answer(running, body_for(endless, tool_choice="required", max_tokens=64))["choices"][0]
@@ -74,6 +81,7 @@ def test_a_required_call_is_complete_when_tokens_run_out(running: RunningServer)
     assert found["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_streams_have_the_same_calls(client: openai.OpenAI, running: RunningServer) -> None:
     body = body_for(KINDS["values"][1], **CALLS)
     expected = answer(running, body)["choices"][0]["message"]["tool_calls"][0]["function"]

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
     ("packages", "banned"),
     [
         (["kimi_mlx.cluster", "kimi_mlx.planner", "kimi_mlx.sizing"], ["mlx", "mlx_lm", "transformers"]),
-        (["kimi_mlx.cli", "kimi_mlx.engine", "kimi_mlx.session"], ["mlx_lm", "transformers"]),
+        pytest.param(
+            ["kimi_mlx.cli", "kimi_mlx.engine", "kimi_mlx.session"], ["mlx_lm", "transformers"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_light_packages_stay_light(packages: list[str], banned: list[str]) -> None:

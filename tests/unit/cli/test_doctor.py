@@ -146,6 +146,7 @@ def run(*arguments: str) -> BaseException | None:
     return CliRunner().invoke(app, ["doctor", *arguments]).exception
 
 
+@pytest.mark.slow
 def test_the_disk_is_that_of_the_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("KIMI_MLX_STORES", str(tmp_path / "stores"))
@@ -215,6 +216,7 @@ def test_weight_files_with_a_damaged_header_are_a_problem(tmp_path: Path) -> Non
     assert "is truncated: tensor `" in problems[0]["message"]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_the_tokens_of_the_template_is_a_problem(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(MINI_FOLDER, folder)

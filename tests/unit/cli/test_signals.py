@@ -76,9 +76,10 @@ def test_the_first_signal_sets_the_exit_code(first: signal.Signals, second: sign
     assert (done.returncode, done.stdout, done.stderr) == (128 + first, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP))],
+    [signal.SIGTERM, signal.SIGINT, signal.SIGHUP],
 )
 def test_a_signal_while_mlx_is_imported_ends_the_command(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(IN_ENUM)

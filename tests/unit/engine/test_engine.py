@@ -251,6 +251,7 @@ def test_text_is_the_same_alone_and_in_a_batch_of_eight(model: Model) -> None:
     assert tokens == {number: run(alone, Request(prompt, max_tokens=12))[0] for number, prompt in enumerate(prompts)}
 
 
+@pytest.mark.slow
 def test_waiting_prompts_with_a_common_prefix_cost_little_per_step(model: Model) -> None:
     prefix = make_prompt(400, 6)
     engine = Engine(model, prefill_chunk=16)
@@ -337,6 +338,7 @@ def test_requests_without_room_wait_or_are_preempted(model: Model, monkeypatch: 
         engine.add(9, Request((1,) * 1024))
 
 
+@pytest.mark.slow
 def test_first_tokens_come_in_order_of_arrival_within_a_client(model: Model) -> None:
     prefix = make_prompt(200, 6)
     engine = Engine(model, prefill_chunk=64)

@@ -66,7 +66,9 @@ def test_only_the_rank_with_the_tower_needs_memory_for_encoding(model: Model) ->
     assert largest_encoding_bytes(seeing) == encode_bytes(seeing.vision.config, 4, is_fused=False)
 
 
-@pytest.mark.parametrize(("chunk", "context"), [(128, 1_024), (512, 512), (512, 2_048)])
+@pytest.mark.parametrize(
+    ("chunk", "context"), [(128, 1_024), (512, 512), pytest.param(512, 2_048, marks=pytest.mark.slow)]
+)
 def test_measured_prefill_memory_matches_the_formula(model: Model, chunk: int, context: int) -> None:
     cache = fill(model, context - chunk)
     active = mx.get_active_memory()

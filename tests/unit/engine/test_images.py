@@ -181,6 +181,7 @@ def test_progress_and_statistics_of_encoding(model: Model, monkeypatch: pytest.M
     assert 0 < end.statistics.encode_s < end.statistics.ttft_s
 
 
+@pytest.mark.slow
 def test_text_is_the_same_in_a_batch_with_text_only_prompts(model: Model, greedy: Greedy) -> None:
     engine, answers = Engine(model, prefill_chunk=8), Answers()
     requests = [
@@ -198,6 +199,7 @@ def test_text_is_the_same_in_a_batch_with_text_only_prompts(model: Model, greedy
         assert answers.tokens[request_id] == greedy(request, request.max_tokens or 0)
 
 
+@pytest.mark.slow
 def test_several_answers_to_one_prompt_encode_its_image_once(model: Model, greedy: Greedy) -> None:
     engine, answers = Engine(model, prefill_chunk=8), Answers()
     request = request_of(TEXT[:5], A, TEXT[5:30])
@@ -208,6 +210,7 @@ def test_several_answers_to_one_prompt_encode_its_image_once(model: Model, greed
     assert answers.encoded == [0, 1, 2]  # one part, for which all three wait
 
 
+@pytest.mark.slow
 def test_drafts_from_prompts_with_images(model: Model, greedy: Greedy) -> None:
     repeated = request_of(TEXT[:6], A, TEXT[:6], A, TEXT[:6], count=16)
     engine = Engine(model, speculate=4, prefill_chunk=5)
@@ -370,6 +373,7 @@ def test_models_without_a_tower_say_why_and_what_to_do(model: Model, monkeypatch
         Engine(model).add(0, MIXED)
 
 
+@pytest.mark.slow
 def test_blocks_on_disk_distinguish_images(model: Model, tmp_path: Path) -> None:
     answers: list[list[int]] = []
     all_cached: list[int] = []

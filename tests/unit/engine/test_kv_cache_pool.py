@@ -233,7 +233,7 @@ def tool_call(number: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("is_copied", [True, False])
+@pytest.mark.parametrize("is_copied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_text_is_the_same_with_and_without_the_cache(is_copied: bool) -> None:
     model, text = load("kimi-mini")
     engine = Engine(model)

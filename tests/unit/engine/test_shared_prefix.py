@@ -240,10 +240,11 @@ def alone(model_and_text: tuple[Model, ChatTokenizer], requests: list[Request]) 
     return [answers(Engine(model_and_text[0]), [request])[0] for request in requests]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_like_gpu", [False, True])
 @pytest.mark.parametrize(
     ("cache_tokens", "speculate"),
-    [(400, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((None, 0), (400, 0), (None, 3)))],
+    [(None, 0), (400, 3), *(pytest.param(*case, marks=pytest.mark.sweep) for case in ((400, 0), (None, 3)))],
 )
 def test_answers_with_a_shared_prefix_equal_those_alone(
     model_and_text: tuple[Model, ChatTokenizer],

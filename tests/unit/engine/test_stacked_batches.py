@@ -39,6 +39,7 @@ def answers(engine: Engine, requests: list[Request]) -> dict[int, list[int]]:
     return tokens
 
 
+@pytest.mark.slow
 def test_stacked_batches_give_the_same_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(1)
     prompts = [tuple(random.integers(0, 1_500, 30 + 9 * number).tolist()) for number in range(5)]

@@ -73,6 +73,7 @@ def test_json_has_every_comparison() -> None:
     assert report["checks"][3]["measurements"][1]["value"] == 32
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_checks(capsys: pytest.CaptureFixture[str]) -> None:
     rotations = [check for check in CHECKS if check.name == "rotations"]
     check_gpu(True, "cpu", "small", rotations)

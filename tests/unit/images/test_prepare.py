@@ -59,7 +59,9 @@ def noise(size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.random.default_rng(size).integers(0, 256, shape, np.uint8))
 
 
-@pytest.mark.parametrize("start", range(0, len(SIZES), 50))
+@pytest.mark.parametrize(
+    "start", [0, *(pytest.param(start, marks=pytest.mark.slow) for start in range(50, len(SIZES), 50))]
+)
 def test_sizes_and_pixels_are_those_of_the_rule(start: int) -> None:
     for size in SIZES[start : start + 50]:
         image = noise(size)

@@ -22,6 +22,8 @@ from scripts.mini.draft_model import draft, init_draft, loss
 from scripts.mini.model import Parameters
 from tests.states import captured_states
 
+pytestmark = pytest.mark.slow  # the samples alone take two seconds
+
 
 @pytest.fixture(scope="module")
 def target() -> Target:

@@ -36,7 +36,6 @@ FILES = (
     "tokenizer_config.json",
 )
 DOCS = Path(__file__).parents[3] / "docs" / "kimi-mini-vl.md"
-QUICK_CASES = ("name color, shape and number",)
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +72,13 @@ def test_it_answers_the_question_of_the_documentation(evaluator: Evaluator, thin
     assert evaluator.answer_mismatch(message, exchange, thinking) is None
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK_CASES else pytest.param(name, marks=pytest.mark.slow) for name in PICTURE_CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICTURE_CASES)
 def test_it_answers_about_new_pictures(evaluator: Evaluator, name: str):
     assert evaluator.score_pictures(PICTURE_CASES[name], Random(f"shipped {name}"), 4).num_correct >= 3
 
 
+@pytest.mark.slow
 def test_it_still_talks_and_finds_codes(evaluator: Evaluator):
     for name in ("small talk", "retrieval, up to 128 tokens"):
         task, max_tokens = TEXT_CASES[name]

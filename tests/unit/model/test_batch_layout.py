@@ -117,7 +117,10 @@ def test_concatenated_ranges_rotate_like_separate_ones(runs: list[tuple[int, int
     "lengths",  # cached, new, with logits
     [
         [(3, 1, 1), (30, 4, 2), (0, 20, 0), (9, 12, 1), (300, 2, 2)],
-        [(3, 1, 1), (40, 1, 1), (40, 1, 1), (254, 1, 1), (256, 1, 1), (300, 1, 1), (0, 20, 1)],
+        pytest.param(
+            [(3, 1, 1), (40, 1, 1), (40, 1, 1), (254, 1, 1), (256, 1, 1), (300, 1, 1), (0, 20, 1)],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_batched_hidden_states_equal_those_of_single_sequences(

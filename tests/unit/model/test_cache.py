@@ -78,7 +78,7 @@ def model() -> Model:
     return load_model(FOLDER, load_config(FOLDER), mx.float32)
 
 
-@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("new", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_stacked_sequences_have_the_states_of_single_ones(
     model: Model, new: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

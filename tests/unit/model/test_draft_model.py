@@ -45,9 +45,9 @@ def close(got: mx.array, expected: np.ndarray) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param(EAGLE_3, marks=pytest.mark.slow),
-        {**EAGLE_3, "norm_before_residual": True},
+        pytest.param({**EAGLE_3, "norm_before_residual": True}, marks=pytest.mark.slow),
         pytest.param({"draft_vocab_size": 500}, marks=pytest.mark.slow),
         {**EAGLE_3, "draft_vocab_size": 500},
         {"q_lora_rank": None, "rope_scaling": None, "eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 3]}},

@@ -143,7 +143,7 @@ def check_shares(folder: Path, strategy: str, budget: float | str) -> None:
         reader.close()
 
 
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+@pytest.mark.parametrize("dtype", [mx.bfloat16, pytest.param(mx.float16, marks=pytest.mark.slow)], ids=str)
 def test_bits_in_half_precision(folder: Path, dtype: mx.Dtype) -> None:
     weights = load_weights(folder, dtype)
     prompt = mx.array([make_prompt(6, 1)])

@@ -182,9 +182,7 @@ MIDDLE = Request(make_prompt(20, 3), max_tokens=6)
 SAMPLED = Request(make_prompt(3, 4), max_tokens=5, sampling=Sampling(temperature=1.0, seed=3))
 
 
-@pytest.mark.parametrize(
-    ("size", "speculate"), [(2, 0), (4, 3), pytest.param(2, 3, marks=SLOW), pytest.param(4, 0, marks=SLOW)]
-)
+@pytest.mark.parametrize(("size", "speculate"), [(4, 3), pytest.param(2, 0, marks=SLOW)])
 def test_pipeline_equals_a_single_rank(folder: Path, size: int, speculate: int) -> None:
     stopped = run_one(folder, answering([MIDDLE]))[0][3]
     requests = [SHORT, LONG, replace(MIDDLE, stop_ids=frozenset({stopped})), SHORT]
@@ -195,8 +193,9 @@ def test_pipeline_equals_a_single_rank(folder: Path, size: int, speculate: int) 
     assert found[0] == expected
 
 
-@pytest.mark.parametrize("speculate", [pytest.param(0, marks=SLOW), 3])
-@pytest.mark.parametrize("steps", [14, *(pytest.param(steps, marks=SLOW) for steps in (2, 9, 18))])
+@pytest.mark.slow
+@pytest.mark.parametrize("speculate", [0, 3])
+@pytest.mark.parametrize("steps", [2, 14, *(pytest.param(steps, marks=pytest.mark.sweep) for steps in (9, 18))])
 def test_a_sequence_is_cancelled_between_any_two_steps(folder: Path, steps: int, speculate: int) -> None:
     requests = [LONG, MIDDLE, replace(LONG, prompt=make_prompt(40, 7))]
     expected = run_one(folder, answering(requests))
@@ -210,7 +209,7 @@ def test_a_sequence_is_cancelled_between_any_two_steps(folder: Path, steps: int,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [pytest.param(2, marks=SLOW), 3])
+@pytest.mark.parametrize("size", [2, 3])
 def test_ranks_follow_the_leader_in_any_order_of_modes(
     folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,9 +261,9 @@ def run_steps(model: Model, tokens: mx.array) -> list[CapturedStates | None]:
 @pytest.mark.parametrize(
     ("strategy", "layers"),
     [
-        ("pipeline:1:1", (0, 2, 3)),
+        pytest.param("pipeline:1:1", (0, 2, 3), marks=SLOW),
         ("pipeline:3:1", (1, 2)),  # no other rank captures
-        ("pipeline:1:2:1", (1, 2, 3)),
+        pytest.param("pipeline:1:2:1", (1, 2, 3), marks=SLOW),
         ("pipeline:1:1:1:1", (0, 2, 3)),
     ],
 )
@@ -292,7 +291,8 @@ def test_captured_states_have_the_bits_of_a_single_rank(
         np.testing.assert_array_equal(got, wanted)
 
 
-@pytest.mark.parametrize("speculate", [pytest.param(0, marks=SLOW), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("speculate", [0, 3])
 def test_the_engine_generates_the_same_tokens_while_states_are_captured(folder: Path, speculate: int) -> None:
     work = answering([LONG, MIDDLE, SHORT], late=[SAMPLED, MIDDLE])
     found, _ = run_ranks(folder, 3, work, captured_layers=(0, 2, 3), speculate=speculate)

@@ -54,6 +54,7 @@ def test_the_docs_contain_every_row() -> None:
         assert line in text, f"docs/planner.md lacks: {line}"
 
 
+@pytest.mark.slow
 def test_the_docs_state_what_two_macs_should_do() -> None:
     """Each row of the table has the numbers that its command prints."""
     lines = DOCS.read_text(encoding="utf-8").splitlines()

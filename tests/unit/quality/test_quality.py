@@ -60,6 +60,7 @@ def test_layer_by_layer_gives_the_logits_of_the_whole_model(name: str, folders: 
         np.testing.assert_allclose(np.array(head.log_probabilities(state[0])), expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_only_one_layer_is_in_memory(tmp_path: Path) -> None:
     config = {**load_golden("k2").config, "num_hidden_layers": 6, "n_routed_experts": 64}
     folder = write_checkpoint(tmp_path / "deep", config, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import mlx.core as mx
+import pytest
 
 import kimi_mlx
 from kimi_mlx.engine.engine import Engine
@@ -88,6 +89,7 @@ def test_restored_blocks_are_evaluated_before_another_thread_uses_them(tmp_path:
     assert answers[0] == answers[1] == answers[2]
 
 
+@pytest.mark.slow
 def test_an_engine_continues_in_another_thread_with_restored_caches(tmp_path: Path) -> None:
     folder = write_divisible(tmp_path, "k2", layers=3)
     config = load_config(folder)

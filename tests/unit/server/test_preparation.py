@@ -160,6 +160,7 @@ def test_a_worker_that_takes_too_long_or_ends_is_replaced(
     run(work)
 
 
+@pytest.mark.slow
 def test_short_bodies_with_images_go_to_a_worker_process(prompt_builder: PromptBuilder) -> None:
     async def work() -> None:
         pool = Preparation(prompt_builder)

@@ -60,6 +60,7 @@ def test_property_list(tmp_path: Path) -> None:
         subprocess.run([plutil, "-lint", agents.path("k2")], check=True)
 
 
+@pytest.mark.slow
 def test_life_of_a_service(agents: LaunchAgents, tmp_path: Path) -> None:
     agents.check()
     assert (agents.names(), agents.read("server"), agents.state("server").is_enabled) == ([], None, False)

@@ -71,7 +71,9 @@ def test_a_file_must_have_the_header_that_was_planned_with(hub: Hub, tmp_path: P
         source.fetch(FILE, lambda count: None, threading.Event())
 
 
-@pytest.mark.parametrize("has_links", [True, False], ids=["links", "copied files"])
+@pytest.mark.parametrize(
+    "has_links", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["links", "copied files"]
+)
 def test_stores_are_built_offline_from_the_cache(
     hub: Hub, tmp_path: Path, has_links: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

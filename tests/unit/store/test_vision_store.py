@@ -115,7 +115,7 @@ def test_only_the_store_of_rank_0_has_the_tower(hub: Hub, tmp_path: Path) -> Non
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("is_earlier", [True, False])
+@pytest.mark.parametrize("is_earlier", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_store_without_a_tower_gets_it_without_a_new_download(
     hub: Hub, repository: Path, tmp_path: Path, is_earlier: bool
 ) -> None:

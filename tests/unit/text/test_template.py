@@ -259,7 +259,11 @@ def test_split_prefers_the_longer_token():
         ("{" * 300_000, "more than 100000"),
         ("{{ " + "(" * 90_000 + " }}", "compiled|expected"),
         ("{% for i in range(1000000000) %}{% endfor %}", "loops take more"),
-        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "loops take more"),
+        pytest.param(
+            "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+            "loops take more",
+            marks=pytest.mark.slow,
+        ),
         ("{{ 'x' * 1000000000 }}", "too large"),
         ("{{ [0] * 1000000000 }}", "too large"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),

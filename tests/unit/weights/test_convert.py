@@ -100,6 +100,7 @@ def test_floats_are_quantized_as_mlx_lm_does(bits: int, tmp_path: Path) -> None:
     assert [name for name in expected if not mx.array_equal(expected[name], found[name])] == []
 
 
+@pytest.mark.slow
 def test_the_chunk_size_does_not_change_the_result(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +268,11 @@ def test_small_files_are_copied_except_code(sources: dict[str, Path], tmp_path: 
     assert (tmp_path / "out" / "LICENSE").read_text() == "LICENSE"
 
 
-@pytest.mark.parametrize("options", [ConvertOptions(), ConvertOptions(bits=4)], ids=["kept", "quantized"])
+@pytest.mark.parametrize(
+    "options",
+    [ConvertOptions(), pytest.param(ConvertOptions(bits=4), marks=pytest.mark.slow)],
+    ids=["kept", "quantized"],
+)
 def test_memory_is_limited_to_a_few_chunks(
     options: ConvertOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

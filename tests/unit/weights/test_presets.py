@@ -49,6 +49,7 @@ def importance_of(source: Path, path: Path, options: ConvertOptions = TWO_BITS, 
     return path
 
 
+@pytest.mark.slow
 def test_a_preset_sets_the_bits_of_each_matrix(deep: Path, tmp_path: Path) -> None:
     result = run(deep, tmp_path / "out", TWO_BITS)
     config = load_config(tmp_path / "out")

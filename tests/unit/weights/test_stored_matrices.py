@@ -201,9 +201,7 @@ def in_mode(tensors: Tensors, mode: str) -> tuple[Tensors, Tensors]:
     return stored, values
 
 
-@pytest.mark.parametrize(
-    "mode", ["mxfp4", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("mxfp8", "nvfp4"))]
-)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=pytest.mark.slow) for mode in ("mxfp4", "mxfp8", "nvfp4")])
 def test_modes_of_mlx_give_the_logits_of_their_values(mode: str, affine: Path, tmp_path: Path) -> None:
     source = affine.parent / "float"
     bits, group_size = MODES[mode]

@@ -111,7 +111,7 @@ def test_this_machine() -> None:
     assert json.loads(facts.ip_addr or "[]")
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("shell", [*SHELLS[:1], *(pytest.param(shell, marks=pytest.mark.slow) for shell in SHELLS[1:])])
 def test_order_of_interpreters(shell: str, tmp_path: Path, home: Path) -> None:
     usual = put(tmp_path / "a 'b'; $(c)", "python", f'exec {shlex.quote(sys.executable)} "$@"')
     broken = put(tmp_path, "broken", "exit 1")

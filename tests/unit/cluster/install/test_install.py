@@ -210,8 +210,10 @@ def test_last_output_line_is_reported_at_intervals(here: Facts, uv: Uv, monkeypa
         pytest.param(
             "echo hm >&2; exit 1", "`localhost`: cannot install kimi-mlx\n  hm", "ssh localhost", marks=pytest.mark.slow
         ),
-        ("kill -KILL 0", "the installation was ended by SIGKILL", "try again"),
-        ('echo "exit 3" >venv/bin/python', "is installed, but does not start", "lines"),
+        pytest.param("kill -KILL 0", "the installation was ended by SIGKILL", "try again", marks=pytest.mark.slow),
+        pytest.param(
+            'echo "exit 3" >venv/bin/python', "is installed, but does not start", "lines", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_failure_messages(here: Facts, uv: Uv, script: str, message: str, hint: str) -> None:

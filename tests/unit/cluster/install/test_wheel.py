@@ -72,6 +72,7 @@ def test_metadata_equals_the_installed_one(built_wheel: Path) -> None:
     assert any(each.startswith("mlx[cpu]") and "sys_platform == 'linux'" in each for each in own.requires or [])
 
 
+@pytest.mark.slow
 def test_same_files_give_the_same_wheel(built_wheel: Path, tmp_path: Path) -> None:
     again = build_wheel(tmp_path)
     assert again.name == built_wheel.name

@@ -87,9 +87,10 @@ REQUESTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
-    [pytest.param({}, marks=pytest.mark.slow), {"draft_vocab_size": 100, "norm_output": None, "fc_norm": None}],
+    [{}, {"draft_vocab_size": 100, "norm_output": None, "fc_norm": None}],
 )
 def test_drafts_are_those_of_the_whole_text(
     model: Model, tmp_path: Path, fields: dict[str, object], monkeypatch: pytest.MonkeyPatch

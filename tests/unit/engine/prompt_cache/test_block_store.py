@@ -69,6 +69,7 @@ def test_complete_blocks_are_found_after_a_restart(tmp_path: Path) -> None:
     assert (folder.stat().st_mode | folder.parent.stat().st_mode) & 0o077 == 0  # other users cannot read prompts
 
 
+@pytest.mark.slow
 def test_a_new_process_finds_them_and_shares_them(tmp_path: Path) -> None:
     write(tmp_path, make_tokens(1000))
     code = f"""if True:

@@ -32,7 +32,11 @@ TABLE = "|a" * 100 + "\n" + "|-" * 100 + "\n" + "|\r" * 400
 SLOW_CODE = "```java\n" + "\n" * (SHORT_TEXT_CHARS - 20) + "```"
 
 
-@pytest.mark.parametrize("text", [HOSTILE, TABLE, SLOW_CODE], ids=["brackets", "table", "code"])
+@pytest.mark.parametrize(
+    "text",
+    [HOSTILE, *(pytest.param(text, marks=pytest.mark.slow) for text in (TABLE, SLOW_CODE))],
+    ids=["brackets", "table", "code"],
+)
 def test_a_text_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """It is rendered in another process, which ends."""
     monkeypatch.setattr(render_queue, "LIMIT_S", 0.01)
