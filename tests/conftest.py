@@ -22,6 +22,7 @@ from hypothesis import settings
 
 from kimi_mlx.model.device import has_gpu
 from tests import processes
+from tests.examples import QUICK, THOROUGH
 
 if TYPE_CHECKING:
     from kimi_mlx.session.session import Session
@@ -35,7 +36,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # no deadline, because the machine may be busy; the same examples in every CI run, new ones elsewhere
-for profile, max_examples in (("quick", 20), ("thorough", 25)):  # `scripts/test --all` chooses the second
+for profile, max_examples in (("quick", QUICK), ("thorough", THOROUGH)):  # `scripts/test --all` chooses the second
     settings.register_profile(profile, deadline=None, max_examples=max_examples, derandomize="CI" in os.environ)
 settings.load_profile("quick")
 

@@ -103,7 +103,7 @@ def save_plot(report: Report, path: Path) -> None:
     figure.suptitle("\n".join(report.heading()).replace("; ", "\n"), fontsize=8, x=0.01, ha="left")
     notes = "rates: median, whiskers min to max; times: p50, whisker to p99"
     if any(line.style == DOTTED for lines in all_lines for line in lines):
-        notes += "; dotted: predicted by kimi-mlx plan"
+        notes += "; dotted: predicted"
     figure.supxlabel(notes, fontsize=7, x=0.01, ha="left")
     figure.draw_without_rendering()  # computes the layout, which the positions of the values depend on
     figure.set_layout_engine("none")

@@ -1,4 +1,4 @@
-"""The planner's prediction for the cases of a benchmark, where it knows the machine."""
+"""The prediction for the cases of a benchmark: the planner's, where it knows the machine, or that of a calibration."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from kimi_mlx.bench.measure import Case
 from kimi_mlx.cluster.hosts.machine import local_machine
 from kimi_mlx.errors import UsageError
 from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.planner.calibration import Calibration
 from kimi_mlx.planner.constants import FENCE_S, FITTED, KIMI_MLX
 from kimi_mlx.planner.machines import Machine, machine_of_host
 from kimi_mlx.planner.model_shape import shape_of_config
@@ -52,5 +53,20 @@ def predictor(config: ModelConfig, machine: Machine) -> Predict:
             return None
         rate = 1 / decode(setup, case.depth + case.prompt_tokens).total_s
         return Prediction(rate, prefill(setup, case.prompt_tokens, case.depth).total_s)
+
+    return predict
+
+
+def calibrated_predictor(calibration: Calibration, strategy: str) -> Predict:
+    """Return the predictor from times that the ranks have measured; it predicts cases with an empty cache only."""
+
+    def predict(case: Case) -> Prediction | None:
+        if case.concurrency > 1 or case.images or case.depth:
+            return None
+        predictions = calibration.predictions(case.prompt_tokens)
+        found = next((prediction for prediction in predictions if prediction.strategy == strategy), None)
+        if found is None:
+            return None
+        return Prediction(found.decode_tok_per_s, case.prompt_tokens / found.prefill_tok_per_s)
 
     return predict

@@ -11,7 +11,7 @@ from typing import Any
 from kimi_mlx.bench import machine
 from kimi_mlx.bench.measure import BenchmarkPlan
 from kimi_mlx.bench.mlx_lm_side import MODES, open_mlx_lm
-from kimi_mlx.bench.prediction import Predict, predictor_here
+from kimi_mlx.bench.prediction import Predict, calibrated_predictor, predictor_here
 from kimi_mlx.bench.roofline import Roofline
 from kimi_mlx.bench.sides import SessionSide, Side
 from kimi_mlx.bench.slow_link import slow_links
@@ -52,7 +52,7 @@ class BenchmarkModels:
         config: dimensions of the model.
         plan: cases to run, with the model's settings for images.
         roofline: limit by this machine's memory bandwidth; None on launched hosts.
-        predict: the planner's prediction for one rank on this machine; None where it has none.
+        predict: prediction of the calibration, else the planner's for one rank on this machine; None where none is.
         expectation: what to expect of experts on the SSD; None if all are in memory.
     """
 
@@ -92,13 +92,27 @@ class BenchmarkModels:
         calibration = self.prepared.choice.calibration
         if calibration is None:
             return []
-        strategy = "single" if calibration.num_ranks == 1 else self.prepared.choice.strategy
+        strategy = _strategy_that_runs(self.prepared)
         return [
             {"prompt_tokens": tokens, **asdict(prediction)}
             for tokens in self.plan.prompt_tokens
             for prediction in calibration.predictions(tokens)
             if prediction.strategy == strategy
         ]
+
+
+def _strategy_that_runs(prepared: PreparedModel) -> str:
+    """Return the name of the strategy in the predictions of a calibration."""
+    calibration = prepared.choice.calibration
+    return "single" if calibration is not None and calibration.num_ranks == 1 else prepared.choice.strategy
+
+
+def _predictor(prepared: PreparedModel, config: ModelConfig, ranks: int) -> Predict | None:
+    """Return the prediction of the calibration, else the planner's for one rank on this machine, if it has one."""
+    calibration = prepared.choice.calibration
+    if calibration is not None:
+        return calibrated_predictor(calibration, _strategy_that_runs(prepared))
+    return predictor_here(config) if ranks == 1 else None
 
 
 def open_models(
@@ -148,7 +162,7 @@ def open_models(
     if measurement.against == "resident":
         sides = [*open_resident_sides(prepared, options, run.ranks, session, is_quiet, stack)]
     roofline = Roofline.of(config, _dtype_name(run.dtype, config), measurement.generation_tokens)
-    predict = predictor_here(config) if run.ranks == 1 and opened.expectation is None else None
+    predict = _predictor(prepared, config, run.ranks) if opened.expectation is None else None
     return BenchmarkModels(prepared, sides, config, plan, roofline, predict, opened.expectation)
 
 

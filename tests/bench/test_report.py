@@ -15,8 +15,9 @@ from rich.console import Console
 from kimi_mlx.bench import machine
 from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run
 from kimi_mlx.bench.plot import DOTTED, is_logarithmic, make_lines, panels_of
-from kimi_mlx.bench.prediction import predictor
+from kimi_mlx.bench.prediction import calibrated_predictor, predictor
 from kimi_mlx.bench.report import Report
+from kimi_mlx.planner.calibration import Calibration, Times
 from kimi_mlx.planner.machines import parse_machines
 from kimi_mlx.planner.model_shape import known_shape
 from tests.bench.runs import make_run
@@ -178,6 +179,18 @@ def test_a_plot_has_a_line_per_concurrency_and_dotted_predictions() -> None:
     (short,) = (line for line in first if line.label == "predicted, 1 at once, depth 0")
     assert deep.points[0][1] > short.points[0][1] > 0
     assert [[point[0] for point in line.points] for line in aggregate] == [[1, 8], [1, 8]]
+
+
+def test_a_calibration_predicts_cases_with_an_empty_cache() -> None:
+    layer, free = Times(0.1, 0.73), Times(0, 0)
+    calibration = Calibration(1, 10, {"single": layer}, {"single": 0}, free, free, free)
+    predict = calibrated_predictor(calibration, "single")
+    prediction = predict(Case(0, 64, 1))
+    assert prediction is not None
+    assert prediction.decode_tok_per_s == pytest.approx(1)
+    assert prediction.first_token_s == pytest.approx(7.3)
+    assert predict(Case(8192, 64, 1)) is predict(Case(0, 64, 2)) is predict(Case(0, 64, 1, 1)) is None
+    assert calibrated_predictor(calibration, "expert")(Case(0, 64, 1)) is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.engine import engine as engine_module
@@ -31,6 +31,7 @@ from kimi_mlx.weights.assemble import load_model
 from tests.checkpoints import load_golden, text_config, write_checkpoint
 from tests.drafters import RandomPlanner
 from tests.drafts import draft_config, write_draft
+from tests.examples import examples
 from tests.images import make_image, make_prompt
 
 GOLDEN = load_golden("k2.5")
@@ -407,7 +408,7 @@ def shared_engine(model: Model) -> Engine:
 
 
 @pytest.mark.slow
-@settings(max_examples=10)
+@examples(10)
 @given(conversations=st.lists(TURNS, min_size=1, max_size=3))
 def test_random_conversations_with_swapped_images_answer_the_same_with_and_without_a_cache(
     model: Model, shared_engine: Engine, conversations: list[list[int | list[int]]]

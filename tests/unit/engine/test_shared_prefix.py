@@ -8,7 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.engine.engine import Engine
@@ -23,6 +23,7 @@ from kimi_mlx.model.decoder import Model
 from kimi_mlx.model.device_traits import CPU_TUNING, METAL_TUNING
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.load import load
+from tests.examples import examples
 from tests.unit.engine.cache_rows import MODEL, append_tokens, check, run_turn
 from tests.unit.engine.test_kv_cache_pool import make_tokens
 
@@ -164,7 +165,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(steps=STEPS, budget=st.integers(6, 24))
 def test_the_budget_is_kept_and_ranks_agree_with_shared_prefixes(
     steps: list[tuple[int, int, int, int, bool]], budget: int

@@ -20,6 +20,7 @@ from PIL import Image
 from kimi_mlx.errors import ImageError
 from kimi_mlx.images.limits import MediaLimits
 from kimi_mlx.images.prepare import prepare_image
+from tests.examples import examples
 
 ROOT = Path(__file__).resolve().parents[3]
 BITS = Image.effect_noise((77, 51), 60)
@@ -185,7 +186,7 @@ FILES = [file_of(PICTURE, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP"
 CHANGES = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.sampled_from(FILES), CHANGES, st.integers(0, 12_000))
 def test_any_bytes_are_an_image_or_an_image_error(data: bytes, changes: list[tuple[int, int]], end: int) -> None:
     changed = bytearray(data)

@@ -10,12 +10,13 @@ from datetime import datetime, timedelta
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import ImageError
 from kimi_mlx.images.limits import MediaLimits
 from kimi_mlx.images.video import format_time_stamp, prepare_video, sampled_frames
+from tests.examples import examples
 
 av = pytest.importorskip("av", reason="the extra `video` is not installed")
 
@@ -141,7 +142,7 @@ def test_broken_videos_are_refused(data: bytes, reason: str) -> None:
 WHOLE = [video(12, 6), video(12, 6, container="matroska")]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.sampled_from(WHOLE), st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 255)), max_size=8))
 def test_any_bytes_are_a_video_or_an_image_error(data: bytes, changes: list[tuple[int, int]]) -> None:
     changed = bytearray(data)

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.model import attention, numpy_attention
@@ -21,6 +21,7 @@ from kimi_mlx.model.device_traits import METAL_TUNING
 from kimi_mlx.model.rope import Rope
 from kimi_mlx.model.sizes import SCORES_MAX
 from kimi_mlx.weights.assemble import load_model
+from tests.examples import examples
 
 FOLDER = Path(__file__).parents[3] / "kimi_mlx" / "models" / "kimi-mini"
 
@@ -55,7 +56,7 @@ def attend(
         return np.array(layer(x, caches, layout, layout, lambda name, value: None))
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(lengths=LENGTHS)
 def test_every_path_gives_the_same_result(model: Model, lengths: list[tuple[int, int]]) -> None:
     by_heads = attend(model, lengths, is_latent=False, in_numpy=False, scores_max=SCORES_MAX)
@@ -75,7 +76,7 @@ def test_numpy_attends_each_sequence_of_a_batch_to_its_own_keys() -> None:
     np.testing.assert_allclose(np.array(got), np.array(expected), rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(lengths=LENGTHS, prefixes=st.lists(st.integers(0, 2), min_size=5, max_size=5))
 def test_attention_to_shared_rows_equals_that_to_copies(
     model: Model, lengths: list[tuple[int, int]], prefixes: list[int]

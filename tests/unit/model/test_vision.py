@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import VisionError
@@ -23,6 +23,7 @@ from kimi_mlx.model.vision_config import Grid
 from kimi_mlx.model.vision_positions import add_positions, patch_rotations, resize_table, rotate
 from kimi_mlx.weights.assemble import load_model
 from tests.checkpoints import VISION, load_golden, make_pixels, write_checkpoint
+from tests.examples import examples
 from tests.vision_tower import vision_tower, vision_weights
 
 GRIDS = ((1, 4, 6), (3, 2, 4), (1, 8, 8))
@@ -175,7 +176,7 @@ def test_queries_are_in_blocks_of_limited_size() -> None:
 
 
 @given(length=st.integers(1, 40), block=st.integers(1, 45))
-@settings(deadline=None, max_examples=30)
+@examples(30)
 def test_blocks_of_queries_give_the_attention_of_all(length: int, block: int) -> None:
     q, k, v = (mx.array(random(1, 2, length, 8, seed=seed)) for seed in range(3))
     scores = np.array(q[0]) @ np.array(k[0]).swapaxes(1, 2) / math.sqrt(8)

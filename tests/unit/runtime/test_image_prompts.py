@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -18,6 +18,7 @@ from kimi_mlx.errors import ConfigError, ImageError, TextError
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
 from kimi_mlx.runtime.prompt import Prompt
 from kimi_mlx.text.template import ChatTemplate
+from tests.examples import examples
 from tests.unit.text.vocabularies import SPECIAL, write_tokenizer
 
 TEMPLATES = Path(__file__).parents[1] / "text" / "templates"
@@ -140,7 +141,7 @@ LOOKS_LIKE_IMAGES = [
 TEXT = st.lists(st.sampled_from([*SPECIAL.values(), *LOOKS_LIKE_IMAGES]), max_size=5).map("".join)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(data=st.data())
 def test_text_never_becomes_an_image(k25: ChatTokenizer, data: Any) -> None:
     def conversation(text: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
@@ -25,6 +25,7 @@ from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.responses_request import to_chat_request as from_responses
 from kimi_mlx.server.prompts import PromptBuilder
 from kimi_mlx.text.messages import Message
+from tests.examples import examples
 from tests.fakes import KIMI_MINI
 
 DATA_URL = "data:image/png;base64,AAAA"
@@ -282,7 +283,7 @@ def error_of(prepare: Callable[[], object]) -> ApiError | MissingMediaError | No
     return None
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(parts=st.lists(PARTS, max_size=4))
 @pytest.mark.parametrize("convert", [chat, responses, anthropic])
 def test_any_part_is_served_or_refused(

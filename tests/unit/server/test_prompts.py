@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.runtime.chat_tokenizer import ChatTokenizer
@@ -25,6 +25,7 @@ from kimi_mlx.server.openai.responses_body import ResponsesBody
 from kimi_mlx.server.openai.responses_request import to_chat_request as to_responses_request
 from kimi_mlx.server.prompts import PromptBuilder
 from kimi_mlx.text.messages import Message, ToolCall
+from tests.examples import examples
 from tests.fakes import KIMI_MINI
 from tests.schemas import ANY_OBJECT
 
@@ -56,7 +57,7 @@ def refusal(builder: PromptBuilder, request: ChatRequest) -> ApiError | None:
     return None
 
 
-@settings(deadline=None, max_examples=50)
+@examples(50)
 @given(
     parameters=ANY_OBJECT,
     is_strict=st.booleans(),

@@ -42,6 +42,7 @@ from kimi_mlx.weights.assemble import load_model
 from kimi_mlx.weights.expert_plan import RECORD_ALIGNMENT
 from kimi_mlx.weights.plan import as_shape3
 from tests.checkpoints import FORMATS, load_golden, quantize_checkpoint, write_checkpoint
+from tests.examples import examples
 from tests.fakes import KIMI_MINI, FixedGather
 from tests.stores import build_all, checksums
 
@@ -176,7 +177,7 @@ def uninterrupted(overrides: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.slow
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(10), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(moments=st.lists(st.integers(1, 300), min_size=1, max_size=4))
 def test_a_build_resumes_after_any_interruption(
     moments: list[int],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import TextError
@@ -19,6 +19,7 @@ from kimi_mlx.text.control_tokens import ControlTokens, choose_escape
 from kimi_mlx.text.messages import Message, ToolCall
 from kimi_mlx.text.template import ChatTemplate, check_text_files
 from kimi_mlx.text.tokenizer import Tokenizer
+from tests.examples import examples
 from tests.schemas import ANY_OBJECT
 from tests.unit.text.vocabularies import SPECIAL, write_tokenizer
 
@@ -192,7 +193,7 @@ def marker_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("template", [MINI, K2, K2_THINKING], ids=["k25", "k2", "k2-thinking"])
-@settings(max_examples=40)
+@examples(40)
 @given(data=st.data())
 def test_user_text_never_becomes_a_control_token(tokenizer: Tokenizer, template: ChatTemplate, data: Any):
     def conversation(text: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

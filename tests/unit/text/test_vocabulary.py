@@ -6,12 +6,13 @@ import base64
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.errors import TextError
 from kimi_mlx.text.vocabulary import build, find_splits, read_ranks
 from kimi_mlx.text.vocabulary_cache import FORMAT, cached_splits
+from tests.examples import examples
 from tests.unit.text.vocabularies import reference, small_ranks, tiktoken_lines
 
 BYTES = [bytes([b]) for b in range(256)]
@@ -58,7 +59,7 @@ def test_order_blank_lines_and_line_ends_do_not_matter(tmp_path: Path):
 
 @pytest.mark.slow
 @given(data=st.data())
-@settings(max_examples=50)
+@examples(50)
 def test_any_ranks_give_the_ids_of_tiktoken(data: st.DataObject):
     """Also vocabularies with tokens that no merge makes, that overlap, or that are in any order."""
     words = st.text("ab \n汉", min_size=2, max_size=6).map(str.encode)

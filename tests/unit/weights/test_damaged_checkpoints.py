@@ -18,6 +18,7 @@ from kimi_mlx.errors import KimiMlxError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.weights.assemble import load_model
 from tests.checkpoints import FORMATS
+from tests.examples import examples
 
 Header = dict[str, dict[str, Any]]
 
@@ -75,7 +76,7 @@ def damage(source: Path, folder: Path, choose: random.Random) -> None:
 
 
 @pytest.mark.parametrize("name", ["fp8", "int4", "int4-k2.5", "bf16"])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(examples(12), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(choose=st.randoms(use_true_random=False))
 def test_a_damaged_checkpoint_loads_or_is_refused(name: str, tmp_path: Path, choose: random.Random) -> None:
     damage(FORMATS / name, tmp_path, choose)

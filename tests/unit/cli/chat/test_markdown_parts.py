@@ -10,6 +10,7 @@ from kimi_mlx.cli.chat.output.code_highlight import CodeHighlighter
 from kimi_mlx.cli.chat.output.markdown_parser import close_markup
 from kimi_mlx.cli.chat.output.markdown_stream import MarkdownStream
 from kimi_mlx.cli.chat.output.styled_line import Line, line_width, plain_text, to_row
+from tests.examples import examples
 
 
 def lines_of(text: str, width: int = 60) -> list[Line]:
@@ -121,7 +122,7 @@ def test_a_preview_changes_nothing() -> None:
     assert style_of(highlighter.add("def f(): pass"), "def") == "magenta"
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(
     st.sampled_from(["python", "js", "c", "html", "bash", "json", "diff", "yaml", "", "no-language", "\x1b[2J"]),
     st.lists(st.text(st.sampled_from("\"'`/*#<>(){}[]\\ \tab1=-+:$漢"), max_size=12), max_size=60),

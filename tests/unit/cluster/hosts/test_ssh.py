@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.cluster.hosts.ssh import (
@@ -28,6 +28,7 @@ from kimi_mlx.cluster.hosts.ssh import (
 )
 from kimi_mlx.cluster.hosts.ssh_errors import explain_ssh
 from kimi_mlx.errors import SshError, UsageError
+from tests.examples import examples
 
 SHELLS = [shell for name in ("sh", "bash", "dash", "zsh", "fish") if (shell := shutil.which(name))]
 
@@ -68,7 +69,7 @@ def put_ssh(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 RUN_REMOTE = 'while [ "$1" != -- ]; do shift; done; shift; shift; exec sh -c "$1"'
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(st.lists(words, max_size=4))
 def test_arguments_arrive_unchanged(arguments: list[str]) -> None:
     for shell in SHELLS[:1]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.engine.kv_cache_pool import KVCachePool
@@ -21,6 +21,7 @@ from kimi_mlx.engine.prompt_cache import block_folder, block_store, block_writer
 from kimi_mlx.engine.prompt_cache.block_file import BLOCK_TOKENS
 from kimi_mlx.engine.prompt_cache.block_store import HEADER_BYTES, BlockStore
 from kimi_mlx.errors import RingError
+from tests.examples import examples
 from tests.unit.engine.cache_rows import MODEL, SHAPE, open_store, run_turn
 
 FILE_BYTES = SHAPE.block_bytes + HEADER_BYTES
@@ -160,7 +161,7 @@ def test_a_broken_block_is_reported_once_and_not_read_again(tmp_path: Path, harm
     store.close()
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(at=st.integers(0, 2000), value=st.integers(0, 255))
 def test_a_damaged_header_is_a_miss(tmp_path_factory: pytest.TempPathFactory, at: int, value: int) -> None:
     folder = tmp_path_factory.mktemp("cache")
@@ -370,7 +371,7 @@ def test_lost_block_stops_the_ring_and_is_recomputed_after_the_restart(tmp_path:
     assert found(tmp_path, make_tokens(1000)) == 256
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     turns=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 3)), max_size=8),
     capacity=st.integers(1, 6),

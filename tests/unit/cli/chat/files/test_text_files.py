@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.cli.chat.files.text_files import (
@@ -19,6 +19,7 @@ from kimi_mlx.cli.chat.files.text_files import (
     with_text_files,
 )
 from kimi_mlx.errors import UsageError
+from tests.examples import examples
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_a_file_that_no_context_holds_is_refused_without_reading_it(tmp_path: Pa
     assert MAX_TEXT_BYTES == 16_000_000
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.text(alphabet="`~a\n\r "))
 def test_no_text_ends_its_own_fence(text: str) -> None:
     name, fence, *lines = as_message_part(TextFile("a", text, 0)).split("\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.document import Document
@@ -12,6 +12,7 @@ from prompt_toolkit.layout.processors import TransformationInput
 
 from kimi_mlx.cli.chat.input.pasted_blocks import BlockProcessor, PastedBlocks, to_line_feeds
 from kimi_mlx.cli.chat.input.user_input import UserInput
+from tests.examples import examples
 
 LINES = "".join(f"line {number}\n" for number in range(48))
 
@@ -70,7 +71,7 @@ def test_a_pasted_slash_is_no_command() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.lists(st.tuples(st.booleans(), st.text(max_size=30)), max_size=6))
 def test_blocks_survive_a_round_trip(parts: list[tuple[bool, str]]) -> None:
     blocks = PastedBlocks()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.cli.chat.input.wrapped_control import num_columns, row_starts
+from tests.examples import examples
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ def test_rows(line: str, rows: list[str]) -> None:
     assert [line[start:end] for start, end in zip(starts, [*starts[1:], len(line)], strict=True)] == rows
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.text(alphabet="ab 漢\x1b\u0301🙂", max_size=60), st.integers(2, 12))
 def test_rows_fit_and_cover_the_line(line: str, width: int) -> None:
     starts = row_starts(line, width)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.cli.chat.output.live_region import BEGIN, END, LiveRegion, Row, Size, wraps_again
+from tests.examples import examples
 from tests.screen import Screen
 
 LINES = 8
@@ -30,7 +31,7 @@ def trimmed(rows: list[str]) -> list[str]:
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, 10), UPDATES)
 def test_final_rows_stay_and_the_tail_is_below(above: int, updates: list[tuple[list[str], list[str]]]) -> None:
     screen = Screen(20, LINES)

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.cli.chat.output.markdown_stream import MarkdownStream
 from kimi_mlx.cli.chat.output.styled_line import Line, line_width, plain_text, to_row
+from tests.examples import examples
 
 ALL_KINDS = """\
 # Title with `code`
@@ -93,7 +94,7 @@ def texts(lines: list[Line]) -> list[str]:
     return [plain_text(line).rstrip() for line in lines]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(TEXTS, st.lists(st.integers(0, 600), max_size=12), st.sampled_from([5, 12, 40, 80]))
 def test_lines_are_the_same_wherever_the_text_is_cut(text: str, cuts: list[int], width: int) -> None:
     whole, streamed = MarkdownStream(), MarkdownStream()
@@ -109,7 +110,7 @@ def test_lines_are_the_same_wherever_the_text_is_cut(text: str, cuts: list[int],
     assert all(line_width(line) <= width for line in lines)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(TEXTS)
 def test_lines_are_the_same_when_characters_arrive_alone(text: str) -> None:
     stream, lines = MarkdownStream(), []

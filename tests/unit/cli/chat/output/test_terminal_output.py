@@ -8,7 +8,7 @@ import time
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_mlx.cli.chat.output import terminal_output
@@ -16,6 +16,7 @@ from kimi_mlx.cli.chat.output.answer_view import AnswerView, ReasoningMode
 from kimi_mlx.cli.chat.output.chat_status import ChatStatus
 from kimi_mlx.cli.chat.output.live_region import BEGIN, END
 from kimi_mlx.text.messages import Delta, ToolCall
+from tests.examples import examples
 from tests.screen import Screen
 
 OWN_SEQUENCES = re.compile(r"\x1b\[(?:[0-9;]*m|\?(?:2026|7|25)[hl]|[0-9]+A|J|2K)")
@@ -50,7 +51,7 @@ def shown(parts: list[str], columns: int, lines: int = 12) -> Screen:
     return screen
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(TEXTS, CUTS, st.sampled_from([40, 80, 200]))
 def test_the_screen_is_the_same_however_the_text_arrives(text: str, cuts: list[int], columns: int) -> None:
     streamed = shown(pieces(text, cuts), columns)
@@ -58,7 +59,7 @@ def test_the_screen_is_the_same_however_the_text_arrives(text: str, cuts: list[i
     assert not streamed.is_cursor_hidden
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(NASTY_TEXTS, CUTS)
 def test_no_escape_sequence_of_the_model_is_written(text: str, cuts: list[int]) -> None:
     screen = Screen(40)
