@@ -51,3 +51,7 @@ def test_batch_sizes_by_name() -> None:
         "257 or more",
     ]
     assert list(names.values()) == list(range(10))
+
+
+def test_counters_have_no_series_of_their_creation() -> None:
+    assert b"_created" not in Metrics().render(SessionStatus(is_up=True), is_up=True)
