@@ -87,7 +87,8 @@ def closings() -> list[Any]:
     """Return commands with streams to close; one stream of most commands is left to the sweep."""
     found = []
     for command in COMMANDS:
-        found.append(pytest.param(command, ">&- 2>&-", marks=() if command in QUICK else pytest.mark.slow))
+        mark = pytest.mark.slow if command.startswith(("chat", "models", "plan", "rm", "serve")) else pytest.mark.sweep
+        found.append(pytest.param(command, ">&- 2>&-", marks=() if command in QUICK else mark))
         mark = pytest.mark.slow if command.startswith("chat -p hi --no-thinking --max-tokens 8 ") else pytest.mark.sweep
         found += [pytest.param(command, closed, marks=mark) for closed in (">&-", "2>&-", "<&-")]
     return found

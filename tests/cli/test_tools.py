@@ -164,15 +164,13 @@ def test_servers_that_fail_are_reported_and_the_others_used(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_good_server_over_both_transports(tmp_path: Path) -> None:
     with toys_over_http(free_port()) as url:
-        for server in (TOYS, {"url": url}):
-            mcp = write(tmp_path, toys=server)
-            for prompt, answer in (
-                ("Roll 4 dice.", "The tool says total: 12."),
-                ("Wake me at 07:30.", "The tool says alarm: on."),
-                ("Turn the light in the kitchen on.", "The tool says status: done."),
-            ):
-                done = chat("--mcp", mcp, "--allow", "all", "-p", prompt)
-                assert done.stdout == f"{answer}\n", done.stderr
+        for server, prompt, answer in (
+            (TOYS, "Roll 4 dice.", "The tool says total: 12."),
+            (TOYS, "Wake me at 07:30.", "The tool says alarm: on."),
+            ({"url": url}, "Turn the light in the kitchen on.", "The tool says status: done."),
+        ):
+            done = chat("--mcp", write(tmp_path, toys=server), "--allow", "all", "-p", prompt)
+            assert done.stdout == f"{answer}\n", done.stderr
 
 
 @pytest.mark.slow
@@ -292,9 +290,9 @@ def test_keys_that_mean_no(spawn: Spawn, key: str) -> None:
     ("fault", "shown"),
     [
         ("die", "out of cheese"),
-        ("nonsense", "its answer is not valid"),
         ("flood", "more than 16 MiB"),
-        ("escape", "gone"),
+        pytest.param("nonsense", "its answer is not valid", marks=pytest.mark.sweep),
+        pytest.param("escape", "gone", marks=pytest.mark.sweep),
     ],
 )
 def test_faults_are_shown(spawn: Spawn, tmp_path: Path, fault: str, shown: str) -> None:

@@ -377,8 +377,10 @@ def test_templates_made_to_harm_are_stopped(name: str, monkeypatch: pytest.Monke
         ChatTemplate(HARMFUL[name]).render([Message("user", "x")])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", HARMFUL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.sweep if at % 4 else pytest.mark.slow) for at, name in enumerate(HARMFUL)],
+)
 def test_templates_made_to_harm_end_in_time_and_memory(name: str):
     tracemalloc.start()
     start = time.thread_time()

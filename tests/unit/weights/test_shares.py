@@ -150,7 +150,7 @@ class Expected:
         return rows(array, span) if ".parts." in entry else halves(array, span)
 
 
-@pytest.mark.parametrize("size", [3, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 8))])
+@pytest.mark.parametrize("size", [3, pytest.param(2, marks=pytest.mark.sweep), pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_ranks_parameters_are_its_share(strategy: str, size: int, folder: Path, whole: Arrays) -> None:
     _, placement = place_folder(folder, strategy + UNEVEN[size], size)
@@ -182,7 +182,10 @@ def count_elements(checkpoint: Checkpoint, share: RankShare) -> dict[str, np.nda
 
 
 @pytest.mark.parametrize("is_even", [True, False])
-@pytest.mark.parametrize("size", [1, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4, 8))])
+@pytest.mark.parametrize(
+    "size",
+    [1, 3, pytest.param(8, marks=pytest.mark.slow), *(pytest.param(size, marks=pytest.mark.sweep) for size in (2, 4))],
+)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_shares_cover_every_tensor(strategy: str, size: int, is_even: bool, folder: Path) -> None:
     checkpoint, placement = place_folder(folder, strategy if is_even else strategy + UNEVEN[size], size)

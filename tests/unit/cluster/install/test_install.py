@@ -118,7 +118,7 @@ def run_failing_install(facts: Facts, limit_s: float = 30.0) -> InstallError:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shell", [SHELLS[0], *(pytest.param(shell, marks=pytest.mark.slow) for shell in SHELLS[1:])])
+@pytest.mark.parametrize("shell", [SHELLS[0], *(pytest.param(shell, marks=pytest.mark.sweep) for shell in SHELLS[1:])])
 def test_new_environment_then_upgrade(
     shell: str, here: Facts, uv: Uv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
