@@ -198,8 +198,17 @@ def _draw(axis: Any, panel: Panel, lines: Sequence[Line]) -> None:
     for line in lines:
         xs, ys, lows, highs = zip(*line.points, strict=True)
         if line.style == DOTTED:
-            marker = line.marker if len(xs) == 1 else None
-            axis.plot(xs, ys, label=line.label, color=line.colour, linestyle=DOTTED, marker=marker, linewidth=1.6)
+            marker = "o" if len(xs) == 1 else None  # hollow: a single point is no line
+            axis.plot(
+                xs,
+                ys,
+                label=line.label,
+                color=line.colour,
+                linestyle=DOTTED,
+                marker=marker,
+                markerfacecolor="white",
+                linewidth=1.6,
+            )
             continue
         below = [y - low for y, low in zip(ys, lows, strict=True)]
         above = [high - y for y, high in zip(ys, highs, strict=True)]
