@@ -187,6 +187,7 @@ def test_a_model_without_vision_is_refused_before_it_is_loaded() -> None:
         (["--images", "1", "--image-size", "1024"], "--image-size is `1024`"),
         pytest.param(["--image-size", "5" * 5000 + "x10"], "not a width and a height", id="many digits"),
         (["--images", "1", "--against", "mlx-lm"], "mlx-lm does not see images"),
+        (["--images", "1", "--against", "mlx-lm-tensor"], "mlx-lm does not see images"),
         (["--against", "mlx-vlm"], "compares vision towers"),
         (["--expert-memory", "all", "--against", "resident"], "all experts are in memory"),
         (["--json", "--markdown"], "exclude each other"),
