@@ -15,7 +15,7 @@ from kimi_mlx.planner.machines import MACHINES_HINT, Machine, SsdRate, machine_o
 from kimi_mlx.planner.model_shape import ModelShape, with_expert_bits, with_preset
 from kimi_mlx.sizing.ssd import THIS_HOST, saved_speeds
 from kimi_mlx.units import GB
-from kimi_mlx.weights.presets import PRESETS
+from kimi_mlx.weights.presets import ALL_BITS, PRESETS
 
 THIS_MAC = "this Mac"
 """Name of this machine in a plan."""
@@ -40,6 +40,11 @@ def planned_shape(
         raise UsageError(
             f"--context is {context}, but the context of `{name}` is {shape.context_tokens} tokens",
             hint=f"use `--context {shape.context_tokens}` or less",
+        )
+    if expert_bits is not None and expert_bits not in ALL_BITS:
+        raise UsageError(
+            f"--expert-bits is {expert_bits}, which `kimi-mlx convert` cannot make",
+            hint=f"use {', '.join(map(str, ALL_BITS[:-1]))} or {ALL_BITS[-1]}",
         )
     if preset is None:
         return shape if expert_bits is None else with_expert_bits(shape, expert_bits)

@@ -107,6 +107,7 @@ def test_a_folder_is_planned_from_its_config() -> None:
         (("someone/else", "--machines", "m3-ultra-512"), "are not known here"),
         (("kimi-k", "--machines", "m3-ultra-512"), "no model"),
         (("kimi-k2", "--machines", "m4-max-128x8", "--cost"), "price"),
+        (("kimi-k2", "--machines", "m3-ultra-512", "--expert-bits", "7"), "cannot make"),
     ],
 )
 def test_errors_have_hints(words: tuple[str, ...], message: str) -> None:
