@@ -284,7 +284,8 @@ class LocalSession:
 
     def _abandon_requests(self, engine: Engine, error: Exception) -> None:
         """End all requests of the engine and drop its caches, after a step has failed."""
-        LOG.exception("a step failed")
+        if not isinstance(error, KimiMlxError):  # ours say what failed, such as the read of an expert
+            LOG.exception("a step failed")
         self._failed_step = time.monotonic(), f"the last step failed: {type(error).__name__}: {error}"
         engine.discard_all()
         failure = step_error(error)

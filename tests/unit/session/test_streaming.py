@@ -43,7 +43,9 @@ def reading_threads() -> set[threading.Thread]:
 
 
 @pytest.mark.slow
-def test_an_unreadable_expert_fails_the_request_and_the_next_one_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_expert_fails_the_request_and_the_next_one_is_answered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with closing(LocalSession(OPTIONS)) as session:
         expected = tokens_of(session)
         session.reset()
@@ -55,6 +57,7 @@ def test_an_unreadable_expert_fails_the_request_and_the_next_one_is_answered(mon
         with pytest.raises(WeightsError, match=r"expert \d+ of layer \d: bytes \d+ to \d+ of `.*` cannot be"):
             tokens_of(session)
         assert "Input/output error" in str(session.status().reason)
+        assert "Traceback" not in caplog.text
         monkeypatch.undo()
         assert tokens_of(session) == expected
 
