@@ -93,8 +93,6 @@ def launch(
     from kimi_mlx.cli.launch_checks import confirm_download, prepare_launch
 
     launched = prepare_launch(hosts, options, command)
-    if launched is None:
-        return
     try:
         command.run(launched)
     except MissingModelError as error:

@@ -38,8 +38,8 @@ SHOWN_WARNINGS = ("encryption", "memory", "wired limit")
 """Checks whose warnings are shown before the ranks start: others may read their data, or experts do not fit."""
 
 
-def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: LaunchedCommand) -> LaunchContext | None:
-    """Check the hosts and place the model; None if the command has nothing to do.
+def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: LaunchedCommand) -> LaunchContext:
+    """Check the hosts and place the model.
 
     Args:
         hosts: hosts that the user named.
@@ -52,9 +52,6 @@ def prepare_launch(hosts: HostOptions, options: LaunchOptions, command: Launched
     """
     request, option = _doctor_request(hosts, options, command)
     need = request.need
-    if command.name == "download" and need.repository is None:
-        stderr.print(f"`{need.name}` comes with kimi-mlx; there is nothing to download", markup=False)
-        return None
     command.check_chat()
     if command.name != "download":
         _report_servers(request)

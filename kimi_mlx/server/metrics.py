@@ -118,8 +118,9 @@ class Metrics:
         self._kept_experts.set(stats.kept_experts / stats.num_experts)
         totals = {**stats.to_dict(), "guesses_wrong": stats.guesses - stats.guesses_right}
         for name, metric in self._experts.items():
-            metric.inc(max(totals[name] - self._expert_totals[name], 0))
-            self._expert_totals[name] = totals[name]
+            total = max(totals[name], self._expert_totals[name])  # a guess counts as wrong until it is right
+            metric.inc(total - self._expert_totals[name])
+            self._expert_totals[name] = total
 
     def _set_drafts(self, drafts: DraftStatus) -> None:
         self._drafts_active.set(drafts.off_reason is None)

@@ -31,8 +31,9 @@ MAX_DEPTH = max(DEPTHS)
 PIECE_BYTES = 4 << 20
 """Maximum size of the pieces of an expert."""
 
-READ_LIMIT_S = 60.0
-"""Maximum wait for a read; then the disk counts as failed."""
+READ_LIMIT_S = 45.0
+"""Maximum wait for a read; then the disk counts as failed. Less than the timeout of a ring's step
+(STREAMED_STEP_S in kimi_mlx.cluster.ring.watch), so that the error names the disk."""
 
 CLOSE_LIMIT_S = 5.0
 """Maximum wait for running reads when a reader is closed."""

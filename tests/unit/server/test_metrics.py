@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kimi_mlx.engine.batch_sizes import BATCH_SIZE_LIMITS, NO_STEPS, BatchSizes
+from kimi_mlx.model.expert_stats import ExpertStats
 from kimi_mlx.server.metrics import Metrics
 from kimi_mlx.session.session import DraftStatus, SessionStatus
 
@@ -55,3 +56,12 @@ def test_batch_sizes_by_name() -> None:
 
 def test_counters_have_no_series_of_their_creation() -> None:
     assert b"_created" not in Metrics().render(SessionStatus(is_up=True), is_up=True)
+
+
+def test_a_guess_that_is_not_decided_yet_is_counted_once() -> None:
+    metrics = Metrics()
+    for guesses, right in ((10, 0), (10, 5), (15, 5)):
+        experts = {0: ExpertStats(guesses=guesses, guesses_right=right, num_experts=8)}
+        text = metrics.render(SessionStatus(is_up=True, experts=experts), is_up=True).decode()
+    assert 'kimi_mlx_expert_guesses_total{result="right"} 5.0' in text
+    assert 'kimi_mlx_expert_guesses_total{result="wrong"} 10.0' in text

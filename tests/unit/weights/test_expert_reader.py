@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kimi_mlx.cluster.ring.watch import STREAMED_STEP_S
 from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import load_config
 from kimi_mlx.parallel.group import SingleGroup
@@ -23,7 +24,7 @@ from kimi_mlx.store.stores import open_manifest
 from kimi_mlx.uncached_file import UncachedFile
 from kimi_mlx.weights.assemble import load_layer
 from kimi_mlx.weights.expert_plan import EXPERT_ENTRIES, split_experts
-from kimi_mlx.weights.expert_reader import MAX_DEPTH, PIECE_BYTES, ExpertReader
+from kimi_mlx.weights.expert_reader import MAX_DEPTH, PIECE_BYTES, READ_LIMIT_S, ExpertReader
 from kimi_mlx.weights.expert_source import ExpertSource, checkpoint_sources
 from kimi_mlx.weights.layer_plan import plan_layer
 from kimi_mlx.weights.read_depth import DEFAULT_DEPTH
@@ -248,6 +249,10 @@ def test_a_disk_that_does_not_answer_and_answers_again(monkeypatch: pytest.Monke
         assert np.array_equal(value, array)
     assert all((array.reshape(-1).view(np.uint8) == 0xAA).all() for array in destination)
     reader.close()
+
+
+def test_a_ring_names_the_disk_before_it_reports_a_stall() -> None:
+    assert READ_LIMIT_S < STREAMED_STEP_S
 
 
 def test_a_closed_reader(monkeypatch: pytest.MonkeyPatch) -> None:
