@@ -128,7 +128,7 @@ def test_many_answers_do_not_fill_the_screen() -> None:
 def test_drafts_say_what_was_accepted_and_why_they_are_off() -> None:
     drafts = {"drafted_tokens": 40, "accepted_tokens": 30, "off_reason": "drafts off: too slow"}
     with _Answering(OURS | {"drafts": drafts}) as drafting:
-        assert "75% of 40 draft tokens accepted; drafts off: too slow" in run(drafting.url).stdout
+        assert "drafts off: too slow; 75% of 40 draft tokens accepted" in run(drafting.url).stdout
 
 
 def test_experts_on_the_disk_have_a_line() -> None:
