@@ -50,6 +50,8 @@ class Output:
             from kimi_mlx.bench.plot import require_matplotlib
 
             require_matplotlib()
+        if self.file is not None and self.plot is not None and self.file.resolve() == self.plot.resolve():
+            raise UsageError(f"--output and --plot both name `{self.plot}`", hint="name two files")
         for option, path in (("--output", self.file), ("--plot", self.plot)):
             if path is not None:
                 _check_writable(option, path)

@@ -17,6 +17,8 @@ from kimi_mlx.bench.measure import BenchmarkPlan, Case, Run
 from kimi_mlx.bench.plot import DOTTED, is_logarithmic, make_lines, panels_of
 from kimi_mlx.bench.prediction import calibrated_predictor, predictor
 from kimi_mlx.bench.report import Report
+from kimi_mlx.cli.bench_output import Output
+from kimi_mlx.errors import UsageError
 from kimi_mlx.planner.calibration import Calibration, Times
 from kimi_mlx.planner.machines import parse_machines
 from kimi_mlx.planner.model_shape import known_shape
@@ -141,6 +143,12 @@ def test_several_cases_have_a_table_of_ratios() -> None:
     assert not any("kimi-mlx / mlx-lm" in line for line in lines)
     assert len(report.tables()) == 3
     assert report.to_dict()["ratios"][0]["spread"] == {"median": 3.5, "min": 3.0, "max": 4.0}
+
+
+def test_json_and_plot_need_two_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UsageError, match="--output and --plot both name"):
+        Output(False, False, tmp_path / "out", tmp_path / "." / "out").check()
 
 
 def test_an_interrupted_report_says_so() -> None:
