@@ -42,6 +42,10 @@ def test_one_answer_equals_that_of_a_local_model(server: RunningServer) -> None:
     assert there.returncode == 0
     assert there.stdout == here.stdout
     assert "tok/s" in there.stderr
+
+
+@pytest.mark.slow
+def test_json_of_one_answer_equals_that_of_a_local_model(server: RunningServer) -> None:
     arguments = ("-p", QUESTION, *GREEDY, "--json")
     here, there = (
         json.loads(call("chat", *where, *arguments).stdout) for where in (["kimi-mini"], ["--url", server.url])

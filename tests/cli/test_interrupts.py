@@ -145,7 +145,9 @@ def test_a_second_ctrl_c_while_the_ring_ends(begin: Start, endless_model: Path, 
 
 @pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("number", [None, pytest.param(signal.SIGTERM, marks=pytest.mark.sweep), signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [None, *(pytest.param(number, marks=pytest.mark.sweep) for number in (signal.SIGTERM, signal.SIGHUP))]
+)
 @pytest.mark.parametrize("is_conversation", [False, True])
 @pytest.mark.parametrize("seed", [0, *(pytest.param(number, marks=pytest.mark.sweep) for number in (1, 2))])
 def test_ctrl_c_at_any_time_of_a_ring(

@@ -70,7 +70,7 @@ def test_a_draft_model_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["pipeline", pytest.param("hybrid", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["hybrid", pytest.param("pipeline", marks=pytest.mark.sweep)])
 def test_a_ring_that_is_lost_during_an_answer(
     draft: Path, requests: list[Request], expected: list[list[int]], strategy: str
 ) -> None:

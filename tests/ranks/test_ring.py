@@ -108,7 +108,7 @@ def test_two_ranks_generate_the_same_as_one_process_even_after_a_cancelled_or_re
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["hybrid", "pipeline"])
+@pytest.mark.parametrize("strategy", [pytest.param("hybrid", marks=pytest.mark.sweep), "pipeline"])
 def test_requests_of_several_threads_are_independent(folder: Path, strategy: str) -> None:
     """Meanwhile other requests are cancelled or refused, caches are reset, and two requests sample without a seed."""
     requests = [Request(PROMPT[:length], max_tokens=40 - length) for length in (3, 9, 17, 30)]
@@ -150,7 +150,7 @@ def events_with_action(ring: RingSession, request: Request, after: int, action: 
     ("strategy", "lost", "sampling"),
     [
         ("hybrid", 1, Sampling()),
-        pytest.param("pipeline", 1, Sampling(), marks=pytest.mark.slow),
+        pytest.param("pipeline", 1, Sampling(), marks=pytest.mark.sweep),
         pytest.param("hybrid", 0, SAMPLED, marks=pytest.mark.sweep),
         pytest.param("pipeline", 0, SAMPLED, marks=pytest.mark.slow),
     ],

@@ -81,7 +81,7 @@ def test_an_end_in_the_middle_of_an_answer_kills_nobody(strategy: str, kills: Ki
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["hybrid", "pipeline"])
+@pytest.mark.parametrize("strategy", ["hybrid", pytest.param("pipeline", marks=pytest.mark.sweep)])
 def test_an_end_while_16_384_patches_are_encoded_kills_nobody(strategy: str, kills: Kills, tmp_path: Path) -> None:
     golden = load_golden("k2.5")
     folder = write_checkpoint(tmp_path / "k2.5", golden.config, golden.seed)
@@ -101,8 +101,8 @@ def test_an_end_while_16_384_patches_are_encoded_kills_nobody(strategy: str, kil
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "strategy", "lost", "size"),
-    [  # half of them are left to the sweep
-        (signal.SIGKILL, "hybrid", 0, 2),
+    [  # most of them are left to the sweep
+        pytest.param(signal.SIGKILL, "hybrid", 0, 2, marks=pytest.mark.sweep),
         pytest.param(signal.SIGKILL, "hybrid", 1, 3, marks=pytest.mark.sweep),
         pytest.param(signal.SIGKILL, "pipeline", 1, 2, marks=pytest.mark.sweep),
         (signal.SIGKILL, "pipeline", 2, 3),

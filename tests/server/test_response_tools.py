@@ -84,7 +84,7 @@ def test_the_input_of_a_custom_tool_follows_its_grammar(
         (MAIL, {"type": "custom", "name": "note"}, "custom_tool_call", "mail"),
         pytest.param(SEARCH, "required", "tool_search_call", None, marks=pytest.mark.slow),
         *(pytest.param(tool, "required", f"{tool['type']}_call", None, marks=pytest.mark.slow) for tool in TYPED),
-        pytest.param(TYPED[1], {"type": "shell"}, "shell_call", None, marks=pytest.mark.slow),
+        pytest.param(TYPED[1], {"type": "shell"}, "shell_call", None, marks=pytest.mark.sweep),
     ],
 )
 def test_calls_have_the_items_of_their_tools(
