@@ -100,17 +100,32 @@ def _encode_conversations(tokenizer: ChatTokenizer, text: str) -> list[list[int]
 
 
 def _conversations(text: str) -> list[list[dict[str, Any]]]:
-    """Return the conversations of a text with one JSON object per line; empty for any other text."""
+    """Return the conversations of a text with one JSON object per line; empty for any other text.
+
+    Raises:
+        UsageError: the first line is a conversation, and a line is a wrong one or none.
+    """
     conversations: list[list[dict[str, Any]]] = []
-    for line in text.splitlines():
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a message may have other line separators
         if not line.strip():
             continue
-        try:
-            value: Any = json.loads(line)
-        except ValueError:
+        messages = _messages(line)
+        if messages is None and not conversations:
             return []
-        messages: Any = cast("dict[str, Any]", value).get("messages") if isinstance(value, dict) else None
-        if not isinstance(messages, list):
-            return []
-        conversations.append(cast("list[dict[str, Any]]", messages))
+        values = cast("list[Any]", messages) if isinstance(messages, list) else []
+        if not values or not all(isinstance(value, dict) for value in values):
+            raise UsageError(
+                f"line {number} of a text with conversations has no list of messages",
+                hint='write one JSON object per line, such as `{"messages": [{"role": "user", "content": "Hello"}]}`',
+            )
+        conversations.append(values)
     return conversations
+
+
+def _messages(line: str) -> Any:
+    """Return `messages` of a JSON object; None if a line is not an object, or has none."""
+    try:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, Any]", value).get("messages") if isinstance(value, dict) else None

@@ -39,6 +39,8 @@ FORMAT = "kimi-mlx importance 1"
 MIN_TOKENS = 32
 """Minimum number of tokens for an expert's own mean; with fewer, the mean of all experts of its layer is used."""
 
+MAKE_HINT = "make one with `kimi-mlx importance MODEL TEXT... -o FILE`"
+
 INPUTS = {
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
     **dict.fromkeys(("q_proj", "q_a_proj", "kv_a_proj_with_mqa"), "qkv_a_proj"),
@@ -78,12 +80,15 @@ class Importance:
 
     def __init__(self, path: Path):
         self.path = path
-        self._table = read_header(path)
-        self.metadata = read_metadata(path)
+        try:
+            self._table = read_header(path)
+            self.metadata = read_metadata(path)
+        except WeightsError as error:
+            raise WeightsError(error.message, hint=MAKE_HINT) from error
         if self.metadata.get("format") != FORMAT:
             raise WeightsError(
                 f"`{path}` has the format `{self.metadata.get('format', 'unknown')}`, not `{FORMAT}`",
-                hint="make one with `kimi-mlx importance MODEL TEXT... -o FILE`",
+                hint=MAKE_HINT,
             )
         self._map = np.memmap(path, dtype=np.uint8, mode="r")
         for name, info in self._table.items():

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from kimi_mlx.cli.app import app
 from kimi_mlx.cli.chat.files import text_files
+from kimi_mlx.cli.quality_models import _conversations
 from kimi_mlx.errors import KimiMlxError, TextError, UsageError, WeightsError
 from kimi_mlx.store.locate import ensure_downloaded
 from kimi_mlx.weights import importance as importance_file
@@ -164,3 +165,18 @@ def test_output_files_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest
         run("importance", "kimi-mini", TEXT, "-o", tmp_path / "old")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert (tmp_path / "old").read_text() == "old"
+
+
+@pytest.mark.parametrize("second", ['{"messages": ["Hello"]}', '{"messages": []}', "Hello"])
+def test_wrong_conversations_are_refused(second: str) -> None:
+    first = json.dumps({"messages": [{"role": "user", "content": "a\u2028b"}]}, ensure_ascii=False)
+    assert len(_conversations(f"{first}\n\n{first}\n")) == 2
+    with pytest.raises(UsageError, match="line 2"):
+        _conversations(f"{first}\n{second}")
+    assert _conversations(f"Hello\n{first}") == []
+
+
+def test_the_hint_for_a_missing_importance_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="cannot be read") as raised:
+        Importance(tmp_path / "none")
+    assert "kimi-mlx importance" in str(raised.value.hint)
