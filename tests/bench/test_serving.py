@@ -144,6 +144,7 @@ def test_answers_without_streams(served: ServerUnderTest) -> None:
     assert all(len(record.arrivals) == 1 and record.new_tokens == 2 for record in run.records)
 
 
+@pytest.mark.slow
 def test_bad_clients_do_not_affect_the_others(served: ServerUnderTest) -> None:
     misbehaviour = BadClientOptions(aborts=4, slow_readers=1, prompt_tokens=5, answer_tokens=50, slow_s=0.5)
     (run,) = measure_serving(

@@ -133,9 +133,8 @@ main()
 """
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_is_resumed(number: signal.Signals, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SLOW_CONVERT, "convert", str(FP8), str(tmp_path / "out")]
     process = start(command, cwd=ROOT, text=True)

@@ -97,7 +97,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "as on the hub": {"split_kv_b": False, "stack_experts": False},
 }
 QUICK = [
-    *((bits, 32 if bits % 2 else 64, "mlx-lm") for bits in (2, 3, 4, 5, 6, 8)),
+    *((bits, 32 if bits % 2 else 64, "mlx-lm") for bits in (2, 3, 8)),
     (4, 32, "as on the hub"),
 ]
 ALL = [

@@ -48,7 +48,7 @@ def test_there_is_a_golden_for_each_kind_of_model() -> None:
 @pytest.mark.parametrize(
     ("sizes", "count"),
     [
-        pytest.param([10_000], None, id="whole"),
+        pytest.param([10_000], None, id="whole", marks=pytest.mark.slow),
         pytest.param([1], 40, id="by-1", marks=pytest.mark.slow),
         pytest.param([7], None, id="by-7", marks=pytest.mark.slow),
         pytest.param([64], None, id="by-64", marks=pytest.mark.slow),

@@ -164,6 +164,7 @@ def test_the_disk_is_that_of_the_next_command(tmp_path: Path, monkeypatch: pytes
     assert str(tmp_path / "stores") in launched["disk"]["message"]
 
 
+@pytest.mark.slow
 def test_hosts_that_were_not_reached_pass_no_check() -> None:
     hosts = "kimi-mlx-no-host-a.invalid,kimi-mlx-no-host-b.invalid"
     document = json.loads(CliRunner().invoke(app, ["doctor", "--hosts", hosts, "--json"]).stdout)

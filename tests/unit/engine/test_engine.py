@@ -57,7 +57,7 @@ def greedy(model: Model) -> UncachedGreedy:
     return answer
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 39, 40, 512])
+@pytest.mark.parametrize("chunk", [7, 39, 40, *(pytest.param(chunk, marks=pytest.mark.slow) for chunk in (1, 512))])
 def test_greedy_equals_decoding_without_a_cache(model: Model, greedy: UncachedGreedy, chunk: int) -> None:
     tokens, end = run(Engine(model, prefill_chunk=chunk), Request(PROMPT, max_tokens=12))
     assert tokens == greedy(PROMPT, 12)
@@ -390,6 +390,7 @@ def test_the_number_of_running_sequences_is_limited_by_device_and_counted(model:
     assert sum(engine.batch_sizes.counts) * 3 >= engine.batch_sizes.total > sum(engine.batch_sizes.counts)
 
 
+@pytest.mark.slow
 def test_a_client_with_many_sequences_leaves_places_for_others(model: Model) -> None:
     model.tune(replace(model.tuning, max_sequences=16))
     try:

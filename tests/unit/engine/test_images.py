@@ -237,6 +237,7 @@ def test_a_draft_model_reads_prompts_with_images(
     assert engine.drafts.num_drafted > 5
 
 
+@pytest.mark.slow
 def test_decode_continues_while_images_are_encoded(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision, "TUNINGS", {"cpu": replace(model.tuning, encode_multiply_adds=1)})
     engine = Engine(model, prefill_chunk=8)
@@ -310,6 +311,7 @@ def test_preempted_prompts_with_images_continue(model: Model, monkeypatch: pytes
     assert [run(alone, request)[0] for request in requests] == [answers.tokens[at] for at in range(3)]
 
 
+@pytest.mark.slow
 def test_features_beyond_the_budget_are_dropped_and_encoded_again(model: Model, greedy: Greedy) -> None:
     engine = Engine(model, prefill_chunk=8)
     engine._encoder._store._budget_tokens = A.num_tokens + B.num_tokens

@@ -53,6 +53,7 @@ def test_interpolation_keeps_constants_and_the_table_itself():
     assert np.allclose(interpolation(TABLE), np.eye(TABLE), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pictures_of_a_batch_do_not_see_each_other(tower: dict[str, mx.array]):
     batch, grid = make_picture_batch("seed", step=1, rank=0)
     patches = batch.arrays["patches"][:3]

@@ -29,7 +29,10 @@ def plain(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True) @ v
 
 
-@pytest.mark.parametrize("past", [0, 1, KEY_BLOCK - 1, KEY_BLOCK, 2 * KEY_BLOCK + 77])
+@pytest.mark.parametrize(
+    "past",
+    [0, KEY_BLOCK - 1, 2 * KEY_BLOCK + 77, *(pytest.param(past, marks=pytest.mark.slow) for past in (1, KEY_BLOCK))],
+)
 @pytest.mark.parametrize("length", [1, QUERY_BLOCK - 1, QUERY_BLOCK, 3 * QUERY_BLOCK + 5])
 def test_blocks_add_up_to_the_plain_formula(past: int, length: int) -> None:
     random = np.random.default_rng(past + length)

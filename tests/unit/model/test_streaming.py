@@ -216,6 +216,7 @@ def test_popular_experts_stay(weights: Weights) -> None:
     reader.close()
 
 
+@pytest.mark.slow
 def test_a_failed_read_fails_the_step_and_nothing_else(weights: Weights, expected: list[np.ndarray]) -> None:
     model, reader = streamed_model(weights, 0.4)
     for layer in (1, 3):

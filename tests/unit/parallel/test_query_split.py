@@ -113,7 +113,9 @@ def test_few_queries_take_the_time_to_read_the_weights() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["hybrid", "hybrid:3:1", "expert", "hybrid:1:2:1"])
-@pytest.mark.parametrize("tuning", [CPU_TUNING, METAL_TUNING], ids=["cpu", "metal"])
+@pytest.mark.parametrize(
+    "tuning", [CPU_TUNING, pytest.param(METAL_TUNING, marks=pytest.mark.slow)], ids=["cpu", "metal"]
+)
 def test_logits_and_caches_are_those_of_one_rank(strategy: str, tuning: Tuning, folder: Path) -> None:
     rng = random.Random(strategy)
     size = 3 if strategy.count(":") == 3 else 2

@@ -31,6 +31,7 @@ def test_median_errors() -> None:
     assert median_error(comparison for comparison in new if comparison.metric == "prefill") <= 0.11  # 10.7 %
 
 
+@pytest.mark.slow
 def test_the_constants_are_fitted_on_at_most_half_of_the_rows() -> None:
     fitted = [row for row in rows() if row.fit]
     assert 2 * len(fitted) <= len(rows())

@@ -157,7 +157,7 @@ def record_bytes(job: BuildJob) -> int:
 DAMAGES = [swap_layers, swap_ranks, swap_records, overwrite_with_zeros, make_a_hole, truncate]
 
 
-@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("is_open", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_by_the_read(damage: Callable[[BuildJob], str], is_open: bool, stored: BuildJob) -> None:
     """Damage before the start, and while the file is open; a file that is replaced while open stays the right one."""

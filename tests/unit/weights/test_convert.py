@@ -57,7 +57,9 @@ def test_logits_of_the_result_equal_mlx_lm(
 LOSSLESS = ["int4", "int4-k2.5", "affine", "affine, one by one", "affine, mixed", "affine, whole kv_b"]
 
 
-@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if at % 2 else ()) for at, name in enumerate(LOSSLESS)]
+)
 def test_quantized_matrices_are_copied_without_loss(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
     run(sources[name], tmp_path / "out")
     assert relative_error(mx.array(logits_of(tmp_path / "out")), logits_of(sources[name])) < 1e-5

@@ -146,9 +146,9 @@ def best_time(simulation: Simulation, chance: float, count: int, num_tokens: int
     return min(times)
 
 
-@pytest.mark.parametrize("step_s", [flat, middle, steep])
+@pytest.mark.parametrize("step_s", [flat, pytest.param(middle, marks=pytest.mark.slow), steep])
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("noise", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_wrong_drafts_cost_nothing(
     simulate: Callable[..., Simulation], step_s: StepSeconds, count: int, noise: float
 ) -> None:
