@@ -426,6 +426,8 @@ class RingSession:
                 continue  # a disk that was lost may be back at the next attempt
             self._resume(time.monotonic() - lost_at)
             return None
+        if isinstance(error, WeightsError):  # its hint is about the file or the disk
+            return WeightsError(error.message, f"{error.hint}; then start kimi-mlx again", error.rank)
         return error
 
     def _resume(self, downtime_s: float) -> None:
