@@ -93,7 +93,7 @@ def test_images_are_encoded_apart_from_prefill() -> None:
     assert report["towers"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.sweep  # tests/bench/test_report.py draws it without a run
 def test_the_plot_is_drawn(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     bench(tiny, *QUICK, "--plot", tmp_path / "out.png")

@@ -17,6 +17,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.core import TyperGroup
@@ -163,12 +164,19 @@ def test_every_reason_is_needed() -> None:
         assert any(re.match(pattern, example.command) for example in EXAMPLES), pattern
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "example",
-    RUNNABLE,
-    ids=lambda each: each.command[:60],
-)
+def with_new_parts() -> list[Any]:
+    """Return the commands to run; one whose subcommand and options are all in earlier ones is left to the sweep."""
+    found, known = list[Any](), set[str]()
+    for example in RUNNABLE:
+        subcommand = " ".join(re.findall(r"kimi-mlx [a-z]+(?: [a-z]+\b(?!-))?|curl.*|[|>]", example.command))
+        options = re.findall(r"\s(--?[a-z][\w-]*)", example.command)
+        parts = {subcommand, *(f"{subcommand} {option}" for option in options)}
+        found.append(pytest.param(example, marks=pytest.mark.sweep if parts <= known else pytest.mark.slow))
+        known |= parts
+    return found
+
+
+@pytest.mark.parametrize("example", with_new_parts(), ids=lambda each: each.command[:60])
 def test_command_runs(example: Example, tmp_path: Path, environment: dict[str, str]) -> None:
     if example.command.startswith("curl "):
         run_client(example.command, tmp_path, environment)

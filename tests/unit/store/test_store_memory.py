@@ -48,9 +48,14 @@ def store(request: pytest.FixtureRequest, checkpoint: Path) -> tuple[Path, int]:
     return job.folder, request.param
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, where the peak of memory can be reset")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param("bfloat16", marks=pytest.mark.slow),
+        *(pytest.param(dtype, marks=pytest.mark.sweep) for dtype in ("float32", "float16")),
+    ],
+)
 def test_the_peak_is_the_share_and_one_layer(store: tuple[Path, int], dtype: str) -> None:
     folder, ranks = store
     command = [sys.executable, "-c", LOAD, str(folder), dtype, str(ranks)]
