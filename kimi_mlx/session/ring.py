@@ -101,7 +101,7 @@ class RingSession:
         self._drafts = DraftStatus() if options.max_drafted else None
         self._loaded_memory = [RankMemory()] * self._cluster.size
         self._cache_usage = [CacheUsage()] * self._cluster.size
-        self._earlier_cache_usage = self._cache_usage  # of the rings before this one
+        self._earlier_cache_usage = list(self._cache_usage)  # of the rings before this one
         self._experts: dict[int, ExpertStats] = {}
         self._earlier_experts: dict[int, ExpertStats] = {}
         self._restart_log: deque[Restart] = deque(maxlen=MAX_RESTART_LOG)

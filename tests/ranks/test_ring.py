@@ -84,6 +84,8 @@ def test_two_ranks_generate_the_same_as_one_process_even_after_a_cancelled_or_re
     with closing(RingSession(SessionOptions(folder, ranks=2))) as ring:
         assert tokens_of(ring, request) == expected
         assert tokens_of(ring, follow_up) == expected_later
+        looked_up = [usage.prompt_tokens for usage in ring.status().cache_usage]
+        assert looked_up == [len(PROMPT) + len(follow_up.prompt)] * 2
         with pytest.raises(EngineError, match="the context holds") as refused:
             tokens_of(ring, Request((1,) * 300_000))
         assert refused.value.hint is not None
