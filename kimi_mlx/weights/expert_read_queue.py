@@ -119,7 +119,7 @@ class ReadQueue:
         destinations.
         """
         with self._lock:
-            if not self._has_result.wait_for(lambda: task.is_done, timeout_s):
+            if not self._has_result.wait_for(lambda: task.is_done or self._close_error is not None, timeout_s):
                 path, offset = task.source.runs[0].location(task.expert - task.source.first_expert)
                 task.error = WeightsError(
                     f"`{path}` did not answer within {timeout_s:g} s when {task} was read at byte {offset}",
@@ -127,6 +127,8 @@ class ReadQueue:
                 )
                 self._timeout_error = task.error if self._num_running else None
                 self._drop_all(task.error)
+            if not task.is_done and self._close_error is not None:  # the task keeps its destination
+                raise self._close_error
             if task.error is not None:
                 raise task.error
 
