@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import tracemalloc
 from pathlib import Path
@@ -147,6 +148,7 @@ def test_one_copy_of_an_array_is_in_memory(stack_experts: bool, tmp_path: Path) 
     source = write_checkpoint(tmp_path / "float", {**GOLDEN.config, **wide}, GOLDEN.seed)
     folder = quantize_checkpoint(source, tmp_path / "affine", 4, 32, stack_experts=stack_experts)
     load(folder)  # what is loaded once only
+    gc.collect()  # what earlier tests have left
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
