@@ -17,6 +17,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def is_short_number(text: str) -> bool:
+    """Return whether a text is a whole number of 1 to 9 digits: Python refuses to convert thousands of them."""
+    return len(text) < 10 and text.isascii() and text.isdigit()
+
+
 def parse_bytes(text: str) -> int:
     """Parse `20GB`, `1.5 TB`, `512MiB`, or a plain number of bytes.
 

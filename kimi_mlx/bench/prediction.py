@@ -63,10 +63,9 @@ def calibrated_predictor(calibration: Calibration, strategy: str) -> Predict:
     def predict(case: Case) -> Prediction | None:
         if case.concurrency > 1 or case.images or case.depth:
             return None
-        predictions = calibration.predictions(case.prompt_tokens)
-        found = next((prediction for prediction in predictions if prediction.strategy == strategy), None)
-        if found is None:
+        prediction = calibration.prediction(strategy, case.prompt_tokens)
+        if prediction is None:
             return None
-        return Prediction(found.decode_tok_per_s, case.prompt_tokens / found.prefill_tok_per_s)
+        return Prediction(prediction.decode_tok_per_s, case.prompt_tokens / prediction.prefill_tok_per_s)
 
     return predict

@@ -12,6 +12,7 @@ import typer
 from kimi_mlx.cli.option_groups import with_option_groups
 from kimi_mlx.cli.options import MEASUREMENT, OUTPUT, JsonOption, RunOptions, refuse_mlx_launch
 from kimi_mlx.errors import UsageError
+from kimi_mlx.units import is_short_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -231,8 +232,7 @@ def bench(context: typer.Context, run: RunOptions, measurement: MeasurementOptio
 def _size(text: str) -> tuple[int, int]:
     """Parse a size such as `1024x768`."""
     numbers = text.lower().split("x")
-    are_short = all(number.isdecimal() and len(number) < 10 for number in numbers)
-    if len(numbers) != 2 or not are_short or not all(1 <= int(number) <= MAX_IMAGE_SIDE for number in numbers):
+    if len(numbers) != 2 or not all(is_short_number(side) and 1 <= int(side) <= MAX_IMAGE_SIDE for side in numbers):
         raise UsageError(
             f"--image-size is `{text}`, not a width and a height of 1 to {MAX_IMAGE_SIDE} pixels",
             hint="use for example --image-size 1024x768",

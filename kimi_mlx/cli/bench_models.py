@@ -89,29 +89,21 @@ class BenchmarkModels:
 
     def _predictions(self) -> list[dict[str, Any]]:
         """Return the predicted speeds of the strategy that runs, for each prompt length; none without a calibration."""
-        calibration = self.prepared.choice.calibration
-        if calibration is None:
+        choice = self.prepared.choice
+        if choice.calibration is None:
             return []
-        strategy = _strategy_that_runs(self.prepared)
         return [
             {"prompt_tokens": tokens, **asdict(prediction)}
             for tokens in self.plan.prompt_tokens
-            for prediction in calibration.predictions(tokens)
-            if prediction.strategy == strategy
+            if (prediction := choice.calibration.prediction(choice.strategy, tokens)) is not None
         ]
-
-
-def _strategy_that_runs(prepared: PreparedModel) -> str:
-    """Return the name of the strategy in the predictions of a calibration."""
-    calibration = prepared.choice.calibration
-    return "single" if calibration is not None and calibration.num_ranks == 1 else prepared.choice.strategy
 
 
 def _predictor(prepared: PreparedModel, config: ModelConfig, ranks: int) -> Predict | None:
     """Return the prediction of the calibration, else the planner's for one rank on this machine, if it has one."""
-    calibration = prepared.choice.calibration
-    if calibration is not None:
-        return calibrated_predictor(calibration, _strategy_that_runs(prepared))
+    choice = prepared.choice
+    if choice.calibration is not None:
+        return calibrated_predictor(choice.calibration, choice.strategy)
     return predictor_here(config) if ranks == 1 else None
 
 

@@ -159,15 +159,15 @@ def prepare_model(
         WeightsError: the model cannot be downloaded, or its store is broken or has another placement.
         ConfigError: the model is not supported, or the draft model is made for another one.
     """
-    draft, drafting = None, None
-    if run.used_draft is not None:
-        draft = resolve_draft_name(run.used_draft, target)
-        drafting = draft_shape(run.used_draft, target.name, is_assumed=True)
+    draft = None if run.used_draft is None else resolve_draft_name(run.used_draft, target)
     if launch is not None:
         draft_name = None if draft is None else name_for_hosts(draft)
         return PreparedModel(target, target.name, launch.choice, None, launch, draft_name=draft_name)
+    shape = None
+    if run.used_draft is not None and run.ranks > 1:
+        shape = draft_shape(run.used_draft, target.name, is_assumed=True)
     choice = place_model(
-        target, run.ranks, run.strategy, is_quiet=is_quiet, cluster=cluster, dtype=run.dtype, draft=drafting
+        target, run.ranks, run.strategy, is_quiet=is_quiet, cluster=cluster, dtype=run.dtype, draft=shape
     )
     folder = fetch_model(target, run.ranks, choice.strategy, is_quiet)
     config = load_config(folder)  # before anything is loaded: an unsupported checkpoint gets an error that says so

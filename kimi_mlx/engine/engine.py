@@ -315,9 +315,13 @@ class Engine:
             return
         prefilling = [sequence for sequence in running if sequence.num_computed_tokens < len(sequence.tokens)]
         num_by_client = Counter(sequence.request.client for sequence in running)
-        for sequence in self._waiting.in_turn():
+
+        def has_place(client: str) -> bool:
+            return self.max_sequences - len(running) > num_by_client[client] // LEFT_FOR_OTHERS
+
+        for sequence in self._waiting.in_turn(filter(has_place, self._waiting.clients)):
             client = sequence.request.client
-            if self.max_sequences - len(running) <= num_by_client[client] // LEFT_FOR_OTHERS:
+            if not has_place(client):
                 continue
             new_tokens = min(RESERVED_TOKENS, sequence.remaining_tokens)
             if running and not self._pool.has_room(sequence.tokens, new_tokens, sequence.max_cached_tokens):

@@ -37,9 +37,14 @@ class FairQueue:
         sequences.appendleft(sequence)
         self._by_client = {client: sequences, **self._by_client}
 
-    def in_turn(self) -> list[Sequence]:
-        """Return all sequences in the order in which they should be admitted."""
-        return round_robin(self._by_client.values())
+    @property
+    def clients(self) -> Iterable[str]:
+        """Clients with waiting sequences; the one whose turn it is comes first."""
+        return self._by_client
+
+    def in_turn(self, clients: Iterable[str]) -> list[Sequence]:
+        """Return all sequences of some clients in the order in which they should be admitted."""
+        return round_robin(self._by_client[client] for client in clients)
 
     def take(self, sequence: Sequence) -> None:
         """Remove a sequence that is admitted; its client's next turn comes after those of all others."""

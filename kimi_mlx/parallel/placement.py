@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 
 from kimi_mlx.errors import PlacementError, UsageError
 from kimi_mlx.model.config import ModelConfig
+from kimi_mlx.units import is_short_number
 
 StrategyName = Literal["hybrid", "tensor", "expert", "pipeline"]
 
@@ -150,7 +151,7 @@ def parse_strategy(text: str) -> tuple[StrategyName, tuple[int, ...]]:
     name, *parts = text.split(":")
     if name not in STRATEGIES:
         raise UsageError(f"unknown strategy `{name}`", hint=f"use one of {', '.join(STRATEGIES)}")
-    if not all(part.isascii() and part.isdigit() and len(part) < 10 and 0 < int(part) <= MAX_WEIGHT for part in parts):
+    if not all(is_short_number(part) and 0 < int(part) <= MAX_WEIGHT for part in parts):
         raise UsageError(
             f"`{text}` has invalid weights",
             hint=f"use whole numbers from 1 to {MAX_WEIGHT}, one per rank: `--strategy {name}:3:1`",

@@ -109,6 +109,11 @@ class Calibration:
         ]
         return sorted(predictions, key=lambda prediction: -prediction.best_tok_per_s)
 
+    def prediction(self, strategy: str, prompt_tokens: int) -> Prediction | None:
+        """Return the prediction of a strategy, without drafts; None if it was not measured. One rank is `single`."""
+        name = "single" if self.num_ranks == 1 else strategy
+        return next((each for each in self.predictions(prompt_tokens) if each.strategy == name), None)
+
     def _drafted_tok_per_s(self, strategy: Strategy, draft: DraftShape) -> float | None:
         """Return the new tokens per second with drafts of the fastest length; None if drafts gain nothing.
 

@@ -51,10 +51,13 @@ class DraftShape:
     def _pass_bytes(self) -> int:
         return draft_pass_bytes(self.config)
 
+    @cached_property
+    def _fc_bytes(self) -> int:
+        return draft_weight_bytes(self.config) - self._pass_bytes
+
     def read_bytes(self, drafted: int, context: int) -> int:
-        """Return the bytes that the draft model reads for `drafted` tokens: weights and cache, once for each."""
-        one = self._pass_bytes + context * self.memory.token_bytes
-        return drafted * one + draft_weight_bytes(self.config) - self._pass_bytes
+        """Return the bytes that the draft model reads for `drafted` tokens: `fc` once, other weights and cache each."""
+        return self._fc_bytes + drafted * (self._pass_bytes + context * self.memory.token_bytes)
 
     def tokens_of(self, drafted: int) -> float:
         """Return the mean number of tokens per step with fewer draft tokens, each accepted with equal probability."""

@@ -10,6 +10,7 @@ from kimi_mlx.errors import WeightsError
 from kimi_mlx.model.config import DecoderConfig, ModelConfig
 from kimi_mlx.model.names import IGNORED_SUFFIXES, TEXT_PREFIX, CheckpointLayout, TreeEntry, layer_entries, top_entries
 from kimi_mlx.model.vision_names import is_vision, vision_entries
+from kimi_mlx.units import is_short_number
 from kimi_mlx.weights.header import TensorInfo
 from kimi_mlx.weights.index import read_index
 from kimi_mlx.weights.stored_matrices import StoredMatrices
@@ -85,7 +86,7 @@ class Checkpoint(CheckpointTensors):
         if name.endswith(IGNORED_SUFFIXES) or (is_vision(name) and not self.has_vision):
             return True
         parts = name.split(".")
-        is_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and parts[2].isdecimal() and len(parts[2]) < 10
+        is_layer = parts[:2] == ["model", "layers"] and len(parts) > 2 and is_short_number(parts[2])
         return is_layer and int(parts[2]) >= self.config.num_hidden_layers
 
     def entries(self) -> list[TreeEntry]:

@@ -10,7 +10,7 @@ DEPTHS: Sequence[int] = (4, 8, 16)
 """Numbers of pieces at the same time that are tried."""
 
 DEFAULT_DEPTH = 8
-"""Number of pieces at the same time if too little is read to choose."""
+"""Number of pieces at the same time if there are not enough reads to choose."""
 
 ROUNDS = 2
 """Number of windows of each depth; the faster one counts."""

@@ -192,13 +192,13 @@ def test_a_plot_has_a_line_per_concurrency_and_dotted_predictions() -> None:
 def test_a_calibration_predicts_cases_with_an_empty_cache() -> None:
     layer, free = Times(0.1, 0.73), Times(0, 0)
     calibration = Calibration(1, 10, {"single": layer}, {"single": 0}, free, free, free)
-    predict = calibrated_predictor(calibration, "single")
+    predict = calibrated_predictor(calibration, "hybrid")  # one rank: whatever the strategy
     prediction = predict(Case(0, 64, 1))
     assert prediction is not None
     assert prediction.decode_tok_per_s == pytest.approx(1)
     assert prediction.first_token_s == pytest.approx(7.3)
     assert predict(Case(8192, 64, 1)) is predict(Case(0, 64, 2)) is predict(Case(0, 64, 1, 1)) is None
-    assert calibrated_predictor(calibration, "expert")(Case(0, 64, 1)) is None
+    assert calibrated_predictor(replace(calibration, num_ranks=2), "expert")(Case(0, 64, 1)) is None
 
 
 @pytest.mark.parametrize(

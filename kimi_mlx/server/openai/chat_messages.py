@@ -76,9 +76,9 @@ class FunctionToolCall(Body):
     @model_validator(mode="before")
     @classmethod
     def _read_hosted_call(cls, value: Any) -> Any:
-        call = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+        call = _fields(value)
         if call.get("function") is not None or not is_hosted(call.get("type")):
-            return cast("Any", value)
+            return value
         return {"id": _call_id(call), "function": {"name": call["type"], "arguments": _arguments_of_hosted_call(call)}}
 
 
@@ -99,9 +99,14 @@ class CustomToolCall(Body):
     @model_validator(mode="before")
     @classmethod
     def _read_flat_form(cls, value: Any) -> Any:
-        call = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+        call = _fields(value)
         is_flat = call.get("custom") is None and "name" in call
-        return {"id": _call_id(call), "custom": call} if is_flat else cast("Any", value)
+        return {"id": _call_id(call), "custom": call} if is_flat else value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Return the fields of a JSON object; none for any other value."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _call_id(call: Mapping[str, Any]) -> Any:
@@ -109,7 +114,7 @@ def _call_id(call: Mapping[str, Any]) -> Any:
 
 
 def _type_of_call(value: Any) -> str:
-    call = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    call = _fields(value)
     is_custom = call.get("function") is None and call.get("type") in CUSTOM_TYPES
     return "custom" if is_custom or isinstance(value, CustomToolCall) else "function"
 

@@ -171,7 +171,7 @@ class ChatBody(GenerationBody):
         if self.add_generation_prompt is False and not self.continue_final_message:
             message = "`add_generation_prompt: false` needs `continue_final_message: true`"
             raise ApiError(400, message, "invalid_value", "add_generation_prompt")
-        table = table or self.tool_table()
+        table = self.tool_table() if table is None else table
         is_continued = bool(self.continue_final_message)
         conversation = read_messages(self.messages, table.rules, is_continued=is_continued)
         if self.top_logprobs is not None and not self.logprobs:

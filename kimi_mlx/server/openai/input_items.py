@@ -9,6 +9,7 @@ from typing import Any, cast
 from kimi_mlx.server.errors import ApiError
 from kimi_mlx.server.http.body import parse_json
 from kimi_mlx.server.prompts import PromptBuilder
+from kimi_mlx.units import is_short_number
 
 Value = dict[str, Any]
 
@@ -57,7 +58,7 @@ def page_of(query: Mapping[str, str]) -> Page:
     order, limit = query.get("order", "desc"), query.get("limit", str(DEFAULT_LIMIT))
     if order not in ("asc", "desc"):
         raise ApiError(400, "`order`: must be `asc` or `desc`", "invalid_value", "order")
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= MAX_LIMIT):
+    if not (is_short_number(limit) and 1 <= int(limit) <= MAX_LIMIT):
         raise ApiError(400, f"`limit`: must be 1 to {MAX_LIMIT}", "invalid_value", "limit")
     return Page(int(limit), order == "asc", query.get("after"))
 

@@ -372,12 +372,16 @@ def test_limits_of_experts_on_the_ssd_are_those_of_the_engine(model: Model) -> N
     assert done == [0, 16, 32, 40]
 
 
-def test_the_number_of_running_sequences_is_limited_by_device_and_counted(model: Model) -> None:
-    model.tune(replace(model.tuning, max_sequences=3))
+def engine_with_places(model: Model, max_sequences: int) -> Engine:
+    model.tune(replace(model.tuning, max_sequences=max_sequences))
     try:
-        engine = Engine(model)
+        return Engine(model)
     finally:
         model.tune(CPU_TUNING)
+
+
+def test_the_number_of_running_sequences_is_limited_by_device_and_counted(model: Model) -> None:
+    engine = engine_with_places(model, 3)
     for number in range(5):
         engine.add(number, Request(make_prompt(10, number), max_tokens=4))
     most = 0
@@ -392,11 +396,7 @@ def test_the_number_of_running_sequences_is_limited_by_device_and_counted(model:
 
 @pytest.mark.slow
 def test_a_client_with_many_sequences_leaves_places_for_others(model: Model) -> None:
-    model.tune(replace(model.tuning, max_sequences=16))
-    try:
-        engine = Engine(model)
-    finally:
-        model.tune(CPU_TUNING)
+    engine = engine_with_places(model, 16)
     for number in range(20):
         engine.add(number, Request(make_prompt(4, number), max_tokens=40, client="many"))
     for _ in range(4):

@@ -20,7 +20,7 @@ def sequence(number: int, client: str, prompt: int = 100) -> Sequence:
 
 
 def admit(queue: FairQueue) -> Sequence:
-    first = queue.in_turn()[0]
+    first = queue.in_turn(queue.clients)[0]
     queue.take(first)
     return first
 
@@ -59,7 +59,7 @@ def test_a_preempted_sequence_comes_first() -> None:
     queue.append(sequence(1, "a"))
     queue.append(sequence(2, "b"))
     queue.put_back(sequence(0, "b"))
-    assert [other.request_id for other in queue.in_turn()] == [0, 1, 2]
+    assert [other.request_id for other in queue.in_turn(queue.clients)] == [0, 1, 2]
     assert queue.find(2) is not None
     queue.remove(cast(Sequence, queue.find(2)))
     assert queue.find(2) is None

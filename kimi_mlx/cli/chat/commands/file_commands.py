@@ -33,6 +33,7 @@ from kimi_mlx.cli.output import print_note, stderr
 from kimi_mlx.errors import UsageError
 from kimi_mlx.text.media import MediaKind
 from kimi_mlx.text.messages import Content
+from kimi_mlx.units import is_short_number
 
 DROP, ALL = "drop", "all"
 """Words of the argument of /files that removes files."""
@@ -222,7 +223,7 @@ class FileCommands:
             self._show(files)
             return
         word, _, which = argument.partition(" ")
-        if word != DROP or not (which == ALL or (which.isdecimal() and len(which) < 10)):
+        if word != DROP or not (which == ALL or is_short_number(which)):
             raise UsageError(f"/files does not know `{argument}`", hint="type /files, /files drop 1 or /files drop all")
         if which != ALL and not 1 <= int(which) <= len(files):
             raise UsageError(f"there is no file {which}", hint="/files lists them with their numbers")
